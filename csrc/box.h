@@ -1,0 +1,123 @@
+/*
+ * box.h - the helper's table of contents: who does what between a request and a running payload.
+ *
+ * Every function returns 0 or a descriptor, or -1 with *err filled: which stage, which item of the
+ * plan's list, which errno. They run in the spawner or in what it cloned; after clone they use raw
+ * system calls only (sys.h).
+ */
+#ifndef SBX_BOX_H
+#define SBX_BOX_H
+
+#include "util.h"
+
+#include <stdbool.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+
+/* A plan the spawner knows, mapped from the sealed memfd it came in, and its template. */
+struct sbx_template {
+	uint64_t id;
+	const struct sbx_plan *plan;
+	size_t size;
+	int mount_ns;
+	uint64_t used; /* for least-recently-used eviction */
+};
+
+/* The spawner's lasting descriptors. Children inherit them until they close everything. */
+struct sbx_spawner {
+	int host;	/* requests; end-of-file: the host process is gone or done with us */
+	int host_pidfd; /* readable when the host process is dead, whoever still holds `host` */
+	int proc;	/* O_PATH of the host's /proc */
+	int host_ns;	/* the host's mount namespace, or our copy of it when rootless */
+	int children;	/* signalfd for SIGCHLD */
+	int net_maker;	/* socket to the process that makes network namespaces, or -1 */
+	dev_t root_dev; /* the host process's "/" */
+	ino_t root_ino;
+};
+
+/* One sandbox while it is being made: what its init and payload need. */
+struct sbx_box {
+	const struct sbx_plan *plan;
+	const struct sbx_request *request;
+	const struct sbx_spawner *spawner;
+	int control;  /* records to the host; end-of-file: die */
+	int go;	      /* end-of-file before a byte: the spawner gave up */
+	int stdio[3]; /* descriptors from the host, or -1 */
+	int pass[SBX_MAX_PASS];
+	uint64_t clock[SBX_CLOCKS];
+	struct sbx_error error;	       /* written by the payload, which shares memory until exec */
+	char applied[SBX_MAX_INLINE]; /* SBX_REQUEST_RECORD: text read back from the kernel */
+	uint32_t applied_size;
+};
+
+/* spawn.c: the parent's half. Takes over no descriptor. */
+int sbx_spawn(struct sbx_box *box, int mount_ns, struct sbx_error *err);
+
+/* child.c: the recipe. Neither returns. */
+_Noreturn void sbx_child(struct sbx_box *box);
+
+/* init.c: PID 1 after the payload has started: waits, kills, reaps, reports. */
+int sbx_init_run(struct sbx_box *box, pid_t payload, struct sbx_error *err);
+
+/* template.c: builds the plan's mount namespace in a process of its own; returns its descriptor. */
+int sbx_template_build(const struct sbx_spawner *s, const struct sbx_plan *plan, struct sbx_error *err);
+
+/* mount.c */
+int sbx_mount_open_source(const struct sbx_plan *p, uint32_t index, int proc, struct sbx_error *err);
+int sbx_mount_fs(const char *fstype, const char *options, unsigned attrs);
+int sbx_mount_attach(const struct sbx_plan *p, uint32_t index, int root, int tree, struct sbx_error *err);
+int sbx_mount_mask(const struct sbx_plan *p, uint32_t index, int root, int empty, struct sbx_error *err);
+int sbx_mount_sandbox(const struct sbx_plan *p, struct sbx_error *err);
+
+/* root.c */
+int sbx_root_build(const struct sbx_plan *p, struct sbx_error *err);
+int sbx_root_void(struct sbx_error *err);
+int sbx_root_enter(int root, struct sbx_error *err);
+
+/* The directory of ours that the template keeps below /proc until a sandbox's proc covers it. */
+#define SBX_VOID "/proc"
+#define SBX_VOID_DIR "dir"     /* an empty directory nobody may enter */
+#define SBX_VOID_FILE "file"   /* an empty file nobody may open */
+#define SBX_VOID_EMPTY "empty" /* an empty file everybody may read */
+#define SBX_VOID_SCRATCH "scratch" /* where a sandbox's scratch tmpfs is attached first */
+#define SBX_VOID_PROC "proc"   /* a whole proc, without which the kernel refuses a new one */
+
+/* path.c */
+enum { SBX_NAME_MAX = 256 };
+int sbx_path_parent(int root, const char *path, bool make, char name[SBX_NAME_MAX]);
+
+/* idmap.c */
+int sbx_idmap_write(int proc, pid_t pid, const char *uid_map, const char *gid_map, bool deny_setgroups);
+int sbx_idmap_userns(int proc, const char *uid_map, const char *gid_map);
+
+/* net.c */
+int sbx_net_loopback(void);
+int sbx_net_start_maker(void);
+int sbx_net_take(int maker);
+
+/* probe.c: the helper's other use: which primitives does this host grant? */
+int sbx_probe(void);
+
+/* message.c: datagrams with descriptors */
+int sbx_send_record(int sock, const struct sbx_record *rec, const void *text, size_t size, int fd);
+void sbx_send_error(int sock, const struct sbx_error *err);
+long sbx_receive(int sock, void *buf, size_t size, int *fds, size_t *nfds);
+
+/* init's and the payload's steps */
+int sbx_time_enter(const struct sbx_plan *p, int proc, struct sbx_error *err);
+int sbx_session_keyring(struct sbx_error *err);
+int sbx_session_new(struct sbx_error *err);
+int sbx_fds_arrange(const struct sbx_box *box, struct sbx_error *err);
+int sbx_fds_close_except(int *keep, size_t count);
+int sbx_rlimit_set(const struct sbx_plan *p, struct sbx_error *err);
+int sbx_cred_become_root(const struct sbx_plan *p, struct sbx_error *err);
+int sbx_cred_no_namespaces(struct sbx_error *err);
+int sbx_cred_drop(const struct sbx_plan *p, struct sbx_error *err);
+int sbx_cred_keep_kill(struct sbx_error *err);
+int sbx_file_write(const struct sbx_request *r, struct sbx_error *err);
+int sbx_file_cwd(const struct sbx_request *r, struct sbx_error *err);
+int sbx_landlock_restrict(const struct sbx_plan *p, struct sbx_error *err);
+int sbx_seccomp_load(const struct sbx_plan *p, struct sbx_error *err);
+int sbx_record_read(struct sbx_box *box, struct sbx_error *err);
+
+#endif

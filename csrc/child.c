@@ -1,0 +1,185 @@
+/*
+ * child.c - the recipe: what becomes of a fresh clone, in order, on one page.
+ *
+ * The rules of this zone. The code runs in a copy of the spawner after clone3, and from vfork to
+ * exec in memory that it shares with init. So: raw system calls only (sys.h), no allocation beyond
+ * one anonymous mapping, no formatting, no locks, no writable statics; everything it needs was
+ * prepared and checked before. Any failure is final: it travels to the host as (stage, index, errno)
+ * and nothing of the sandbox remains. tests/unit/test_csource.py enforces the symbols,
+ * tests/system/test_fault_walk.py makes every single call fail.
+ *
+ * The order is not free:
+ *   id maps before ids; ids before mounts, so that a tmpfs has a mapped owner;
+ *   the keyring while its key still counts against the spawner's quota;
+ *   proc before the limits on namespaces, which are written through it, and before it is covered;
+ *   non-dumpable after the maps, which are written through /proc/PID of a dumpable process;
+ *   credentials before files and cwd, so that both obey the payload's permissions;
+ *   no_new_privs before Landlock and seccomp, which demand it; the filter last, for it forbids the
+ *   rest.
+ */
+#include "box.h"
+
+#include <linux/prctl.h>
+#include <sys/mman.h>
+
+#define TRY(step)                  \
+	do {                       \
+		if ((step) < 0)    \
+			return -1; \
+	} while (0)
+
+static int wait_for_go(const struct sbx_box *box, struct sbx_error *err)
+{
+	char byte;
+	long ret = sbx_sys(SYS_read, box->go, &byte, 1);
+
+	return ret == 1 ? 0 : sbx_fail(err, SBX_STAGE_IDMAP, 1, ret < 0 ? ret : -ECHILD);
+}
+
+static int set_hostname(const struct sbx_plan *p, struct sbx_error *err)
+{
+	const char *name = sbx_str(p, p->hostname);
+	long ret = sbx_sys(SYS_sethostname, name, strlen(name));
+
+	return ret < 0 ? sbx_fail(err, SBX_STAGE_HOSTNAME, 0, ret) : 0;
+}
+
+static int bring_loopback_up(const struct sbx_plan *p, struct sbx_error *err)
+{
+	int ret = p->flags & SBX_PLAN_LOOPBACK ? sbx_net_loopback() : 0;
+
+	return ret < 0 ? sbx_fail(err, SBX_STAGE_LOOPBACK, 0, ret) : 0;
+}
+
+/* No ptrace, no /proc/1/{mem,environ,exe,fd} for the payload, which may have the same id. */
+static int hide_init(struct sbx_error *err)
+{
+	long ret = sbx_sys(SYS_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0);
+
+	return ret < 0 ? sbx_fail(err, SBX_STAGE_INIT, 4, ret) : 0;
+}
+
+static int make_sandbox(const struct sbx_box *box, struct sbx_error *err)
+{
+	const struct sbx_plan *p = box->plan;
+
+	TRY(wait_for_go(box, err));
+	TRY(sbx_session_keyring(err));
+	TRY(sbx_cred_become_root(p, err));
+	TRY(sbx_time_enter(p, box->spawner->proc, err));
+	TRY(sbx_mount_sandbox(p, err));
+	TRY(set_hostname(p, err));
+	TRY(bring_loopback_up(p, err));
+	TRY(hide_init(err));
+	return 0;
+}
+
+static int prepare_payload(struct sbx_box *box, struct sbx_error *err)
+{
+	const struct sbx_plan *p = box->plan;
+	const struct sbx_request *r = box->request;
+
+	TRY(sbx_session_new(err));
+	TRY(sbx_fds_arrange(box, err));
+	TRY(sbx_rlimit_set(p, err));
+	TRY(sbx_cred_drop(p, err));
+	TRY(sbx_file_write(r, err));
+	TRY(sbx_file_cwd(r, err));
+	TRY(sbx_landlock_restrict(p, err));
+	TRY(sbx_seccomp_load(p, err));
+	TRY(r->flags & SBX_REQUEST_RECORD ? sbx_record_read(box, err) : 0);
+	return 0;
+}
+
+/* Try the candidates in turn; as execvp(3), a file that may not be executed outranks a missing one. */
+static int exec_first(const struct sbx_request *r, char **argv, char **env, struct sbx_error *err)
+{
+	const char *path = sbx_str(r, r->paths.off);
+	long best = -ENOENT;
+
+	for (uint32_t i = 0; i < r->paths.count; i++, path = sbx_next(path)) {
+		long ret = sbx_sys(SYS_execve, path, argv, env);
+		if (ret == -ENOENT || ret == -ENOTDIR)
+			continue;
+		if (ret != -EACCES)
+			return sbx_fail(err, SBX_STAGE_EXEC, i, ret);
+		best = ret;
+	}
+	return sbx_fail(err, SBX_STAGE_EXEC, 0, best);
+}
+
+static _Noreturn void payload(struct sbx_box *box, char **argv, char **env)
+{
+	static const uint64_t none = 0; /* the kernel's sigset_t */
+
+	if (prepare_payload(box, &box->error) == 0) {
+		(void)sbx_sys(SYS_umask, box->request->umask);
+		long ret = sbx_sys(SYS_rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof none);
+		box->clock[SBX_CLOCK_EXEC] = sbx_now();
+		if (ret < 0)
+			sbx_fail(&box->error, SBX_STAGE_EXEC, 0, ret);
+		else
+			(void)exec_first(box->request, argv, env, &box->error);
+	}
+	(void)syscall(SYS_exit_group, 127);
+	__builtin_unreachable();
+}
+
+static char **point_at(char **out, const void *arena, struct sbx_span span)
+{
+	const char *item = sbx_str(arena, span.off);
+
+	for (uint32_t i = 0; i < span.count; i++, item = sbx_next(item))
+		*out++ = (char *)(uintptr_t)item;
+	*out++ = NULL;
+	return out;
+}
+
+/* argv and envp as execve wants them. The mapping goes with the process. */
+static char **make_pointers(const struct sbx_request *r, char ***env, struct sbx_error *err)
+{
+	size_t size = ((size_t)r->argv.count + r->env.count + 2) * sizeof(char *);
+	long map = sbx_sys(SYS_mmap, NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (map < 0 && map > -4096) {
+		sbx_fail(err, SBX_STAGE_INIT, 5, map);
+		return NULL;
+	}
+	char **argv = (char **)map;
+	*env = point_at(argv, r, r->argv);
+	point_at(*env, r, r->env);
+	return argv;
+}
+
+static int run_payload(struct sbx_box *box, struct sbx_error *err)
+{
+	char **env, **argv = make_pointers(box->request, &env, err);
+
+	if (!argv)
+		return -1;
+	box->clock[SBX_CLOCK_FORK] = sbx_now();
+#ifdef SBX_FAULT
+	if (sbx_fault_hit(SYS_vfork))
+		return sbx_fail(err, SBX_STAGE_FORK, 0, -sbx_fault.err);
+#endif
+	pid_t pid = vfork(); /* back here when the payload has exec'ed or ended */
+	if (pid == 0)
+		payload(box, argv, env);
+	if (pid < 0)
+		return sbx_fail(err, SBX_STAGE_FORK, 0, -errno);
+	return sbx_init_run(box, pid, err);
+}
+
+_Noreturn void sbx_child(struct sbx_box *box)
+{
+	struct sbx_error err = { .stage = SBX_STAGE_NONE };
+
+	SBX_FAULT_ARM(box->request->fault_at, box->request->fault_errno);
+	box->clock[SBX_CLOCK_STARTED] = sbx_now();
+	if (make_sandbox(box, &err) < 0 || run_payload(box, &err) < 0) {
+		SBX_FAULT_ARM(0, 0);
+		sbx_send_error(box->control, &err);
+	}
+	(void)syscall(SYS_exit_group, 0);
+	__builtin_unreachable();
+}

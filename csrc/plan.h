@@ -1,0 +1,260 @@
+/*
+ * plan.h - the bytes that travel: plan, request and record.
+ *
+ * A plan says how every sandbox of one spec is built; Python compiles it once and C executes it as
+ * often as asked. A request says what one command needs. A record is the answer. All three are flat
+ * arenas: a header of fixed-width fields, arrays of fixed records, and strings, linked by 32-bit
+ * offsets from the arena's start, never by pointers, so they can be checked once, hashed, cached,
+ * mapped from a sealed memfd and fuzzed. Offset 0 means "none".
+ *
+ * This file is the only definition: Python fills the same structs through cffi.
+ */
+#ifndef SBX_PLAN_H
+#define SBX_PLAN_H
+
+#include <stddef.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+/* cdef-begin */
+enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 1 };
+
+/* Upper bounds that keep every loop in the child short and every array on its stack. */
+enum {
+	SBX_MAX_ARENA = 64 << 20,
+	SBX_MAX_ITEMS = 65536,
+	SBX_MAX_LATE = 64,
+	SBX_MAX_PASS = 64,
+	SBX_MAX_FILTER = 4096,
+	SBX_MAX_INLINE = 32768,
+};
+
+/* Where a set-up can fail. Append only: a number never changes its meaning. */
+enum sbx_stage {
+	SBX_STAGE_NONE = 0,
+	SBX_STAGE_HOST,	    /* pipes, descriptors or memory in the calling process */
+	SBX_STAGE_SPAWNER,  /* the spawner could not be started or went away */
+	SBX_STAGE_PLAN,	    /* malformed or unknown plan */
+	SBX_STAGE_REQUEST,  /* malformed request */
+	SBX_STAGE_USERNS,   /* the spawner's outer user namespace (rootless) */
+	SBX_STAGE_TEMPLATE, /* the template's own mount namespace */
+	SBX_STAGE_SOURCE,   /* mounts[index]: its source */
+	SBX_STAGE_NODE,	    /* nodes[index] of the template's root */
+	SBX_STAGE_MOUNT,    /* mounts[index]: its target or the mount itself */
+	SBX_STAGE_ROOT,	    /* pivot_root and detaching the host's tree */
+	SBX_STAGE_NETNS,    /* taking a network namespace from the pool */
+	SBX_STAGE_CLONE,    /* clone3 of the sandbox's init */
+	SBX_STAGE_IDMAP,    /* uid_map, gid_map */
+	SBX_STAGE_INIT,	    /* init's own state: descriptors, identity, its loop */
+	SBX_STAGE_LOOPBACK, /* bringing lo up */
+	SBX_STAGE_HOSTNAME, /* sethostname */
+	SBX_STAGE_PROC,	    /* masks[index] or readonly[index] below /proc */
+	SBX_STAGE_NSLIMIT,  /* user.max_*_namespaces */
+	SBX_STAGE_TIME,	    /* the time namespace */
+	SBX_STAGE_FORK,	    /* vfork of the payload */
+	SBX_STAGE_SESSION,  /* setsid, session keyring */
+	SBX_STAGE_STDIO,    /* stdin, stdout, stderr and passed descriptors */
+	SBX_STAGE_RLIMIT,   /* rlimits[index] */
+	SBX_STAGE_CRED,	    /* groups, ids, capabilities, no_new_privs */
+	SBX_STAGE_FILE,	    /* files[index] */
+	SBX_STAGE_CWD,	    /* the working directory */
+	SBX_STAGE_LANDLOCK, /* rules[index] or the ruleset */
+	SBX_STAGE_SECCOMP,  /* loading the filter */
+	SBX_STAGE_EXEC,	    /* execve of every candidate path */
+	SBX_STAGE_RECORD,   /* reading back what was applied */
+	SBX_STAGE_COUNT,
+};
+
+struct sbx_error {
+	int32_t stage;
+	int32_t index;
+	int32_t err;
+	int32_t syscall; /* the failing call's number; only fault-injection builds fill it */
+};
+
+struct sbx_span {
+	uint32_t off;
+	uint32_t count;
+};
+
+enum sbx_node_kind { SBX_NODE_DIR = 1, SBX_NODE_FILE, SBX_NODE_SYMLINK };
+
+/* A directory, file or symbolic link of the template's root, in order. */
+struct sbx_node {
+	uint32_t kind;
+	uint32_t path; /* string */
+	uint32_t mode;
+	uint32_t data; /* content or link target, `size` bytes and a NUL */
+	uint32_t size;
+};
+
+enum sbx_mount_kind {
+	SBX_MOUNT_BIND = 1,
+	SBX_MOUNT_MASK,
+	SBX_MOUNT_TMPFS,
+	SBX_MOUNT_PROC,
+	SBX_MOUNT_DEVPTS,
+	SBX_MOUNT_SCRATCH, /* a directory of the sandbox's one scratch tmpfs, owned by the payload */
+};
+
+enum sbx_mount_flags {
+	SBX_MOUNT_DIR = 1,    /* bind: the source is a directory (else any other type) */
+	SBX_MOUNT_CREATE = 2, /* make missing mount points; the parent is a tmpfs of ours */
+	SBX_MOUNT_LATE = 4,   /* bind or mask below a per-sandbox mount: attached in the sandbox */
+};
+
+/*
+ * Binds and masks belong to the template, the other kinds are made fresh in each sandbox. The array
+ * is sorted so that a parent comes before what lies below it.
+ */
+struct sbx_mount {
+	uint32_t kind;
+	uint32_t flags;
+	uint32_t source;  /* string: absolute host path without symbolic links (bind) */
+	uint32_t target;  /* string: absolute path inside */
+	uint32_t attrs;	  /* MOUNT_ATTR_* of mount_setattr(2) and fsmount(2) */
+	uint32_t options; /* key NUL value NUL ... NUL, for fsconfig(2) */
+	uint32_t uid_map; /* strings: id map of an id-mapped bind, or 0 */
+	uint32_t gid_map;
+	uint32_t mode; /* SCRATCH: of the directory */
+	uint32_t reserved;
+};
+
+struct sbx_rlimit {
+	uint32_t resource;
+	uint32_t reserved;
+	uint64_t soft;
+	uint64_t hard;
+};
+
+struct sbx_rule {
+	uint32_t path;
+	uint32_t reserved;
+	uint64_t access; /* LANDLOCK_ACCESS_FS_* */
+};
+
+enum sbx_plan_flags {
+	SBX_PLAN_POOLED_NET = 1,   /* take a ready network namespace */
+	SBX_PLAN_LOOPBACK = 2,	   /* bring lo up in a fresh one */
+	SBX_PLAN_DENY_SETGROUPS = 4, /* rootless own-id map */
+	SBX_PLAN_NO_ROOT_ID = 8,   /* uid 0 is not mapped: init keeps the payload's id */
+	SBX_PLAN_FRESH_PROC = 16,  /* the template mounts a new proc; else it binds the host's */
+};
+
+struct sbx_plan {
+	uint32_t magic;
+	uint32_t layout;
+	uint32_t size;
+	uint32_t flags;
+	uint64_t namespaces; /* CLONE_NEW* for clone3 */
+	uint32_t uid;	     /* the payload's, as seen inside */
+	uint32_t gid;
+	uint32_t uid_map; /* strings: as written to /proc/PID/uid_map */
+	uint32_t gid_map;
+	uint32_t hostname;
+	uint32_t time_offsets; /* string for timens_offsets (may be empty), 0: no time namespace */
+	uint32_t root_options;	  /* fsconfig lists: of the root tmpfs, */
+	uint32_t scratch_options; /* of the scratch tmpfs */
+	struct sbx_span nodes;
+	struct sbx_span mounts;
+	struct sbx_span masks;	  /* strings, NUL separated: names below /proc, hidden if they exist */
+	struct sbx_span readonly; /* likewise, made read-only if they exist */
+	struct sbx_span rlimits;
+	struct sbx_span rules;
+	struct sbx_span filter; /* struct sock_filter */
+	uint64_t landlock_fs;	/* handled LANDLOCK_ACCESS_FS_*; 0: no Landlock */
+	uint64_t landlock_scoped;
+	int32_t landlock_abi;
+	int32_t fault_at; /* fault-injection builds: which call of the template fails */
+};
+
+enum sbx_stdio { SBX_STDIO_NULL = 0, SBX_STDIO_PASSED, SBX_STDIO_STDOUT };
+
+enum sbx_request_flags {
+	SBX_REQUEST_RECORD = 1, /* read back what was applied and send it */
+};
+
+/* A file written by the payload's identity just before exec. */
+struct sbx_file {
+	uint32_t path;
+	uint32_t mode;
+	uint32_t data;
+	uint32_t size;
+};
+
+struct sbx_request {
+	uint32_t magic;
+	uint32_t layout;
+	uint32_t size;
+	uint32_t flags;
+	uint64_t plan;	      /* the id under which the spawner knows the plan */
+	struct sbx_span argv; /* NUL-terminated strings, one behind the other */
+	struct sbx_span env;
+	struct sbx_span paths; /* candidates for execve, in order */
+	struct sbx_span files;
+	struct sbx_span pass; /* int32_t: the numbers that passed descriptors get */
+	uint32_t cwd;
+	uint32_t stdio[3]; /* enum sbx_stdio */
+	uint32_t umask;
+	int32_t fault_at;
+	int32_t fault_errno;
+	uint32_t reserved;
+};
+
+enum sbx_message_kind { SBX_MESSAGE_HELLO = 1, SBX_MESSAGE_MAPPED, SBX_MESSAGE_PLAN, SBX_MESSAGE_RUN };
+
+enum sbx_hello_flags {
+	SBX_HELLO_USERNS = 1,	/* enter an outer user namespace first */
+	SBX_HELLO_SELF_MAP = 2, /* and map only the own id; else wait for SBX_MESSAGE_MAPPED */
+	SBX_HELLO_NET_POOL = 4, /* leave the host's network and keep ready namespaces */
+};
+
+/* Host to spawner. Descriptors: the answer's socket first, then what the kind needs. */
+struct sbx_message {
+	uint32_t magic; /* SBX_REQUEST_MAGIC */
+	uint32_t kind;
+	uint32_t flags;	  /* HELLO */
+	uint32_t in_memfd; /* RUN: the request is the last descriptor, not inline */
+	uint64_t plan;	  /* PLAN: its id */
+};
+
+enum sbx_record_kind {
+	SBX_RECORD_READY = 1, /* spawner or template ready */
+	SBX_RECORD_PIDFD,     /* the init's pidfd is attached */
+	SBX_RECORD_ERROR,
+	SBX_RECORD_APPLIED, /* followed by text read back from the kernel */
+	SBX_RECORD_EXIT,    /* the payload ended and nothing but init is left */
+};
+
+enum sbx_clock { SBX_CLOCK_RECEIVED, SBX_CLOCK_STARTED, SBX_CLOCK_FORK, SBX_CLOCK_EXEC, SBX_CLOCK_EXITED, SBX_CLOCKS };
+
+struct sbx_record {
+	uint32_t kind;
+	int32_t status; /* EXIT: as from wait(2) */
+	int32_t pid;	/* READY: the spawner's pid; PIDFD: init's pid, as the spawner sees them */
+	uint32_t size;	/* APPLIED: bytes of text that follow */
+	struct sbx_error error;
+	uint64_t clock[5]; /* ns, CLOCK_MONOTONIC */
+	uint64_t utime_us; /* of everything that ran in the sandbox */
+	uint64_t stime_us;
+	uint64_t maxrss_kib; /* of the largest process */
+	uint64_t majflt;
+	uint64_t inblock;
+	uint64_t oublock;
+};
+/* Bounds, alignment, known values, terminated strings. No system calls. 0, or -1 and *err filled. */
+int sbx_plan_check(const void *arena, size_t len, struct sbx_error *err);
+int sbx_request_check(const void *arena, size_t len, struct sbx_error *err);
+/* cdef-end */
+
+static inline const void *sbx_at(const void *arena, uint32_t off)
+{
+	return (const char *)arena + off;
+}
+
+static inline const char *sbx_str(const void *arena, uint32_t off)
+{
+	return off ? (const char *)arena + off : NULL;
+}
+
+#endif

@@ -1,0 +1,399 @@
+/*
+ * run.c - one command from request to result in one call: sends the request, feeds stdin, drains
+ * stdout and stderr, enforces the timeout, and returns when nothing of the sandbox's tree is left.
+ *
+ * The control socket tells everything: PIDFD from the spawner; then from init either ERROR (nothing
+ * ran) or EXIT (the payload's status, sent after the last other process was reaped). Letting go of
+ * it is how a run is killed; the pidfd is the second way, for an init that does not answer.
+ */
+#include "stream.h"
+#include "util.h"
+
+#include <poll.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+
+enum state { NEW = 0, RUNNING, STOPPING, KILLED, DRAINING, DONE };
+
+enum { SOFT_NS = 500000000, HARD_NS = 2000000000 }; /* init's chance to report; then the kernel's */
+
+enum slot { CONTROL, PIDFD, STDIN, SOURCE, OUT, ERR, OUT_RELAY, ERR_RELAY, SLOTS };
+
+static void drop(int32_t *fd)
+{
+	sbx_close(*fd);
+	*fd = -1;
+}
+
+/* --- start ------------------------------------------------------------------------------------ */
+
+/* One pipe; `ours` is the end this process keeps, non-blocking, `theirs` joins the message. */
+static int add_pipe(int our_end, int32_t *ours, int *fds, size_t *nfds)
+{
+	int pair[2];
+
+	if (pipe2(pair, O_CLOEXEC) < 0)
+		return -errno;
+	*ours = pair[our_end];
+	fds[(*nfds)++] = pair[!our_end];
+	return fcntl(*ours, F_SETFL, O_NONBLOCK) < 0 ? -errno : 0;
+}
+
+static int make_channels(struct sbx_run *run, int *fds, size_t *nfds)
+{
+	int pair[2], ret = 0;
+
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
+		return -errno;
+	run->control = pair[0];
+	fds[(*nfds)++] = pair[1];
+	if (run->input || run->stdin_relay >= 0)
+		ret = add_pipe(1, &run->stdin_fd, fds, nfds);
+	for (int i = 0; i < 2 && ret == 0; i++)
+		if (run->out[i].mode != SBX_STREAM_NONE)
+			ret = add_pipe(0, &run->out[i].fd, fds, nfds);
+	return ret;
+}
+
+static int send_request(const struct sbx_run *run, int *fds, size_t *nfds, size_t *made)
+{
+	struct sbx_message msg = { .magic = SBX_REQUEST_MAGIC, .kind = SBX_MESSAGE_RUN };
+	size_t inline_size = run->request_size;
+
+	*made = *nfds;
+	for (uint32_t i = 0; i < run->pass_count; i++)
+		fds[(*nfds)++] = run->pass[i];
+	if (run->request_size > SBX_MAX_INLINE) {
+		int memfd = sbx_wire_memfd(run->request, run->request_size);
+		if (memfd < 0)
+			return memfd;
+		fds[(*nfds)++] = memfd;
+		msg.in_memfd = 1;
+		inline_size = 0;
+	}
+	int ret = sbx_wire_send(run->spawner, &msg, run->request, inline_size, fds, *nfds);
+	if (msg.in_memfd)
+		sbx_close(fds[*nfds - 1]);
+	return ret;
+}
+
+static int start(struct sbx_run *run, struct sbx_error *err)
+{
+	int fds[SBX_MAX_PASS + 8];
+	size_t nfds = 0, made = 0;
+
+	run->began_ns = sbx_now();
+	run->control = run->pidfd = run->stdin_fd = run->out[0].fd = run->out[1].fd = -1;
+	if (run->pass_count > SBX_MAX_PASS)
+		return sbx_fail(err, SBX_STAGE_REQUEST, 25, -E2BIG);
+	int ret = sbx_request_check(run->request, run->request_size, err);
+	if (ret < 0)
+		return -1;
+	ret = make_channels(run, fds, &nfds);
+	made = nfds;
+	if (ret < 0)
+		sbx_fail(err, SBX_STAGE_HOST, 10, ret);
+	else if ((ret = send_request(run, fds, &nfds, &made)) < 0)
+		sbx_fail(err, ret == -EPIPE || ret == -ECONNRESET ? SBX_STAGE_SPAWNER : SBX_STAGE_HOST, 11, ret);
+	for (size_t i = 0; i < made; i++)
+		sbx_close(fds[i]);
+	run->state = RUNNING;
+	return ret < 0 ? -1 : 0;
+}
+
+/* --- the control socket ------------------------------------------------------------------------ */
+
+static int keep_applied(struct sbx_run *run, const void *text, size_t size)
+{
+	free(run->applied);
+	run->applied = malloc(size ? size : 1);
+	if (!run->applied)
+		return -ENOMEM;
+	memcpy(run->applied, text, size);
+	run->applied_size = size;
+	return 0;
+}
+
+/* Read what init or the spawner says. 0, or -1 with *err filled. */
+static int hear(struct sbx_run *run, struct sbx_error *err)
+{
+	char text[SBX_MAX_INLINE];
+	struct sbx_record rec;
+	int fd;
+
+	long len = sbx_wire_receive(run->control, &rec, text, sizeof text, &fd);
+	if (len <= 0) { /* nobody holds the other end: init is gone, or never was */
+		drop(&run->control);
+		if (run->pidfd < 0)
+			return sbx_fail(err, SBX_STAGE_SPAWNER, 15, len < 0 ? len : -EPIPE);
+		run->lost = 1;
+		return 0;
+	}
+	if (rec.kind == SBX_RECORD_PIDFD) {
+		run->pidfd = fd;
+		return 0;
+	}
+	sbx_close(fd);
+	if (rec.kind == SBX_RECORD_ERROR) {
+		*err = rec.error;
+		return -1;
+	}
+	if (rec.kind == SBX_RECORD_APPLIED) {
+		int ret = keep_applied(run, text, (size_t)len - sizeof rec);
+		return ret < 0 ? sbx_fail(err, SBX_STAGE_HOST, 12, ret) : 0;
+	}
+	if (rec.kind != SBX_RECORD_EXIT)
+		return sbx_fail(err, SBX_STAGE_SPAWNER, 16, -EPROTO);
+	run->exit = rec;
+	run->timed_out = run->timed_out && rec.status == SIGKILL; /* else it ended just in time */
+	run->state = DRAINING;
+	return 0;
+}
+
+/* --- stdin ------------------------------------------------------------------------------------- */
+
+/* Write the next piece; a reader that is gone is the payload's choice, not an error. */
+static void feed(struct sbx_run *run)
+{
+	const unsigned char *from = run->input ? run->input : run->stdin_buffer;
+	size_t size = run->input ? run->input_size : run->stdin_size;
+	ssize_t n = write(run->stdin_fd, from + run->stdin_offset, size - run->stdin_offset);
+
+	if (n < 0 && errno != EAGAIN && errno != EINTR)
+		drop(&run->stdin_fd);
+	if (n > 0)
+		run->stdin_offset += (size_t)n;
+	if (run->input && run->stdin_offset == size)
+		drop(&run->stdin_fd);
+}
+
+static int refill(struct sbx_run *run)
+{
+	if (!run->stdin_buffer && !(run->stdin_buffer = malloc(65536)))
+		return -ENOMEM;
+	ssize_t n = read(run->stdin_relay, run->stdin_buffer, 65536);
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return 0;
+	run->stdin_offset = 0;
+	run->stdin_size = n > 0 ? (size_t)n : 0;
+	if (n <= 0)
+		drop(&run->stdin_fd); /* the source has ended or broken: so does stdin */
+	return 0;
+}
+
+/* --- the loop ---------------------------------------------------------------------------------- */
+
+static void watch(const struct sbx_run *run, struct pollfd *p)
+{
+	bool hungry = run->stdin_fd >= 0 && !run->input && run->stdin_offset == run->stdin_size;
+
+	p[CONTROL] = (struct pollfd){ .fd = run->state < DRAINING ? run->control : -1, .events = POLLIN };
+	/* init's end matters only when init can no longer say so itself */
+	p[PIDFD] = (struct pollfd){ .fd = run->control < 0 ? run->pidfd : -1, .events = POLLIN };
+	p[STDIN] = (struct pollfd){ .fd = run->stdin_fd, .events = hungry ? 0 : POLLOUT };
+	p[SOURCE] = (struct pollfd){ .fd = hungry ? run->stdin_relay : -1, .events = POLLIN };
+	for (int i = 0; i < 2; i++) {
+		const struct sbx_stream *s = &run->out[i];
+		p[OUT + i] = (struct pollfd){ .fd = s->pending ? -1 : s->fd, .events = POLLIN };
+		p[OUT_RELAY + i] = (struct pollfd){ .fd = s->pending ? s->relay : -1, .events = POLLOUT };
+	}
+}
+
+static int serve_streams(struct sbx_run *run, const struct pollfd *p, struct sbx_error *err)
+{
+	if (p[STDIN].revents & POLLOUT)
+		feed(run);
+	else if (p[STDIN].revents & (POLLERR | POLLNVAL))
+		drop(&run->stdin_fd);
+	if (run->stdin_fd >= 0 && p[SOURCE].revents && refill(run) < 0)
+		return sbx_fail(err, SBX_STAGE_HOST, 13, -ENOMEM);
+	for (int i = 0; i < 2; i++) {
+		struct sbx_stream *s = &run->out[i];
+		if (p[OUT_RELAY + i].revents && !sbx_stream_flush(s)) {
+			s->pending = 0;
+			drop(&s->fd); /* as with any broken pipe: the payload gets SIGPIPE */
+		}
+		if (s->fd < 0 || !p[OUT + i].revents)
+			continue;
+		int ret = sbx_stream_read(s);
+		if (ret < 0)
+			return sbx_fail(err, SBX_STAGE_HOST, 14 + (uint32_t)i, ret);
+		if (ret == 0)
+			drop(&s->fd);
+	}
+	return 0;
+}
+
+/* The clock struck: first let init end it and report, then let the kernel, then admit defeat. */
+static int escalate(struct sbx_run *run, uint64_t now, struct sbx_error *err)
+{
+	switch (run->state) {
+	case RUNNING:
+		run->timed_out = 1;
+		run->state = STOPPING;
+		run->give_up_ns = now + SOFT_NS;
+		(void)shutdown(run->control, SHUT_WR);
+		return 0;
+	case STOPPING:
+		run->state = KILLED;
+		run->give_up_ns = now + HARD_NS;
+		if (run->pidfd >= 0)
+			(void)syscall(SYS_pidfd_send_signal, run->pidfd, SIGKILL, NULL, 0);
+		return 0;
+	default: /* a process in uninterruptible sleep: it dies when the kernel lets it */
+		return sbx_fail(err, SBX_STAGE_INIT, 20, -ETIME);
+	}
+}
+
+static uint64_t next_deadline(const struct sbx_run *run)
+{
+	if (run->state == STOPPING || run->state == KILLED)
+		return run->give_up_ns;
+	if (run->state == RUNNING && run->timeout_ns >= 0)
+		return run->began_ns + (uint64_t)run->timeout_ns;
+	return UINT64_MAX;
+}
+
+/* Nothing of the tree is left to write: what is in the pipes is all there will ever be. */
+static bool drained(const struct sbx_run *run, const struct pollfd *p)
+{
+	for (int i = 0; i < 2; i++)
+		if (run->out[i].pending || (run->out[i].fd >= 0 && p[OUT + i].revents))
+			return false;
+	return true;
+}
+
+static int step(struct sbx_run *run, struct sbx_error *err)
+{
+	struct pollfd p[SLOTS];
+	uint64_t now = sbx_now(), deadline = next_deadline(run);
+
+	if (now >= deadline)
+		return escalate(run, now, err);
+	watch(run, p);
+	/* at least once a second back to the caller: a signal may have come just before ppoll */
+	uint64_t wait = deadline - now < 1000000000 ? deadline - now : 1000000000;
+	struct timespec limit = { .tv_sec = (time_t)(wait / 1000000000), .tv_nsec = (long)(wait % 1000000000) };
+	if (run->state == DRAINING)
+		limit = (struct timespec){ .tv_sec = run->out[0].pending || run->out[1].pending };
+	int ready = ppoll(p, SLOTS, &limit, NULL);
+	if (ready < 0)
+		return errno == EINTR ? 1 : sbx_fail(err, SBX_STAGE_HOST, 17, -errno);
+	if (ready == 0 && run->state == RUNNING)
+		return sbx_now() < deadline;
+	if (serve_streams(run, p, err) < 0)
+		return -1;
+	if (run->state == DRAINING && drained(run, p))
+		run->state = DONE;
+	if (p[CONTROL].revents && hear(run, err) < 0)
+		return -1;
+	if (p[PIDFD].revents && run->lost && run->state < DRAINING) {
+		run->exit.status = SIGKILL; /* its init was killed, so everything was */
+		run->state = DRAINING;
+	}
+	return 0;
+}
+
+/*
+ * A write to a pipe whose reader is gone raises SIGPIPE in this thread, which not every host program
+ * ignores. Block it meanwhile, and take back the one that this call caused.
+ */
+struct shield {
+	sigset_t before;
+	bool pending;
+};
+
+static void raise_shield(struct shield *sh)
+{
+	sigset_t set;
+
+	sigpending(&set);
+	sh->pending = sigismember(&set, SIGPIPE) == 1;
+	sigemptyset(&set);
+	sigaddset(&set, SIGPIPE);
+	pthread_sigmask(SIG_BLOCK, &set, &sh->before);
+}
+
+static void lower_shield(const struct shield *sh)
+{
+	const struct timespec now = { 0 };
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGPIPE);
+	while (!sh->pending && sigtimedwait(&set, NULL, &now) < 0 && errno == EINTR)
+		;
+	pthread_sigmask(SIG_SETMASK, &sh->before, NULL);
+}
+
+static int run_to_end(struct sbx_run *run, struct sbx_error *err)
+{
+	if (run->state == NEW && start(run, err) < 0)
+		return -1;
+	while (run->state != DONE) {
+		int ret = step(run, err);
+		if (ret != 0)
+			return ret;
+	}
+	for (int i = 0; i < 2; i++)
+		sbx_stream_finish(&run->out[i]);
+	run->ended_ns = sbx_now();
+	return 0;
+}
+
+int sbx_run(struct sbx_run *run, struct sbx_error *err)
+{
+	bool writes = run->input || run->stdin_relay >= 0 || run->out[0].mode == SBX_STREAM_RELAY ||
+		      run->out[1].mode == SBX_STREAM_RELAY;
+	struct shield sh;
+
+	if (!writes)
+		return run_to_end(run, err);
+	raise_shield(&sh);
+	int ret = run_to_end(run, err);
+	lower_shield(&sh);
+	return ret;
+}
+
+/* After a failure: kill what may be left and wait until it is gone, but not for ever. */
+static void await_end(struct sbx_run *run)
+{
+	struct sbx_error ignored;
+	uint64_t until = sbx_now() + HARD_NS;
+	bool killed = false;
+
+	if (run->control >= 0)
+		(void)shutdown(run->control, SHUT_WR);
+	while (run->control >= 0 || run->pidfd >= 0) {
+		uint64_t now = sbx_now();
+		struct pollfd p = { .fd = run->control >= 0 ? run->control : run->pidfd, .events = POLLIN };
+		if (now >= until || poll(&p, 1, (int)((until - now) / 1000000) + 1) == 0)
+			return;
+		if (run->pidfd >= 0 && !killed)
+			killed = syscall(SYS_pidfd_send_signal, run->pidfd, SIGKILL, NULL, 0) == 0;
+		if (run->control >= 0)
+			(void)hear(run, &ignored); /* the pidfd, a late record, or end-of-file */
+		else if (p.revents)
+			return;
+	}
+}
+
+void sbx_run_close(struct sbx_run *run)
+{
+	if (run->state == NEW)
+		return;
+	if (run->state != DONE)
+		await_end(run);
+	drop(&run->control);
+	drop(&run->pidfd);
+	drop(&run->stdin_fd);
+	for (int i = 0; i < 2; i++) {
+		drop(&run->out[i].fd);
+		free(run->out[i].data);
+		run->out[i].data = NULL;
+	}
+	free(run->applied);
+	free(run->stdin_buffer);
+	run->applied = run->stdin_buffer = NULL;
+	run->state = NEW;
+}

@@ -1,0 +1,336 @@
+/*
+ * spawner.c - the helper's main loop: one small static process per host process, from which every
+ * sandbox is cloned.
+ *
+ * Theory of operation. The host process execs this program once (client.c) and talks to it over a
+ * SOCK_SEQPACKET pair: HELLO first, then PLAN (a sealed memfd, answered when the template stands) and
+ * RUN (a request and the descriptors of one command). Whatever concerns one command, good or bad, is
+ * answered on that command's own control socket, by init where there is one and by the spawner where
+ * there is not; so requests need no numbers and threads of the host no lock. The image is free of
+ * the host's memory, its page tables and descriptor table are small, and cloning it costs the same
+ * however large the host process is.
+ *
+ * It ends when the host process ends (socket or pidfd), and does not outlive it by design: sandboxes
+ * watch the host themselves.
+ */
+#include "box.h"
+
+#include <linux/prctl.h>
+#include <poll.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+
+enum { TEMPLATES = 16, FD_HOST = 3, FD_PIDFD = 4 };
+
+struct state {
+	struct sbx_spawner s;
+	struct sbx_template templates[TEMPLATES];
+	uint64_t tick;
+	struct sbx_box box;
+	_Alignas(16) char inbox[sizeof(struct sbx_message) + SBX_MAX_INLINE];
+};
+
+/* --- start ------------------------------------------------------------------------------------ */
+
+static int reset_process(struct sbx_spawner *s)
+{
+	struct stat st;
+	sigset_t set;
+
+	(void)setsid(); /* out of the terminal's foreground group: Ctrl-C is the host's business */
+	for (int sig = 1; sig < 65; sig++)
+		if (sig != SIGKILL && sig != SIGSTOP)
+			(void)signal(sig, SIG_DFL); /* an ignored signal would stay ignored across exec */
+	sigemptyset(&set);
+	sigaddset(&set, SIGCHLD);
+	(void)umask(0);
+	if (sigprocmask(SIG_SETMASK, &set, NULL) < 0 || chdir("/") < 0 || stat("/", &st) < 0)
+		return -errno;
+	s->root_dev = st.st_dev;
+	s->root_ino = st.st_ino;
+	s->host = FD_HOST;
+	s->host_pidfd = FD_PIDFD;
+	s->net_maker = -1;
+	s->children = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+	s->proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
+	return s->children < 0 || s->proc < 0 ? -errno : 0;
+}
+
+/* Rootless: become the root of an outer user namespace; the host maps it, or its own id suffices. */
+static int enter_userns(const struct sbx_spawner *s, uint32_t flags, struct sbx_error *err)
+{
+	char uid_map[48], gid_map[48];
+	struct sbx_message msg;
+	size_t nfds = 0;
+
+	sbx_format_path(uid_map, "0 ", (unsigned)geteuid(), " 1");
+	sbx_format_path(gid_map, "0 ", (unsigned)getegid(), " 1");
+	if (unshare(CLONE_NEWUSER) < 0)
+		return sbx_fail(err, SBX_STAGE_USERNS, 0, -errno);
+	if (flags & SBX_HELLO_SELF_MAP) {
+		int ret = sbx_idmap_write(s->proc, getpid(), uid_map, gid_map, true);
+		return ret < 0 ? sbx_fail(err, SBX_STAGE_USERNS, 1, ret) : 0;
+	}
+	const struct sbx_record ask = { .kind = SBX_RECORD_READY, .pid = getpid() };
+	if (sbx_send_record(s->host, &ask, NULL, 0, -1) < 0 ||
+	    sbx_receive(s->host, &msg, sizeof msg, NULL, &nfds) != sizeof msg || msg.kind != SBX_MESSAGE_MAPPED)
+		return sbx_fail(err, SBX_STAGE_USERNS, 2, -EPROTO);
+	if (syscall(SYS_setresgid, 0, 0, 0) < 0 || syscall(SYS_setresuid, 0, 0, 0) < 0)
+		return sbx_fail(err, SBX_STAGE_USERNS, 3, -errno);
+	(void)prctl(PR_SET_DUMPABLE, 1); /* a change of ids clears it; the maps of children need it */
+	return 0;
+}
+
+/* The host's tree, from which templates are built: itself as root, else our slave copy of it. */
+static int hold_host_tree(struct sbx_spawner *s, bool userns, struct sbx_error *err)
+{
+	if (userns && (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0))
+		return sbx_fail(err, SBX_STAGE_USERNS, 4, -errno);
+	s->host_ns = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+	return s->host_ns < 0 ? sbx_fail(err, SBX_STAGE_USERNS, 5, -errno) : 0;
+}
+
+static int start(struct sbx_spawner *s, struct sbx_error *err)
+{
+	struct sbx_message hello;
+	size_t nfds = 0;
+
+	int ret = reset_process(s);
+	if (ret < 0)
+		return sbx_fail(err, SBX_STAGE_SPAWNER, 0, ret);
+	if (sbx_receive(s->host, &hello, sizeof hello, NULL, &nfds) != sizeof hello ||
+	    hello.magic != SBX_REQUEST_MAGIC || hello.kind != SBX_MESSAGE_HELLO)
+		return sbx_fail(err, SBX_STAGE_SPAWNER, 1, -EPROTO);
+	bool userns = hello.flags & SBX_HELLO_USERNS;
+	if (userns && enter_userns(s, hello.flags, err) < 0)
+		return -1;
+	if (hold_host_tree(s, userns, err) < 0)
+		return -1;
+	if (hello.flags & SBX_HELLO_NET_POOL) {
+		s->net_maker = sbx_net_start_maker();
+		if (s->net_maker < 0)
+			return sbx_fail(err, SBX_STAGE_SPAWNER, 2, s->net_maker);
+	}
+	return 0;
+}
+
+/* --- plans ------------------------------------------------------------------------------------ */
+
+static struct sbx_template *find_template(struct state *st, uint64_t id)
+{
+	for (size_t i = 0; i < TEMPLATES; i++)
+		if (st->templates[i].plan && st->templates[i].id == id) {
+			st->templates[i].used = ++st->tick;
+			return &st->templates[i];
+		}
+	return NULL;
+}
+
+static void drop_template(struct sbx_template *t)
+{
+	if (!t->plan)
+		return;
+	sbx_close(t->mount_ns);
+	(void)munmap((void *)(uintptr_t)t->plan, t->size);
+	t->plan = NULL;
+}
+
+static struct sbx_template *oldest_template(struct state *st)
+{
+	struct sbx_template *oldest = &st->templates[0];
+
+	for (size_t i = 0; i < TEMPLATES; i++) {
+		if (!st->templates[i].plan)
+			return &st->templates[i];
+		if (st->templates[i].used < oldest->used)
+			oldest = &st->templates[i];
+	}
+	return oldest;
+}
+
+/* Map a sealed memfd: from here on nobody can change it. Returns NULL with *err filled. */
+static const void *map_sealed(int fd, enum sbx_stage stage, size_t *size, struct sbx_error *err)
+{
+	const int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
+	struct stat st;
+
+	if ((fcntl(fd, F_GET_SEALS) & seals) != seals || fstat(fd, &st) < 0 || st.st_size <= 0 ||
+	    st.st_size > SBX_MAX_ARENA) {
+		sbx_fail(err, stage, 20, -EINVAL);
+		return NULL;
+	}
+	void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+	if (map == MAP_FAILED) {
+		sbx_fail(err, stage, 21, -errno);
+		return NULL;
+	}
+	*size = (size_t)st.st_size;
+	return map;
+}
+
+static int add_plan(struct state *st, uint64_t id, int memfd, struct sbx_error *err)
+{
+	struct sbx_template t = { .id = id, .used = ++st->tick };
+
+	t.plan = map_sealed(memfd, SBX_STAGE_PLAN, &t.size, err);
+	if (!t.plan)
+		return -1;
+	t.mount_ns = sbx_plan_check(t.plan, t.size, err) < 0 ? -1 : sbx_template_build(&st->s, t.plan, err);
+	if (t.mount_ns < 0) {
+		(void)munmap((void *)(uintptr_t)t.plan, t.size);
+		return -1;
+	}
+	struct sbx_template *slot = find_template(st, id);
+	slot = slot ? slot : oldest_template(st);
+	drop_template(slot);
+	*slot = t;
+	return 0;
+}
+
+/* --- requests --------------------------------------------------------------------------------- */
+
+static int fill_box(struct state *st, const struct sbx_request *r, const int *fds, size_t nfds, struct sbx_error *err)
+{
+	struct sbx_box *box = &st->box;
+	size_t next = 1;
+
+	box->request = r;
+	box->spawner = &st->s;
+	box->control = fds[0];
+	box->error = (struct sbx_error){ .stage = SBX_STAGE_NONE };
+	box->applied_size = 0;
+	for (size_t i = 0; i < 3; i++) {
+		box->stdio[i] = -1;
+		if (r->stdio[i] == SBX_STDIO_PASSED) {
+			if (next == nfds)
+				return sbx_fail(err, SBX_STAGE_REQUEST, 22, -EBADF);
+			box->stdio[i] = fds[next++];
+		}
+	}
+	if (nfds - next != r->pass.count)
+		return sbx_fail(err, SBX_STAGE_REQUEST, 23, -EBADF);
+	for (size_t i = 0; i < r->pass.count; i++)
+		box->pass[i] = fds[next + i];
+	return 0;
+}
+
+static int run(struct state *st, const void *request, size_t size, const int *fds, size_t nfds, struct sbx_error *err)
+{
+	if (sbx_request_check(request, size, err) < 0)
+		return -1;
+	const struct sbx_request *r = request;
+	if (fill_box(st, r, fds, nfds, err) < 0)
+		return -1;
+	const struct sbx_template *t = find_template(st, r->plan);
+	if (!t)
+		return sbx_fail(err, SBX_STAGE_PLAN, 0, -ESTALE);
+	st->box.plan = t->plan;
+	return sbx_spawn(&st->box, t->mount_ns, err);
+}
+
+static int run_memfd(struct state *st, const int *fds, size_t nfds, struct sbx_error *err)
+{
+	size_t size;
+	const void *map = nfds > 1 ? map_sealed(fds[nfds - 1], SBX_STAGE_REQUEST, &size, err) : NULL;
+
+	if (!map)
+		return nfds > 1 ? -1 : sbx_fail(err, SBX_STAGE_REQUEST, 24, -EBADF);
+	int ret = run(st, map, size, fds, nfds - 1, err);
+	(void)munmap((void *)(uintptr_t)map, size);
+	return ret;
+}
+
+/* One datagram from the host. Returns false when there will be no more. */
+static bool serve(struct state *st)
+{
+	const struct sbx_message *msg = (const void *)st->inbox;
+	struct sbx_error err = { .stage = SBX_STAGE_NONE };
+	int fds[SBX_MAX_PASS + 8];
+	size_t nfds = SBX_COUNT(fds);
+
+	st->box.clock[SBX_CLOCK_RECEIVED] = sbx_now();
+	long len = sbx_receive(st->s.host, st->inbox, sizeof st->inbox, fds, &nfds);
+	if (len == 0 || len == -ECONNRESET)
+		return false;
+	if (len < (long)sizeof *msg || msg->magic != SBX_REQUEST_MAGIC || nfds == 0) {
+		for (size_t i = 0; i < nfds; i++)
+			sbx_close(fds[i]);
+		return true; /* nobody to answer: closing the control socket is the answer */
+	}
+	size_t size = (size_t)len - sizeof *msg;
+	if (msg->kind == SBX_MESSAGE_PLAN) {
+		const struct sbx_record ready = { .kind = SBX_RECORD_READY };
+		if (nfds != 2)
+			sbx_fail(&err, SBX_STAGE_PLAN, 22, -EBADF);
+		else if (add_plan(st, msg->plan, fds[1], &err) == 0)
+			(void)sbx_send_record(fds[0], &ready, NULL, 0, -1);
+	} else if (msg->kind == SBX_MESSAGE_RUN) {
+		if (msg->in_memfd)
+			(void)run_memfd(st, fds, nfds, &err);
+		else
+			(void)run(st, msg + 1, size, fds, nfds, &err);
+	} else {
+		sbx_fail(&err, SBX_STAGE_SPAWNER, 3, -EPROTO);
+	}
+	if (err.stage != SBX_STAGE_NONE)
+		sbx_send_error(fds[0], &err);
+	for (size_t i = 0; i < nfds; i++)
+		sbx_close(fds[i]);
+	return true;
+}
+
+static void reap_children(int children)
+{
+	struct signalfd_siginfo info;
+
+	while (read(children, &info, sizeof info) > 0)
+		;
+	while (waitpid(-1, NULL, WNOHANG) > 0)
+		;
+}
+
+static int loop(struct state *st)
+{
+	struct pollfd fds[] = {
+		{ .fd = st->s.host, .events = POLLIN },
+		{ .fd = st->s.children, .events = POLLIN },
+		{ .fd = st->s.host_pidfd, .events = POLLIN },
+	};
+
+	for (;;) {
+		if (poll(fds, SBX_COUNT(fds), -1) < 0 && errno != EINTR)
+			return 1;
+		if (fds[2].revents)
+			return 0;
+		if (fds[0].revents && !serve(st)) /* requests first: reaping can wait, callers do not */
+			return 0;
+		if (fds[1].revents)
+			reap_children(st->s.children);
+	}
+}
+
+int main(int argc, char **argv)
+{
+	struct sbx_error err = { .stage = SBX_STAGE_NONE };
+	struct sbx_record rec = { .kind = SBX_RECORD_READY };
+
+	if (argc == 2 && strcmp(argv[1], "probe") == 0)
+		return sbx_probe();
+	if (argc != 2 || strcmp(argv[1], "serve") != 0)
+		return 64;
+	struct state *st = mmap(NULL, sizeof *st, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (st == MAP_FAILED)
+		return 71;
+	if (start(&st->s, &err) < 0) {
+		rec.kind = SBX_RECORD_ERROR;
+		rec.error = err;
+	}
+	rec.pid = (int32_t)getpid();
+	if (sbx_send_record(FD_HOST, &rec, NULL, 0, -1) < 0 || err.stage != SBX_STAGE_NONE)
+		return 1;
+	return loop(st);
+}

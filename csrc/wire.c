@@ -1,0 +1,85 @@
+/*
+ * wire.c - the host's end of the datagrams: messages out, records in. unix(7), memfd_create(2).
+ */
+#include "sandboxcore.h"
+#include "util.h"
+
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+enum { MAX_FDS = SBX_MAX_PASS + 8 };
+
+/* Send one message with `size` bytes behind it and all of `fds`. 0 or -errno. */
+int sbx_wire_send(int sock, const struct sbx_message *msg, const void *body, size_t size, const int *fds, size_t nfds)
+{
+	struct iovec iov[] = { { (void *)(uintptr_t)msg, sizeof *msg }, { (void *)(uintptr_t)body, size } };
+	union {
+		struct cmsghdr align;
+		char space[CMSG_SPACE(sizeof(int) * MAX_FDS)];
+	} control = { 0 };
+	struct msghdr head = { .msg_iov = iov, .msg_iovlen = SBX_COUNT(iov) };
+
+	if (nfds > MAX_FDS)
+		return -E2BIG;
+	if (nfds) {
+		head.msg_control = &control;
+		head.msg_controllen = CMSG_SPACE(sizeof(int) * nfds);
+		struct cmsghdr *cmsg = CMSG_FIRSTHDR(&head);
+		cmsg->cmsg_level = SOL_SOCKET;
+		cmsg->cmsg_type = SCM_RIGHTS;
+		cmsg->cmsg_len = CMSG_LEN(sizeof(int) * nfds);
+		memcpy(CMSG_DATA(cmsg), fds, sizeof(int) * nfds);
+	}
+	while (sendmsg(sock, &head, MSG_NOSIGNAL) < 0)
+		if (errno != EINTR)
+			return -errno;
+	return 0;
+}
+
+/* A sealed memfd with a copy of `data`: the receiver can map it and trust it not to change. */
+int sbx_wire_memfd(const void *data, size_t size)
+{
+	_cleanup_fd_ int fd = memfd_create("sandboxcore", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	if (fd < 0)
+		return -errno;
+	for (size_t done = 0; done < size;) {
+		ssize_t n = write(fd, (const char *)data + done, size - done);
+		if (n < 0 && errno != EINTR)
+			return -errno;
+		done += n > 0 ? (size_t)n : 0;
+	}
+	if (fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL) < 0)
+		return -errno;
+	return sbx_steal_fd(&fd);
+}
+
+/*
+ * Receive one record, at most `size` bytes of text behind it, and the descriptor it may bring.
+ * Returns the datagram's length, 0 at end-of-file, or -errno.
+ */
+long sbx_wire_receive(int sock, struct sbx_record *rec, void *text, size_t size, int *fd)
+{
+	struct iovec iov[] = { { rec, sizeof *rec }, { text, size } };
+	union {
+		struct cmsghdr align;
+		char space[CMSG_SPACE(sizeof(int))];
+	} control;
+	struct msghdr head = { .msg_iov = iov, .msg_iovlen = SBX_COUNT(iov), .msg_control = &control };
+	ssize_t len;
+
+	*fd = -1;
+	head.msg_controllen = sizeof control;
+	while ((len = recvmsg(sock, &head, MSG_CMSG_CLOEXEC)) < 0)
+		if (errno != EINTR)
+			return -errno;
+	struct cmsghdr *cmsg = CMSG_FIRSTHDR(&head);
+	if (cmsg && cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_RIGHTS)
+		memcpy(fd, CMSG_DATA(cmsg), sizeof *fd);
+	if (len > 0 && (len < (ssize_t)sizeof *rec || head.msg_flags & MSG_TRUNC)) {
+		sbx_close(sbx_steal_fd(fd));
+		return -EPROTO;
+	}
+	return len;
+}

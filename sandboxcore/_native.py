@@ -1,0 +1,224 @@
+"""The only importer of the compiled module: arenas, the spawner's socket, one call per run.
+
+Failures leave here bare, as :class:`NativeFailure` (stage, index, errno); :mod:`sandboxcore.process`
+renders them with what it knows about the plan.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from sandboxcore._core import ffi, lib  # the compiled module has no types of its own
+
+STAGES: tuple[str, ...] = tuple(
+    cast(bytes, ffi.string(lib.sbx_stage_name(number))).decode() for number in range(lib.SBX_STAGE_COUNT)
+)
+MAX_PASS = cast(int, lib.SBX_MAX_PASS)
+MAX_LATE = cast(int, lib.SBX_MAX_LATE)
+
+
+def constant(name: str) -> int:
+    """The value of an enumerator of ``plan.h``, without its ``SBX_`` prefix."""
+    return cast(int, getattr(lib, f"SBX_{name}"))
+
+
+class NativeFailure(Exception):
+    """What C reports: a stage's name, the index within its list, the errno."""
+
+    def __init__(self, error: Any) -> None:
+        self.stage = STAGES[error.stage] if 0 <= error.stage < len(STAGES) else "unknown"
+        self.index: int = error.index
+        self.errno: int = error.err
+        self.syscall: int = error.syscall
+        super().__init__(self.stage, self.index, self.errno)
+
+
+class Arena:
+    """Writes one plan or request: a header, arrays of records, strings; linked by offsets."""
+
+    def __init__(self, header: str, arrays: dict[str, tuple[str, int]]) -> None:
+        """``arrays`` maps a span of the header to its record type and number of records."""
+        size = ffi.sizeof(header)
+        self._layout: dict[str, tuple[str, int, int]] = {}
+        for name, (kind, count) in arrays.items():
+            align = ffi.alignof(kind)
+            size = (size + align - 1) // align * align
+            self._layout[name] = (kind, size, count)
+            size += ffi.sizeof(kind) * count
+        self._header = header
+        self._fixed = bytearray(size)
+        self._strings = bytearray()
+        self._known: dict[bytes, int] = {}
+        self.head = ffi.from_buffer(f"{header} *", self._fixed, require_writable=True)
+        for name, (_, offset, count) in self._layout.items():
+            span = getattr(self.head, name)
+            span.off, span.count = (offset, count) if count else (0, 0)
+
+    def record(self, name: str, index: int) -> Any:
+        """The record ``index`` of the array ``name``, to be filled."""
+        kind, offset, _ = self._layout[name]
+        view = memoryview(self._fixed)[offset + ffi.sizeof(kind) * index :]
+        return ffi.from_buffer(f"{kind} *", view, require_writable=True)
+
+    def raw(self, name: str, data: bytes) -> None:
+        """Fill the array ``name`` with bytes as they are."""
+        _, offset, _ = self._layout[name]
+        self._fixed[offset : offset + len(data)] = data
+
+    def data(self, data: bytes) -> int:
+        """Store bytes with a NUL behind them; returns their offset. Equal ones are stored once."""
+        known = self._known.get(data)
+        if known is None:
+            known = self._known[data] = len(self._fixed) + len(self._strings)
+            self._strings += data + b"\0"
+        return known
+
+    def strings(self, name: str, items: Sequence[bytes]) -> None:
+        """Point the header's span ``name`` at strings stored one behind the other."""
+        span = getattr(self.head, name)
+        if items:
+            span.off = len(self._fixed) + len(self._strings)
+            span.count = len(items)
+            self._strings += b"\0".join(items) + b"\0"
+
+    def finish(self, magic: int) -> bytes:
+        """Set magic, layout and size; returns the whole arena."""
+        self.head.magic = magic
+        self.head.layout = lib.SBX_LAYOUT
+        self.head.size = len(self._fixed) + len(self._strings)
+        return bytes(self._fixed + self._strings)
+
+
+def landlock_abi() -> int:
+    """The kernel's Landlock ABI; 0 where there is none."""
+    return cast(int, lib.sbx_landlock_abi())
+
+
+def check_plan(plan: bytes) -> None:
+    """Raise :class:`NativeFailure` unless C would accept this plan."""
+    error = ffi.new("struct sbx_error *")
+    view = ffi.from_buffer(plan)
+    if lib.sbx_plan_check(view, len(plan), error) < 0:
+        raise NativeFailure(error)
+
+
+def spawner_start(path: str, diagnostics: int) -> int:
+    """Start the helper at ``path``; returns the connection's descriptor."""
+    error = ffi.new("struct sbx_error *")
+    fd = lib.sbx_spawner_start(os.fsencode(path), diagnostics, error)
+    if fd < 0:
+        raise NativeFailure(error)
+    return cast(int, fd)
+
+
+def spawner_hello(spawner: int, kind: str, flags: int) -> int:
+    """Introduce ourselves (``kind`` HELLO, then maybe MAPPED); returns the spawner's pid."""
+    error, record = ffi.new("struct sbx_error *"), ffi.new("struct sbx_record *")
+    if lib.sbx_spawner_hello(spawner, constant(f"MESSAGE_{kind}"), flags, record, error) < 0:
+        raise NativeFailure(error)
+    return cast(int, record.pid)
+
+
+def spawner_plan(spawner: int, plan_id: int, plan: bytes) -> None:
+    """Have a template built from ``plan``."""
+    error = ffi.new("struct sbx_error *")
+    if lib.sbx_spawner_plan(spawner, plan_id, ffi.from_buffer(plan), len(plan), error) < 0:
+        raise NativeFailure(error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streams:
+    """Where stdin comes from and stdout and stderr go, in descriptors of this process.
+
+    ``capture`` are the numbers (1, 2) to capture, ``relay`` maps 1 and 2 to a descriptor.
+    """
+
+    input: bytes | None = None
+    stdin: int = -1
+    capture: tuple[int, ...] = (1, 2)
+    relay: tuple[tuple[int, int], ...] = ()
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NativeResult:
+    """One finished run, in C's words: a wait status, bytes, nanoseconds and microseconds."""
+
+    status: int
+    timed_out: bool
+    lost: bool
+    output: tuple[bytes, bytes]
+    totals: tuple[int, int]
+    clock: tuple[int, ...]
+    began: int
+    ended: int
+    utime_us: int
+    stime_us: int
+    maxrss_kib: int
+    majflt: int
+    inblock: int
+    oublock: int
+    applied: bytes
+
+
+_UNBOUNDED = 1 << 62
+
+
+def run(
+    spawner: int, request: bytes, streams: Streams, timeout: float | None, pass_fds: Sequence[int]
+) -> NativeResult:
+    """Run one request to its end. Signal handlers of Python run meanwhile and may raise."""
+    error, run = ffi.new("struct sbx_error *"), ffi.new("struct sbx_run *")
+    keep: list[Any] = [ffi.from_buffer(request)]
+    run.spawner, run.stdin_relay = spawner, streams.stdin
+    run.request, run.request_size = keep[0], len(request)
+    if streams.input is not None:
+        keep.append(ffi.from_buffer(streams.input))
+        run.input, run.input_size = keep[1], len(streams.input)
+    run.timeout_ns = -1 if timeout is None else min(int(timeout * 1e9), _UNBOUNDED)
+    if pass_fds:
+        keep.append(ffi.new("int32_t[]", list(pass_fds)))
+        setattr(run, "pass", keep[-1])
+        run.pass_count = len(pass_fds)
+    for number in streams.capture:
+        out = run.out[number - 1]
+        out.mode = lib.SBX_STREAM_CAPTURE
+        out.limit = _UNBOUNDED if streams.limit is None else streams.limit
+    for number, fd in streams.relay:
+        out = run.out[number - 1]
+        out.mode, out.relay = lib.SBX_STREAM_RELAY, fd
+    try:
+        while code := lib.sbx_run(run, error):  # 1: a signal came; Python looks at it here
+            if code < 0:
+                raise NativeFailure(error)
+        return _result(run)
+    finally:
+        lib.sbx_run_close(run)
+
+
+def _result(run: Any) -> NativeResult:
+    end = run.exit
+    return NativeResult(
+        end.status,
+        bool(run.timed_out),
+        bool(run.lost),
+        (_captured(run.out[0]), _captured(run.out[1])),
+        (run.out[0].total, run.out[1].total),
+        tuple(end.clock),
+        run.began_ns,
+        run.ended_ns,
+        end.utime_us,
+        end.stime_us,
+        end.maxrss_kib,
+        end.majflt,
+        end.inblock,
+        end.oublock,
+        bytes(ffi.buffer(run.applied, run.applied_size)) if run.applied_size else b"",
+    )
+
+
+def _captured(stream: Any) -> bytes:
+    if stream.mode != lib.SBX_STREAM_CAPTURE or not stream.size:
+        return b""
+    return bytes(ffi.buffer(stream.data, stream.size))

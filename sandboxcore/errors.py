@@ -1,0 +1,95 @@
+"""What can go wrong, as one tree.
+
+::
+
+    SandboxError
+    ├── SpecError (ValueError)          the description is wrong; nothing was started
+    ├── UnsupportedHost                 this host cannot do what was asked: .feature, .remedy
+    ├── SetupError (OSError)            isolation failed at .stage; nothing is left behind
+    │   └── ExecError                   isolation stands, the command could not be executed
+    │       ├── ProgramNotFound (FileNotFoundError)
+    │       └── ProgramNotExecutable (PermissionError)
+    ├── CommandFailed (CalledProcessError)   check=True and a non-zero status
+    └── SandboxTimeout (TimeoutError)        check=True and the time was up
+
+Failing to sandbox is an exception; what the program did is data (:class:`ExecResult`), unless
+``check=True`` asks otherwise.
+"""
+
+import os
+import subprocess
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sandboxcore.process import ExecResult
+
+
+class SandboxError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class SpecError(SandboxError, ValueError):
+    """The spec or an argument is wrong. Raised before anything is started."""
+
+
+class UnsupportedHost(SandboxError):
+    """The host lacks something that the spec asks for.
+
+    ``feature`` names it in the kernel's words, ``remedy`` says how to get it.
+    """
+
+    def __init__(self, feature: str, remedy: str) -> None:
+        super().__init__(f"{feature}: not available on this host; {remedy}")
+        self.feature = feature
+        self.remedy = remedy
+
+
+class SetupError(SandboxError, OSError):
+    """A step of the set-up failed; the payload did not run and nothing is left behind.
+
+    ``stage`` names the step, ``index`` the item of its list, ``errno`` the kernel's answer,
+    ``subject`` the path or object, ``hint`` a remedy where one is known.
+    """
+
+    def __init__(
+        self, stage: str, errno: int, *, index: int = 0, subject: str = "", hint: str = ""
+    ) -> None:
+        text = f"{stage}: {subject}: {os.strerror(errno)}" if subject else f"{stage}: {os.strerror(errno)}"
+        OSError.__init__(self, errno, f"{text} ({hint})" if hint else text)
+        self.stage = stage
+        self.index = index
+        self.subject = subject
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class ExecError(SetupError):
+    """The sandbox stood, but the command could not be executed in it."""
+
+
+class ProgramNotFound(ExecError, FileNotFoundError):
+    """No such program inside the sandbox."""
+
+
+class ProgramNotExecutable(ExecError, PermissionError):
+    """The program is there, but the payload may not execute it."""
+
+
+class CommandFailed(SandboxError, subprocess.CalledProcessError):
+    """``check=True`` and the command did not exit with 0. ``result`` has everything."""
+
+    def __init__(self, result: "ExecResult") -> None:
+        subprocess.CalledProcessError.__init__(
+            self, result.returncode, list(result.args), result.stdout, result.stderr
+        )
+        self.result = result
+
+
+class SandboxTimeout(SandboxError, TimeoutError):
+    """``check=True`` and the time was up. ``result`` has the partial output."""
+
+    def __init__(self, result: "ExecResult") -> None:
+        super().__init__(f"command {result.args[0]!r} timed out after {result.duration:.3f} s")
+        self.result = result

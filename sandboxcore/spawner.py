@@ -1,0 +1,101 @@
+"""The connection to the spawner: one per process and network kind, made on first use.
+
+The spawner ends when this process does. After ``os.fork()`` a child drops the inherited connection
+and starts its own; a spawner that died is replaced on the next run.
+"""
+
+import os
+import subprocess
+import threading
+from typing import Final
+
+from sandboxcore import _native
+from sandboxcore.errors import UnsupportedHost
+from sandboxcore.host import HELPER, REMEDIES, HostFeatures
+from sandboxcore.plan import Plan
+
+
+class Spawner:
+    """One live connection and the plans that the other side was given."""
+
+    def __init__(self, host: HostFeatures, *, host_network: bool) -> None:
+        """Start the helper and tell it how it will make sandboxes."""
+        program = os.environ.get("SANDBOXCORE_SPAWNER") or str(HELPER)
+        diagnostics = 2 if os.environ.get("SANDBOXCORE_DIAGNOSTICS") else -1
+        self.known: set[int] = set()
+        self.fd: Final = _native.spawner_start(program, diagnostics)
+        try:
+            self._introduce(host, host_network=host_network)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def _introduce(self, host: HostFeatures, *, host_network: bool) -> None:
+        flags = 0 if host_network else _native.constant("HELLO_NET_POOL")
+        if host.mode != "root":
+            flags |= _native.constant("HELLO_USERNS")
+        if host.mode == "rootless":
+            flags |= _native.constant("HELLO_SELF_MAP")
+        try:
+            self.pid = _native.spawner_hello(self.fd, "HELLO", flags)
+            if host.mode == "subuid":
+                self._map_ids(host)
+                _native.spawner_hello(self.fd, "MAPPED", 0)
+        except _native.NativeFailure as failure:
+            if failure.stage == "userns":
+                raise UnsupportedHost("user namespaces for this user", REMEDIES["user"]) from failure
+            raise
+
+    def _map_ids(self, host: HostFeatures) -> None:
+        """newuidmap(1), newgidmap(1): once per spawner, never per sandbox."""
+        for tool, own, extra in (("newuidmap", host.uid, host.subuid), ("newgidmap", host.gid, host.subgid)):
+            if extra is None:
+                raise AssertionError("mode subuid without a range")
+            maps = ["0", str(own), "1", "1", str(extra[0]), str(extra[1])]
+            done = subprocess.run([tool, str(self.pid), *maps], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise UnsupportedHost(f"{tool} {' '.join(maps)}", done.stderr.strip() or "check /etc/subuid")
+
+    def teach(self, plan: Plan) -> None:
+        """Have the plan's template built, unless it is there already."""
+        if plan.id not in self.known:
+            _native.spawner_plan(self.fd, plan.id, plan.data)
+            self.known.add(plan.id)
+
+    def close(self) -> None:
+        """Let the spawner end. Its sandboxes watch this process and live on until they are done."""
+        os.close(self.fd)
+
+
+_lock = threading.Lock()
+_spawners: dict[tuple[HostFeatures, bool], Spawner] = {}
+
+
+def get_spawner(plan: Plan) -> Spawner:
+    """The spawner for a plan's kind of network and this process's identity."""
+    key = plan.host, plan.host_network
+    with _lock:
+        spawner = _spawners.get(key)
+        if spawner is None:
+            spawner = _spawners[key] = Spawner(plan.host, host_network=plan.host_network)
+        return spawner
+
+
+def drop_spawner(spawner: Spawner) -> None:
+    """Forget a spawner that does not answer any more."""
+    with _lock:
+        for key, known in list(_spawners.items()):
+            if known is spawner:
+                del _spawners[key]
+                spawner.close()
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+    for spawner in _spawners.values():
+        spawner.close()
+    _spawners.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

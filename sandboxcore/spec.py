@@ -1,0 +1,374 @@
+"""The description of a sandbox: frozen, validated when made, pure data.
+
+Nothing here looks at the host. A wrong value raises :class:`SpecError` naming the field; whether the
+host can do what is asked is decided later, in :mod:`sandboxcore.plan`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from sandboxcore.errors import SpecError
+from sandboxcore.seccomp import SeccompPolicy, resolve
+
+StrPath = str | os.PathLike[str]
+Binding = str | os.PathLike[str] | tuple[StrPath, StrPath]
+Network = Literal["none", "private", "host"]
+
+WORKSPACE = "/workspace"
+DEFAULT_ID = 1000
+ID_RANGE = 65536
+
+PROFILES: Mapping[str, Mapping[str, Any]] = {
+    "minimal": {"seccomp": "minimal", "proc": "pid"},
+    "standard": {"seccomp": "standard", "proc": "full"},
+    "full": {"seccomp": "full", "proc": "full"},
+}
+
+# Made by us in every sandbox: nothing may be mounted over them or below them.
+RESERVED = ("/proc", "/dev", "/sys")
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def parse_size(value: int | str, name: str) -> int:
+    """Bytes from ``512``, ``"512M"``, ``"1.5G"`` (binary units). ``name`` is for the error."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise SpecError(f"{name}: {value!r} is not a size such as 1048576 or '512M'")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def clean_path(path: StrPath, name: str) -> str:
+    """An absolute path without ``.``, ``..`` or double slashes. ``name`` is for the error."""
+    text = os.fspath(path)
+    if not isinstance(text, str) or "\0" in text or not text.startswith("/"):
+        raise SpecError(f"{name}: {text!r} is not an absolute path")
+    parts = [part for part in text.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise SpecError(f"{name}: {text!r} has a '..'")
+    clean = "/" + "/".join(parts)
+    if len(os.fsencode(clean)) > 4000 or any(len(os.fsencode(part)) > 255 for part in parts):
+        raise SpecError(f"{name}: path is too long")
+    return clean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """One mount. ``kind="bind"`` shows ``source`` of the host at ``target``; ``kind="tmpfs"`` is a
+    private, writable file system in memory.
+
+    Parameters
+    ----------
+    target: absolute path inside; missing directories are made where that does not touch the host.
+    source: bind only: path on the host; symbolic links in it are followed once, now.
+    read_only: bind only; default True.
+    size, inodes, mode: tmpfs only: bytes (default: the sandbox's ``limits.disk``), number of files,
+        permissions of its root (default 0o755, owned by the payload).
+    """
+
+    kind: Literal["bind", "tmpfs"]
+    target: str
+    source: str | None = None
+    read_only: bool = True
+    size: int | str | None = None
+    inodes: int | None = None
+    mode: int = 0o755
+
+    def __post_init__(self) -> None:
+        """Validate and normalise."""
+        put = object.__setattr__
+        put(self, "target", clean_path(self.target, "mounts.target"))
+        if self.target == "/" or any(_below(self.target, path) for path in RESERVED):
+            raise SpecError(f"mounts: target {self.target!r} is reserved")
+        if self.kind == "bind":
+            if self.source is None:
+                raise SpecError(f"mounts: bind at {self.target!r} has no source")
+            source = clean_path(os.path.abspath(os.path.expanduser(self.source)), "mounts.source")
+            if _below(source, "/proc"):
+                raise SpecError(f"mounts: source {source!r} is below /proc")
+            put(self, "source", source)
+        elif self.kind != "tmpfs":
+            raise SpecError(f"mounts: unknown kind {self.kind!r}")
+        elif self.source is not None:
+            raise SpecError(f"mounts: tmpfs at {self.target!r} has a source")
+        if self.size is not None:
+            put(self, "size", parse_size(self.size, "mounts.size"))
+        if not 0 <= self.mode <= 0o7777:
+            raise SpecError(f"mounts: mode {self.mode!r} is not a file mode")
+
+
+def _below(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(parent.rstrip("/") + "/")
+
+
+def _bind(item: Binding, name: str, *, read_only: bool) -> Mount:
+    if isinstance(item, tuple):
+        if len(item) != 2:
+            raise SpecError(f"{name}: {item!r} is not (source, target)")
+        source, target = os.fspath(item[0]), os.fspath(item[1])
+    else:
+        text = os.fspath(item)
+        source, colon, target = text.rpartition(":") if isinstance(item, str) else ("", "", text)
+        if not colon or not target.startswith("/"):
+            source, target = text, os.path.abspath(os.path.expanduser(text))
+    if not source:
+        raise SpecError(f"{name}: {item!r} has no source")
+    return Mount(kind="bind", source=source, target=target, read_only=read_only)
+
+
+def _tmpfs(item: str) -> Mount:
+    target, colon, size = item.partition(":")
+    return Mount(kind="tmpfs", target=target, size=size if colon else None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a sandbox may use. ``None`` means no limit.
+
+    Sizes are bytes or text such as ``"512M"``; times are seconds.
+
+    Parameters
+    ----------
+    pids: processes and threads alive at once (RLIMIT_NPROC of the sandbox's own user namespace).
+    open_files: descriptors per process (RLIMIT_NOFILE).
+    file_size: largest file (RLIMIT_FSIZE); a process that exceeds it gets SIGXFSZ.
+    cpu_time: CPU seconds per process (RLIMIT_CPU).
+    wall_time: seconds until the whole tree is killed; the smaller of this and ``timeout=`` holds.
+    output: bytes kept of stdout and of stderr, each: the first and the last half of it.
+    disk, inodes: everything private and writable together (``/tmp``, ``/workspace``, ``/dev/shm``).
+    memory, swap, cpus, cpu_weight, io: need a cgroup; not applied by this version, so asking for
+        them raises :class:`UnsupportedHost` unless the spec lists them in ``optional``.
+    """
+
+    memory: int | str | None = None
+    swap: int | str | None = None
+    cpus: float | None = None
+    cpu_weight: int | None = None
+    cpu_time: float | None = None
+    wall_time: float | None = None
+    pids: int | None = 4096
+    open_files: int | None = 65536
+    file_size: int | str | None = None
+    output: int | str | None = 64 << 20
+    disk: int | str | None = 1 << 30
+    inodes: int | None = 1 << 20
+    io: int | str | None = None
+
+    def __post_init__(self) -> None:
+        """Validate and normalise."""
+        for name in ("memory", "swap", "file_size", "output", "disk", "io"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, parse_size(value, f"limits.{name}"))
+        for name in ("cpus", "cpu_weight", "cpu_time", "wall_time", "pids", "open_files", "inodes"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < 2**62):
+                raise SpecError(f"limits.{name}: {value!r} is not a positive number")
+        for name in ("cpu_weight", "pids", "open_files", "inodes"):
+            if isinstance(getattr(self, name), float):
+                raise SpecError(f"limits.{name}: {getattr(self, name)!r} is not a whole number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxSpec:
+    """How a sandbox is built. Immutable; :meth:`replace` makes variants.
+
+    What is named here is required: what the host lacks raises :class:`UnsupportedHost` before
+    anything starts, except for what ``optional`` lists. What only the defaults name (Landlock)
+    applies where the host can, and the result's record says whether it did.
+
+    Parameters
+    ----------
+    profile: ``"minimal"``, ``"standard"`` or ``"full"``: the defaults of ``seccomp`` and ``proc``.
+    rootfs: directory that becomes the read-only root; default: the host's ``/usr`` and a minimal
+        ``/etc``.
+    mounts: typed mounts; ``ro``, ``rw`` and ``tmpfs`` are short forms.
+    ro, rw: ``"SRC"``, ``"SRC:DST"`` or ``(src, dst)`` host paths. ``rw`` is really writable, and
+        what the payload makes there belongs to the directory's owner.
+    deny: absolute paths inside that become empty and unreadable. Never creates anything.
+    tmpfs: ``"DST"`` or ``"DST:SIZE"``.
+    network: ``"none"`` a namespace with only loopback; ``"private"`` the same, owned by the sandbox's
+        own user namespace; ``"host"`` no network isolation at all.
+    hostname: of the uts namespace.
+    env: variables on top of the clean default environment.
+    workdir: working directory and HOME; ``/workspace`` is private and writable.
+    user: uid or ``"uid:gid"`` inside, 0 to 65535; default 1000:1000.
+    seccomp: profile name or :class:`SeccompPolicy`; default: the profile's.
+    capabilities: must be empty: payloads run with five empty capability sets.
+    landlock: False to leave it out, ``"required"`` to insist.
+    limits: :class:`Limits`.
+    labels: free text pairs for the caller.
+    optional: names that may be missing: ``"landlock"``, ``"memory"``, ``"swap"``, ``"cpus"``,
+        ``"cpu_weight"``, ``"io"``.
+    time_offsets: own time namespace with these offsets in seconds for ``monotonic`` and ``boottime``.
+    proc: ``"full"`` with masks, or ``"pid"``: processes only (proc's ``subset=pid``).
+    """
+
+    profile: str = "standard"
+    rootfs: str | None = None
+    mounts: tuple[Mount, ...] = ()
+    ro: tuple[Binding, ...] = ()
+    rw: tuple[Binding, ...] = ()
+    deny: tuple[str, ...] = ()
+    tmpfs: tuple[str, ...] = ()
+    network: Network = "none"
+    hostname: str = "sandbox"
+    env: Mapping[str, str] = field(default_factory=dict)
+    workdir: str = WORKSPACE
+    user: int | str | None = None
+    seccomp: str | SeccompPolicy | None = None
+    capabilities: tuple[str, ...] = ()
+    landlock: bool | Literal["required"] = True
+    limits: Limits = field(default_factory=Limits)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    time_offsets: Mapping[str, float] | None = None
+    proc: Literal["full", "pid"] | None = None
+    fingerprint: str = field(init=False, repr=False, compare=False, default="")
+
+    def __post_init__(self) -> None:
+        """Validate and normalise; everything that can be said without a host is said here."""
+        put = object.__setattr__
+        if self.profile not in PROFILES:
+            raise SpecError(f"profile: {self.profile!r} is not one of {', '.join(PROFILES)}")
+        for name, default in PROFILES[self.profile].items():
+            if getattr(self, name) is None:
+                put(self, name, default)
+        for name in ("mounts", "ro", "rw", "deny", "tmpfs", "capabilities", "optional"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise SpecError(f"{name}: {value!r} is not a sequence")
+            put(self, name, tuple(value))
+        put(self, "deny", tuple(clean_path(path, "deny") for path in self.deny))
+        put(self, "workdir", clean_path(self.workdir, "workdir"))
+        if self.rootfs is not None:
+            put(self, "rootfs", os.path.abspath(os.path.expanduser(self.rootfs)))
+        self._check_values()
+        resolve(self.seccomp or "standard")
+        self.all_mounts()
+        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode())
+        put(self, "fingerprint", digest.hexdigest())
+
+    def _check_values(self) -> None:
+        if self.network not in ("none", "private", "host"):
+            raise SpecError(f"network: {self.network!r} is not none, private or host")
+        if self.proc not in ("full", "pid"):
+            raise SpecError(f"proc: {self.proc!r} is not full or pid")
+        if self.landlock not in (True, False, "required"):
+            raise SpecError(f"landlock: {self.landlock!r} is not True, False or 'required'")
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?", self.hostname):
+            raise SpecError(f"hostname: {self.hostname!r} is not a host name")
+        if self.capabilities:
+            raise SpecError("capabilities: payloads run with empty capability sets; none can be kept")
+        if any(path == "/" or _below(path, "/proc") for path in self.deny):
+            raise SpecError("deny: '/' and '/proc' cannot be denied; proc='pid' hides most of /proc")
+        check_env(self.env, "env")
+        for clock in self.time_offsets or ():
+            if clock not in ("monotonic", "boottime"):
+                raise SpecError(f"time_offsets: {clock!r} is not monotonic or boottime")
+        self.ids()
+
+    def ids(self) -> tuple[int, int]:
+        """uid and gid of the payload, as seen inside."""
+        text = str(DEFAULT_ID if self.user is None else self.user)
+        uid, colon, gid = text.partition(":")
+        if not uid.isdecimal() or (colon and not gid.isdecimal()):
+            raise SpecError(f"user: {self.user!r} is not a uid or 'uid:gid'")
+        pair = int(uid), int(gid) if colon else int(uid)
+        if max(pair) >= ID_RANGE:
+            raise SpecError(f"user: {self.user!r} is not below {ID_RANGE}")
+        return pair
+
+    def all_mounts(self) -> tuple[Mount, ...]:
+        """``mounts``, ``ro``, ``rw`` and ``tmpfs`` in one form, parents first whatever their order."""
+        every = [
+            *self.mounts,
+            *(_bind(item, "ro", read_only=True) for item in self.ro),
+            *(_bind(item, "rw", read_only=False) for item in self.rw),
+            *(_tmpfs(item) for item in self.tmpfs),
+        ]
+        by_target: dict[str, Mount] = {}
+        for mount in every:
+            if mount.target in by_target:
+                raise SpecError(f"mounts: {mount.target!r} is a target twice")
+            by_target[mount.target] = mount
+        return tuple(sorted(every, key=lambda mount: mount.target.split("/")))
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed. A changed ``profile`` brings its own defaults."""
+        if "profile" in changes:
+            for name, default in PROFILES[self.profile].items():
+                if name not in changes and getattr(self, name) == default:
+                    changes[name] = None
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON; :meth:`from_dict` reads it back."""
+        data: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            if item.name != "fingerprint":
+                data[item.name] = _plain(getattr(self, item.name))
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """A spec from plain data. An unknown key is a :class:`SpecError`."""
+        known = {item.name for item in dataclasses.fields(cls)} - {"fingerprint"}
+        if unknown := sorted(set(data) - known):
+            raise SpecError(f"spec: unknown field {unknown[0]!r}")
+        fields = dict(data)
+        try:
+            if isinstance(fields.get("limits"), Mapping):
+                fields["limits"] = Limits(**fields["limits"])
+            if isinstance(fields.get("seccomp"), Mapping):
+                fields["seccomp"] = SeccompPolicy.from_dict(fields["seccomp"])
+            for name in ("ro", "rw"):
+                if isinstance(fields.get(name), list):
+                    fields[name] = [tuple(i) if isinstance(i, list) else i for i in fields[name]]
+            if isinstance(fields.get("mounts"), list):
+                fields["mounts"] = [Mount(**item) for item in fields["mounts"]]
+            return cls(**fields)
+        except TypeError as error:
+            raise SpecError(f"spec: {error}") from None
+
+    @classmethod
+    def from_toml(cls, path: StrPath) -> Self:
+        """A spec from a TOML file with the same field names (``[limits]`` and ``[env]`` are tables)."""
+        try:
+            data = tomllib.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise SpecError(f"{os.fspath(path)}: {error}") from None
+        return cls.from_dict(data)
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+
+def check_env(env: Mapping[str, str], name: str) -> None:
+    """Raise :class:`SpecError` unless every pair fits an environment block."""
+    for key, value in env.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise SpecError(f"{name}: {key!r}: names and values are text")
+        if not key or "=" in key or "\0" in key + value:
+            raise SpecError(f"{name}: {key!r} cannot be an environment variable")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
