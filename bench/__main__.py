@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory.chmod(0o755)  # a peer's mapped root must reach its bundle
         series, missing = _measure(directory, options.only, quick=options.quick)
     if not series:
-        print("nothing to measure", *report.missing_lines(missing), sep="\n", file=sys.stderr)
+        print(
+            "nothing to measure", *report.missing_lines(missing, series), sep="\n", file=sys.stderr
+        )
         return 1
     found = report.records(series)
     facts = machine.facts()
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
         options.json.with_suffix(".machine.json").write_text(json.dumps(side, indent=1) + "\n")
     head = report.facts_lines(facts, report.noisy_share(series))
-    absent = report.missing_lines(missing)
+    absent = report.missing_lines(missing, series)
     if options.markdown:
         lines = [f"- {line}" for line in (*head, *absent)]
         print(

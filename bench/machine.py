@@ -6,36 +6,48 @@ import gzip
 import os
 import platform
 import re
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 Facts = dict[str, str | int | dict[str, str]]
 
-WAITING_SHARE = 0.25
-"""A block is noisy when runnable tasks waited for a processor for this share of it."""
+UNUSUAL_WAITING = 0.25
+"""A block is noisy when tasks waited so much more of it than of the subject's median block."""
+
+
+class Disturbance(NamedTuple):
+    """What else went on during a block.
+
+    stolen: the hypervisor gave the processors to others. loaded: more tasks than processors wanted
+    to run, on average over a minute. waiting: the share of the time in which some runnable task
+    waited for a processor; a subject whose own processes overlap has a share of its own, so only
+    a comparison with its other blocks tells.
+    """
+
+    stolen: bool
+    loaded: bool
+    waiting: float
 
 
 class NoiseGuard:
-    """Says whether a block ran on a busy machine: stolen time, processor pressure, or load.
-
-    The benchmark itself is a load of about one, and on one processor its own parent and child
-    wait for each other: there the guard marks more than it should.
-    """
+    """Watches the machine from its creation on."""
 
     def __init__(self) -> None:
-        self._cores = os.cpu_count() or 1
-        self._before = (0, 0, 0)
-
-    def start(self) -> None:
         self._before = self._now()
 
-    def noisy(self, slept_s: float) -> bool:
-        """Whether the time since start(), less what the block slept in it, was disturbed."""
+    def disturbance(self, slept_s: float) -> Disturbance:
+        """What went on, seen against the time since then less what the block slept in it."""
         time_ns, steal, waited_us = (
             now - before for now, before in zip(self._now(), self._before, strict=True)
         )
-        pressed = waited_us * 1000 > WAITING_SHARE * (time_ns - slept_s * 1e9)
-        return steal > 0 or pressed or os.getloadavg()[0] > self._cores
+        return Disturbance(
+            stolen=steal > 0,
+            loaded=os.getloadavg()[0] > (os.cpu_count() or 1),
+            waiting=waited_us * 1000 / max(1, time_ns - slept_s * 1e9),
+        )
 
     @staticmethod
     def _now() -> tuple[int, int, int]:
@@ -43,6 +55,14 @@ class NoiseGuard:
         steal = int(fields[8]) if len(fields) > 8 else 0
         waited = re.search(r"some .*total=(\d+)", _read("/proc/pressure/cpu"))
         return time.perf_counter_ns(), steal, int(waited[1]) if waited else 0
+
+
+def noisy_blocks(blocks: Sequence[Disturbance]) -> int:
+    """How many of one subject's blocks were disturbed."""
+    usual = statistics.median(block.waiting for block in blocks) if blocks else 0
+    return sum(
+        block.stolen or block.loaded or block.waiting > usual + UNUSUAL_WAITING for block in blocks
+    )
 
 
 def facts() -> Facts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NotRequired, TypedDict
 
-from bench.machine import Facts
+from bench.machine import Facts, noisy_blocks
 from bench.runner import Series
 from bench.stats import percentile, pooled, ratio_of_medians
 
@@ -56,8 +56,8 @@ def ratio_name(subject: str, reference: str) -> str:
 
 
 def noisy_share(series: Iterable[Series]) -> float:
-    """The share of marked blocks over everything."""
-    counted = [(one.noisy, len(one.blocks) + one.failures) for one in series]
+    """The share of noisy blocks over everything."""
+    counted = [(noisy_blocks(one.disturbances), len(one.disturbances)) for one in series]
     return sum(noisy for noisy, _ in counted) / max(1, sum(blocks for _, blocks in counted))
 
 
@@ -98,8 +98,14 @@ def facts_lines(facts: Facts, noisy: float) -> list[str]:
     return [*lines, f"noisy blocks: {noisy:.0%}"]
 
 
-def missing_lines(missing: Mapping[str, str]) -> list[str]:
-    return [f"missing {name}: {reason}" for name, reason in missing.items()]
+def missing_lines(missing: Mapping[str, str], series: Iterable[Series]) -> list[str]:
+    """What was not measured, wholly or in part, and why."""
+    lost = [
+        f"{_name(one)} lost {len(one.failures)} blocks: {one.failures[-1]}"
+        for one in series
+        if one.failures
+    ]
+    return [*(f"missing {name}: {reason}" for name, reason in missing.items()), *lost]
 
 
 class _Ratio(TypedDict):
@@ -136,7 +142,7 @@ def _latencies(series: Series) -> Record:
         "p99_us": round(percentile(ordered, 0.99), 2),
         "min_us": round(ordered[0], 2),
         "noisy": round(noisy_share([series]), 3),
-        "failures": series.failures,
+        "failures": len(series.failures),
     }
 
 

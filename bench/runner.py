@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from bench.machine import NoiseGuard
+from bench.machine import Disturbance, NoiseGuard
 from bench.stats import median
 from bench.subjects import Subject
 
@@ -54,13 +54,13 @@ WARM_UP_RUNS = 50
 
 @dataclass(slots=True, kw_only=True)
 class Series:
-    """The samples of one subject in one mode, by round."""
+    """The samples of one subject in one mode, by round; and why blocks were lost."""
 
     subject: Subject
     mode: str
     blocks: dict[int, list[float]] = field(default_factory=dict)
-    noisy: int = 0
-    failures: int = 0
+    disturbances: list[Disturbance] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 def take(subjects: Sequence[Subject], plan: Plan) -> tuple[list[Series], dict[str, str]]:
@@ -81,17 +81,17 @@ def take(subjects: Sequence[Subject], plan: Plan) -> tuple[list[Series], dict[st
                 break
             for one in random.Random(number).sample(series, len(series)):
                 _take_block(one, number, counts[one.subject.name], plan.gap_s)
+    missing.update({one.subject.name: one.failures[-1] for one in series if not one.blocks})
     return [one for one in series if one.blocks], missing
 
 
 def _take_block(series: Series, number: int, count: int, gap_s: float) -> None:
     guard = NoiseGuard()
-    guard.start()
     try:
         series.blocks[number] = series.subject.block(count, gap_s)
-    except Exception:  # a failed start is not a fast start: the block is lost and counted
-        series.failures += 1
-    series.noisy += guard.noisy(count * gap_s)
+    except Exception as error:  # a failed start is not a fast start: the block is lost and counted
+        series.failures.append(_reason(error))
+    series.disturbances.append(guard.disturbance(count * gap_s))
     time.sleep(SETTLE_S)
 
 
@@ -99,7 +99,8 @@ def _warm_up(subject: Subject, plan: Plan) -> int:
     """Runs the subject a little, and says how many samples a block of it should have."""
     spent: list[float] = []  # by the clock on the wall: some subjects report less than they take
     start = time.monotonic()
-    while len(spent) < WARM_UP_RUNS and sum(spent) < plan.warm_up_s:
+    # three at least: the first run of a process may be unlike the others
+    while len(spent) < 3 or (len(spent) < WARM_UP_RUNS and sum(spent) < plan.warm_up_s):
         subject.block(1, 0)
         spent.append(time.monotonic() - start - sum(spent))
     if plan.gap_s:

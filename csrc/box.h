@@ -45,7 +45,7 @@ struct sbx_box {
 	int stdio[3]; /* descriptors from the host, or -1 */
 	int pass[SBX_MAX_PASS];
 	uint64_t clock[SBX_CLOCKS];
-	struct sbx_error error;	       /* written by the payload, which shares memory until exec */
+	struct sbx_error error;	      /* written by the payload, which shares memory until exec */
 	char applied[SBX_MAX_INLINE]; /* SBX_REQUEST_RECORD: text read back from the kernel */
 	uint32_t applied_size;
 };
@@ -76,11 +76,11 @@ int sbx_root_enter(int root, struct sbx_error *err);
 
 /* The directory of ours that the template keeps below /proc until a sandbox's proc covers it. */
 #define SBX_VOID "/proc"
-#define SBX_VOID_DIR "dir"     /* an empty directory nobody may enter */
-#define SBX_VOID_FILE "file"   /* an empty file nobody may open */
-#define SBX_VOID_EMPTY "empty" /* an empty file everybody may read */
+#define SBX_VOID_DIR "dir"	   /* an empty directory nobody may enter */
+#define SBX_VOID_FILE "file"	   /* an empty file nobody may open */
+#define SBX_VOID_EMPTY "empty"	   /* an empty file everybody may read */
 #define SBX_VOID_SCRATCH "scratch" /* where a sandbox's scratch tmpfs is attached first */
-#define SBX_VOID_PROC "proc"   /* a whole proc, without which the kernel refuses a new one */
+#define SBX_VOID_PROC "proc"	   /* a whole proc, without which the kernel refuses a new one */
 
 /* path.c */
 enum { SBX_NAME_MAX = 256 };

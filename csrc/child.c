@@ -22,6 +22,10 @@
 #include <linux/prctl.h>
 #include <sys/mman.h>
 
+#ifdef SBX_FAULT
+struct sbx_fault sbx_fault; /* test builds only: see sys.h */
+#endif
+
 #define TRY(step)                  \
 	do {                       \
 		if ((step) < 0)    \
@@ -113,8 +117,9 @@ static _Noreturn void payload(struct sbx_box *box, char **argv, char **env)
 	static const uint64_t none = 0; /* the kernel's sigset_t */
 
 	if (prepare_payload(box, &box->error) == 0) {
-		(void)sbx_sys(SYS_umask, box->request->umask);
-		long ret = sbx_sys(SYS_rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof none);
+		long ret = sbx_sys(SYS_umask, box->request->umask);
+		if (ret >= 0)
+			ret = sbx_sys(SYS_rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof none);
 		box->clock[SBX_CLOCK_EXEC] = sbx_now();
 		if (ret < 0)
 			sbx_fail(&box->error, SBX_STAGE_EXEC, 0, ret);

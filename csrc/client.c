@@ -98,9 +98,12 @@ int sbx_spawner_start(const char *path, int diagnostics, struct sbx_error *err)
 #else
 	char **pass = env;
 #endif
-	struct launch l = {
-		.path = path, .socket = theirs, .host_pidfd = self, .null = null, .diagnostics = diagnostics, .env = pass
-	};
+	struct launch l = { .path = path,
+			    .socket = theirs,
+			    .host_pidfd = self,
+			    .null = null,
+			    .diagnostics = diagnostics,
+			    .env = pass };
 	(void)env;
 	int ret = launch(&l);
 	return ret < 0 ? sbx_fail(err, SBX_STAGE_SPAWNER, 10, ret) : sbx_steal_fd(&ours);

@@ -49,8 +49,7 @@ int sbx_file_cwd(const struct sbx_request *r, struct sbx_error *err)
 {
 	char where[4096];
 
-	_cleanup_fd_ int fd = sbx_openat2(AT_FDCWD, sbx_str(r, r->cwd), O_PATH | O_DIRECTORY, 0,
-					  RESOLVE_NO_MAGICLINKS);
+	_cleanup_fd_ int fd = sbx_openat2(AT_FDCWD, sbx_str(r, r->cwd), O_PATH | O_DIRECTORY, 0, RESOLVE_NO_MAGICLINKS);
 	long ret = fd < 0 ? fd : sbx_sys(SYS_fchdir, fd);
 	if (ret >= 0) /* CVE-2024-21626: a directory outside the root reads "(unreachable)..." */
 		ret = sbx_sys(SYS_getcwd, where, sizeof where);

@@ -22,7 +22,10 @@ static int payload_failed(const struct sbx_box *box, pid_t payload, struct sbx_e
 	return -1;
 }
 
-/* Reap what has ended. Returns 1 when the payload was among it, 0 when not, or -errno. */
+/*
+ * Reap what has ended. Returns 1 when the payload was among it, 0 when not, or -errno. A child that made
+ * init its tracer (PTRACE_TRACEME, where a filter allows it) reports stops here too: those are no end.
+ */
 static long reap(pid_t payload, int *status, int flags)
 {
 	long seen = 0;
@@ -30,7 +33,7 @@ static long reap(pid_t payload, int *status, int flags)
 	for (;;) {
 		int ended;
 		long pid = sbx_sys(SYS_wait4, -1, &ended, flags, NULL);
-		if (pid == payload) {
+		if (pid == payload && !WIFSTOPPED(ended)) {
 			*status = ended;
 			seen = 1;
 		}

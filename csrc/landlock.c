@@ -23,7 +23,8 @@ int sbx_landlock_restrict(const struct sbx_plan *p, struct sbx_error *err)
 	for (uint32_t i = 0; i < p->rules.count; i++, rule++) {
 		_cleanup_fd_ int fd = sbx_openat2(AT_FDCWD, sbx_str(p, rule->path), O_PATH, 0, RESOLVE_NO_MAGICLINKS);
 		struct landlock_path_beneath_attr beneath = { .allowed_access = rule->access, .parent_fd = fd };
-		long ret = fd < 0 ? fd : sbx_sys(SYS_landlock_add_rule, ruleset, LANDLOCK_RULE_PATH_BENEATH, &beneath, 0);
+		long ret = fd < 0 ? fd :
+				    sbx_sys(SYS_landlock_add_rule, ruleset, LANDLOCK_RULE_PATH_BENEATH, &beneath, 0);
 		if (ret < 0)
 			return sbx_fail(err, SBX_STAGE_LANDLOCK, i, ret);
 	}

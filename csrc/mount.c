@@ -87,8 +87,7 @@ static int open_target(const struct sbx_plan *p, uint32_t index, int root, bool 
 	const struct sbx_mount *m = mount_at(p, index);
 	struct stat st;
 
-	_cleanup_fd_ int fd =
-		sbx_openat2(root, sbx_str(p, m->target), O_PATH | O_NOFOLLOW, 0, SBX_RESOLVE_STRICT);
+	_cleanup_fd_ int fd = sbx_openat2(root, sbx_str(p, m->target), O_PATH | O_NOFOLLOW, 0, SBX_RESOLVE_STRICT);
 	if (fd == -ENOENT && m->flags & SBX_MOUNT_CREATE) {
 		long ret = make_target(root, sbx_str(p, m->target), *dir);
 		if (ret < 0)
@@ -145,7 +144,7 @@ static long cover_one(const char *name, bool mask)
 	memcpy(path + 6, name, len + 1);
 	const char *source = !mask ? path : name[len - 1] == '/' ? SBX_VOID_DIR : SBX_VOID_EMPTY;
 	long ret = sbx_sys(SYS_mount, source, path, NULL, MS_BIND, NULL);
-	if (ret == -ENOENT) /* what this kernel's proc does not have needs no cover */
+	if (ret == -ENOENT && sbx_absent(AT_FDCWD, path)) /* what this kernel's proc lacks needs no cover */
 		return 0;
 	return ret < 0 || mask ? ret : sbx_sys(SYS_mount, NULL, path, NULL, frozen, NULL);
 }
@@ -196,7 +195,7 @@ static int mount_late(const struct sbx_plan *p, uint32_t index, int root, int vo
  */
 static int attach_scratch(const struct sbx_plan *p, int void_fd)
 {
-	_cleanup_fd_ int scratch = sbx_mount_fs("tmpfs", sbx_str(p, p->scratch_options),
+	_cleanup_fd_ int scratch = sbx_mount_fs("tmpfs", sbx_optional(p, p->scratch_options),
 						MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
 	if (scratch < 0)
 		return scratch;
@@ -226,7 +225,7 @@ static int open_fresh(const struct sbx_plan *p, uint32_t index, int scratch)
 	if (m->kind == SBX_MOUNT_SCRATCH)
 		return open_scratch(p, index, scratch);
 	const char *type = m->kind == SBX_MOUNT_PROC ? "proc" : m->kind == SBX_MOUNT_TMPFS ? "tmpfs" : "devpts";
-	return sbx_mount_fs(type, sbx_str(p, m->options), m->attrs);
+	return sbx_mount_fs(type, sbx_optional(p, m->options), m->attrs);
 }
 
 /*
@@ -236,7 +235,8 @@ static int open_fresh(const struct sbx_plan *p, uint32_t index, int scratch)
 int sbx_mount_sandbox(const struct sbx_plan *p, struct sbx_error *err)
 {
 	_cleanup_fd_ int root = sbx_openat2(AT_FDCWD, "/", O_PATH | O_DIRECTORY, 0, 0);
-	_cleanup_fd_ int void_fd = root < 0 ? root : sbx_openat2(root, SBX_VOID, O_PATH | O_DIRECTORY, 0, SBX_RESOLVE_STRICT);
+	_cleanup_fd_ int void_fd = root < 0 ? root :
+					      sbx_openat2(root, SBX_VOID, O_PATH | O_DIRECTORY, 0, SBX_RESOLVE_STRICT);
 	long ret = void_fd < 0 ? void_fd : sbx_sys(SYS_fchdir, void_fd); /* for the masks' sources */
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_MOUNT, 0, ret);

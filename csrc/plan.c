@@ -40,8 +40,8 @@ static bool array_ok(const struct arena *a, struct sbx_span span, size_t item, s
 {
 	if (span.count == 0)
 		return true;
-	return span.count <= SBX_MAX_ITEMS && span.off >= a->header && span.off % align == 0 &&
-	       span.off <= a->size && span.count <= (a->size - span.off) / item;
+	return span.count <= SBX_MAX_ITEMS && span.off >= a->header && span.off % align == 0 && span.off <= a->size &&
+	       span.count <= (a->size - span.off) / item;
 }
 
 /* `count` strings, one behind the other. */
@@ -95,7 +95,8 @@ static bool mount_ok(const struct arena *a, const struct sbx_mount *m)
 	const uint32_t attrs = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC |
 			       MOUNT_ATTR_IDMAP;
 
-	if (m->kind < SBX_MOUNT_BIND || m->kind > SBX_MOUNT_SCRATCH || m->flags > 7 || m->mode > 07777 || (m->attrs & ~attrs))
+	if (m->kind < SBX_MOUNT_BIND || m->kind > SBX_MOUNT_SCRATCH || m->flags > 7 || m->mode > 07777 ||
+	    (m->attrs & ~attrs))
 		return false;
 	if (!path_ok(a, m->target) || !options_ok(a, m->options))
 		return false;

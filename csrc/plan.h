@@ -12,8 +12,8 @@
 #ifndef SBX_PLAN_H
 #define SBX_PLAN_H
 
-#include <stddef.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 /* cdef-begin */
@@ -134,11 +134,11 @@ struct sbx_rule {
 };
 
 enum sbx_plan_flags {
-	SBX_PLAN_POOLED_NET = 1,   /* take a ready network namespace */
-	SBX_PLAN_LOOPBACK = 2,	   /* bring lo up in a fresh one */
+	SBX_PLAN_POOLED_NET = 1,     /* take a ready network namespace */
+	SBX_PLAN_LOOPBACK = 2,	     /* bring lo up in a fresh one */
 	SBX_PLAN_DENY_SETGROUPS = 4, /* rootless own-id map */
-	SBX_PLAN_NO_ROOT_ID = 8,   /* uid 0 is not mapped: init keeps the payload's id */
-	SBX_PLAN_FRESH_PROC = 16,  /* the template mounts a new proc; else it binds the host's */
+	SBX_PLAN_NO_ROOT_ID = 8,     /* uid 0 is not mapped: init keeps the payload's id */
+	SBX_PLAN_FRESH_PROC = 16,    /* the template mounts a new proc; else it binds the host's */
 };
 
 struct sbx_plan {
@@ -152,7 +152,7 @@ struct sbx_plan {
 	uint32_t uid_map; /* strings: as written to /proc/PID/uid_map */
 	uint32_t gid_map;
 	uint32_t hostname;
-	uint32_t time_offsets; /* string for timens_offsets (may be empty), 0: no time namespace */
+	uint32_t time_offsets;	  /* string for timens_offsets (may be empty), 0: no time namespace */
 	uint32_t root_options;	  /* fsconfig lists: of the root tmpfs, */
 	uint32_t scratch_options; /* of the scratch tmpfs */
 	struct sbx_span nodes;
@@ -213,9 +213,9 @@ enum sbx_hello_flags {
 struct sbx_message {
 	uint32_t magic; /* SBX_REQUEST_MAGIC */
 	uint32_t kind;
-	uint32_t flags;	  /* HELLO */
+	uint32_t flags;	   /* HELLO */
 	uint32_t in_memfd; /* RUN: the request is the last descriptor, not inline */
-	uint64_t plan;	  /* PLAN: its id */
+	uint64_t plan;	   /* PLAN: its id */
 };
 
 enum sbx_record_kind {
@@ -254,7 +254,13 @@ static inline const void *sbx_at(const void *arena, uint32_t off)
 
 static inline const char *sbx_str(const void *arena, uint32_t off)
 {
-	return off ? (const char *)arena + off : NULL;
+	return (const char *)arena + off;
+}
+
+/* A string that the plan may leave out. */
+static inline const char *sbx_optional(const void *arena, uint32_t off)
+{
+	return off ? sbx_str(arena, off) : NULL;
 }
 
 #endif

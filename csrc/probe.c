@@ -24,15 +24,14 @@ static bool privileged(void)
 /* Where only root could go on, go on as the root of a user namespace. */
 static long enter(uint64_t flags)
 {
-	char map[48];
+	char uid_map[48], gid_map[48];
 
 	if (!privileged() || flags & CLONE_NEWUSER) {
-		unsigned uid = (unsigned)geteuid();
+		sbx_format_path(uid_map, "0 ", (unsigned)geteuid(), " 1");
+		sbx_format_path(gid_map, "0 ", (unsigned)getegid(), " 1");
 		if (unshare(CLONE_NEWUSER) < 0)
 			return -errno;
-		int proc = open("/proc", O_PATH);
-		sbx_format_path(map, "0 ", uid, " 1");
-		long ret = sbx_write_file(proc, "self/uid_map", map);
+		int ret = sbx_idmap_write(open("/proc", O_PATH), getpid(), uid_map, gid_map, true);
 		if (ret < 0)
 			return ret;
 		flags &= ~(uint64_t)CLONE_NEWUSER;
@@ -40,14 +39,38 @@ static long enter(uint64_t flags)
 	return unshare((int)flags) < 0 ? -errno : 0;
 }
 
-static long try_user(void) { return enter(CLONE_NEWUSER); }
-static long try_mnt(void) { return enter(CLONE_NEWNS); }
-static long try_net(void) { return enter(CLONE_NEWNET); }
-static long try_ipc(void) { return enter(CLONE_NEWIPC); }
-static long try_uts(void) { return enter(CLONE_NEWUTS); }
-static long try_cgroup(void) { return enter(CLONE_NEWCGROUP); }
-static long try_time(void) { return enter(CLONE_NEWTIME); }
-static long try_pid(void) { return enter(CLONE_NEWPID); }
+static long try_user(void)
+{
+	return enter(CLONE_NEWUSER);
+}
+static long try_mnt(void)
+{
+	return enter(CLONE_NEWNS);
+}
+static long try_net(void)
+{
+	return enter(CLONE_NEWNET);
+}
+static long try_ipc(void)
+{
+	return enter(CLONE_NEWIPC);
+}
+static long try_uts(void)
+{
+	return enter(CLONE_NEWUTS);
+}
+static long try_cgroup(void)
+{
+	return enter(CLONE_NEWCGROUP);
+}
+static long try_time(void)
+{
+	return enter(CLONE_NEWTIME);
+}
+static long try_pid(void)
+{
+	return enter(CLONE_NEWPID);
+}
 
 static long try_loopback(void)
 {
@@ -118,8 +141,14 @@ static long try_keyring(void)
 	return sbx_sys(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL) < 0 ? -errno : 0;
 }
 
-static long try_close_range(void) { return sbx_sys(SYS_close_range, 100, 200, 0); }
-static long try_openat2(void) { return sbx_openat2(AT_FDCWD, "/", O_PATH, 0, SBX_RESOLVE_STRICT) < 0 ? -errno : 0; }
+static long try_close_range(void)
+{
+	return sbx_sys(SYS_close_range, 100, 200, 0);
+}
+static long try_openat2(void)
+{
+	return sbx_openat2(AT_FDCWD, "/", O_PATH, 0, SBX_RESOLVE_STRICT) < 0 ? -errno : 0;
+}
 
 int sbx_probe(void)
 {
@@ -127,14 +156,14 @@ int sbx_probe(void)
 		const char *name;
 		long (*attempt)(void);
 	} probes[] = {
-		{ "user", try_user },	    { "mnt", try_mnt },
-		{ "pid", try_pid },	    { "net", try_net },
-		{ "ipc", try_ipc },	    { "uts", try_uts },
-		{ "cgroup", try_cgroup },   { "time", try_time },
+		{ "user", try_user },	      { "mnt", try_mnt },
+		{ "pid", try_pid },	      { "net", try_net },
+		{ "ipc", try_ipc },	      { "uts", try_uts },
+		{ "cgroup", try_cgroup },     { "time", try_time },
 		{ "loopback", try_loopback }, { "proc", try_proc },
-		{ "overlay", try_overlay }, { "idmapped_mount", try_idmapped_mount },
-		{ "seccomp", try_seccomp }, { "landlock", try_landlock },
-		{ "keyring", try_keyring }, { "close_range", try_close_range },
+		{ "overlay", try_overlay },   { "idmapped_mount", try_idmapped_mount },
+		{ "seccomp", try_seccomp },   { "landlock", try_landlock },
+		{ "keyring", try_keyring },   { "close_range", try_close_range },
 		{ "openat2", try_openat2 },
 	};
 

@@ -30,8 +30,8 @@ int sbx_root_build(const struct sbx_plan *p, struct sbx_error *err)
 {
 	const struct sbx_node *node = sbx_at(p, p->nodes.off);
 
-	_cleanup_fd_ int root =
-		sbx_mount_fs("tmpfs", sbx_str(p, p->root_options), MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
+	_cleanup_fd_ int root = sbx_mount_fs("tmpfs", sbx_optional(p, p->root_options),
+					     MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
 	if (root < 0)
 		return sbx_fail(err, SBX_STAGE_ROOT, 0, root);
 	for (uint32_t i = 0; i < p->nodes.count; i++, node++) {
@@ -49,21 +49,21 @@ int sbx_root_void(struct sbx_error *err)
 		const char *name;
 		mode_t mode;
 	} nodes[] = {
-		{ SBX_VOID_DIR, S_IFDIR },
-		{ SBX_VOID_FILE, S_IFREG },
-		{ SBX_VOID_EMPTY, S_IFREG | 0444 },
-		{ SBX_VOID_PROC, S_IFDIR | 0555 },
-		{ SBX_VOID_SCRATCH, S_IFDIR },
+		{ SBX_VOID_DIR, S_IFDIR },	   { SBX_VOID_FILE, S_IFREG },	  { SBX_VOID_EMPTY, S_IFREG | 0444 },
+		{ SBX_VOID_PROC, S_IFDIR | 0555 }, { SBX_VOID_SCRATCH, S_IFDIR },
 	};
 
-	_cleanup_fd_ int fd = sbx_mount_fs("tmpfs", "mode\0" "0755\0" "size\0" "64k\0",
+	_cleanup_fd_ int fd = sbx_mount_fs("tmpfs",
+					   "mode\0"
+					   "0755\0"
+					   "size\0"
+					   "64k\0",
 					   MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC);
 	if (fd < 0)
 		return sbx_fail(err, SBX_STAGE_ROOT, 1, fd);
 	for (size_t i = 0; i < SBX_COUNT(nodes); i++) {
-		long ret = S_ISDIR(nodes[i].mode) ?
-				   sbx_sys(SYS_mkdirat, fd, nodes[i].name, nodes[i].mode & 07777) :
-				   sbx_sys(SYS_mknodat, fd, nodes[i].name, nodes[i].mode, 0);
+		long ret = S_ISDIR(nodes[i].mode) ? sbx_sys(SYS_mkdirat, fd, nodes[i].name, nodes[i].mode & 07777) :
+						    sbx_sys(SYS_mknodat, fd, nodes[i].name, nodes[i].mode, 0);
 		if (ret < 0)
 			return sbx_fail(err, SBX_STAGE_ROOT, 1, ret);
 	}

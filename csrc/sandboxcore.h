@@ -22,7 +22,7 @@ struct sbx_stream {
 	unsigned char *data; /* CAPTURE: owned by the run, freed by sbx_run_close */
 	size_t size;
 	size_t room;
-	int32_t fd; /* our end of the pipe, or -1 */
+	int32_t fd;	  /* our end of the pipe, or -1 */
 	uint32_t pending; /* RELAY: bytes of `data` not written yet, from `offset` */
 	uint32_t offset;
 };

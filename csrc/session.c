@@ -13,7 +13,10 @@
 int sbx_session_keyring(struct sbx_error *err)
 {
 	long ret = sbx_sys(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL);
-	return ret < 0 && ret != -ENOSYS ? sbx_fail(err, SBX_STAGE_SESSION, 0, ret) : 0;
+
+	if (ret == -ENOSYS && sbx_sys(SYS_keyctl, KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING, 0) == -ENOSYS)
+		return 0;
+	return ret < 0 ? sbx_fail(err, SBX_STAGE_SESSION, 0, ret) : 0;
 }
 
 /* Own session and process group: no controlling terminal to type into, and kill(0) stays inside. */
@@ -29,7 +32,7 @@ int sbx_session_new(struct sbx_error *err)
  */
 int sbx_time_enter(const struct sbx_plan *p, int proc, struct sbx_error *err)
 {
-	const char *offsets = sbx_str(p, p->time_offsets);
+	const char *offsets = sbx_optional(p, p->time_offsets);
 
 	if (!offsets)
 		return 0;

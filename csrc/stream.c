@@ -32,47 +32,51 @@ static int grow(struct sbx_stream *s)
 	return 0;
 }
 
-/* Where the next bytes of the capture go, and how many fit there in one piece. */
-static int next_space(struct sbx_stream *s, unsigned char **at, size_t *size)
+/* Bytes beyond the limit overwrite the oldest of the ring. */
+static void keep_tail(struct sbx_stream *s, const unsigned char *from, size_t size)
 {
+	size_t head = head_size(s), ring = s->room - head;
+
+	for (size_t i = 0; ring && i < size;) {
+		size_t pos = (size_t)((s->total - s->limit + i) % ring);
+		size_t n = size - i < ring - pos ? size - i : ring - pos;
+		memcpy(s->data + head + pos, from + i, n);
+		i += n;
+	}
+}
+
+/* Read once. 1: more may come, 0: end of file, or -errno. */
+static int capture_once(struct sbx_stream *s)
+{
+	unsigned char beyond[16384];
+
 	if (s->size == s->room && s->room < s->limit) {
 		int ret = grow(s);
 		if (ret < 0)
 			return ret;
 	}
-	if (s->size < s->room) {
-		*at = s->data + s->size;
-		*size = s->room - s->size;
+	size_t space = s->room - s->size;
+	ssize_t n = space ? read(s->fd, s->data + s->size, space) : read(s->fd, beyond, sizeof beyond);
+	if (n == 0)
 		return 0;
-	}
-	size_t head = head_size(s), ring = s->room - head;
-	size_t pos = ring ? (size_t)((s->total - s->limit) % ring) : 0;
-	*at = s->data + head + pos;
-	*size = ring - pos;
-	return 0;
+	if (n < 0)
+		return errno == EAGAIN ? -EAGAIN : errno == EINTR ? 1 : -errno;
+	if (space)
+		s->size += (size_t)n;
+	else
+		keep_tail(s, beyond, (size_t)n);
+	s->total += (uint64_t)n;
+	return 1;
 }
 
-/* Capture what is there. 1: more may come, 0: end of file, or -errno. */
+/* Capture what is there, but not for ever: the other descriptors and the clock want a look too. */
 static int capture(struct sbx_stream *s)
 {
-	unsigned char *at, scrap[4096];
-	size_t size;
+	int ret = 1;
 
-	for (int i = 0; i < 16; i++) { /* then look at the other descriptors and the clock */
-		int ret = next_space(s, &at, &size);
-		if (ret < 0)
-			return ret;
-		bool discard = size == 0; /* a limit of 0 or 1 leaves no ring */
-		ssize_t n = discard ? read(s->fd, scrap, sizeof scrap) : read(s->fd, at, size);
-		if (n == 0)
-			return 0;
-		if (n < 0)
-			return errno == EAGAIN || errno == EINTR ? 1 : -errno;
-		s->total += (uint64_t)n;
-		if (!discard && s->size < s->room)
-			s->size += (size_t)n;
-	}
-	return 1;
+	for (int i = 0; i < 16 && ret == 1; i++)
+		ret = capture_once(s);
+	return ret == -EAGAIN ? 1 : ret;
 }
 
 /* Move one bounded piece towards the caller's descriptor; it was polled, so no write blocks. */

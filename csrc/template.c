@@ -86,9 +86,8 @@ static int attach_mounts(const struct sbx_spawner *s, const struct sbx_plan *p, 
 			_cleanup_fd_ int tree = sbx_mount_open_source(p, i, s->proc, err);
 			if (tree < 0)
 				return -1;
-			ret = m->flags & SBX_MOUNT_LATE ?
-				      stage_late(void_fd, i, m->flags & SBX_MOUNT_DIR, tree, err) :
-				      sbx_mount_attach(p, i, root, tree, err);
+			ret = m->flags & SBX_MOUNT_LATE ? stage_late(void_fd, i, m->flags & SBX_MOUNT_DIR, tree, err) :
+							  sbx_mount_attach(p, i, root, tree, err);
 		} else if (m->kind == SBX_MOUNT_MASK && !(m->flags & SBX_MOUNT_LATE)) {
 			ret = sbx_mount_mask(p, i, root, void_fd, err);
 		}

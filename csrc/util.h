@@ -7,6 +7,7 @@
 #include "plan.h"
 #include "sys.h"
 
+#include <stdbool.h>
 #include <string.h>
 #include <time.h>
 
@@ -67,6 +68,12 @@ static inline long sbx_write_file(int dir, const char *path, const char *text)
 		return fd;
 	long ret = sbx_sys(SYS_write, fd, text, strlen(text));
 	return ret < 0 ? ret : 0;
+}
+
+/* Whether nothing of that name exists: asked before an ENOENT is taken for "not built in". */
+static inline bool sbx_absent(int dir, const char *path)
+{
+	return sbx_sys(SYS_faccessat, dir, path, 0 /* F_OK */) == -ENOENT;
 }
 
 /* The next string of a NUL-separated list. */

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
         SpecError,
         UnsupportedHost,
     )
-    from sandboxcore.process import DEVNULL, PIPE, STDOUT, Cause, ExecResult, Usage, run
+    from sandboxcore.process import run
+    from sandboxcore.request import DEVNULL, PIPE, STDOUT
+    from sandboxcore.result import Cause, ExecResult, Usage
     from sandboxcore.seccomp import SeccompPolicy
     from sandboxcore.spec import Limits, Mount, SandboxSpec
 
@@ -34,7 +36,9 @@ _HOME = {
         *("CommandFailed", "ExecError", "ProgramNotExecutable", "ProgramNotFound", "SandboxError"),
         *("SandboxTimeout", "SetupError", "SpecError", "UnsupportedHost"),
     ),
-    "process": ("DEVNULL", "PIPE", "STDOUT", "Cause", "ExecResult", "Usage", "run"),
+    "process": ("run",),
+    "request": ("DEVNULL", "PIPE", "STDOUT"),
+    "result": ("Cause", "ExecResult", "Usage"),
     "seccomp": ("SeccompPolicy",),
     "spec": ("Limits", "Mount", "SandboxSpec"),
 }

@@ -58,10 +58,12 @@ class SandboxCapabilities:
 def parse_applied(text: bytes, omitted: tuple[str, ...]) -> SandboxCapabilities:
     """Read the text that ``csrc/record.c`` collects: name NUL content NUL, for each part."""
     pieces = text.split(b"\0")
-    parts = {name.decode(): content.decode(errors="replace") for name, content in zip(*[iter(pieces)] * 2)}
-    status = dict(
-        (key, value.strip()) for key, _, value in (line.partition(":") for line in parts["/proc/self/status"].splitlines())
-    )
+    parts = {
+        name.decode(): content.decode(errors="replace")
+        for name, content in zip(pieces[::2], pieces[1::2], strict=False)
+    }
+    lines = (line.partition(":") for line in parts["/proc/self/status"].splitlines())
+    status = {key: value.strip() for key, _, value in lines}
     return SandboxCapabilities(
         no_new_privs=status["NoNewPrivs"] == "1",
         seccomp_mode=int(status["Seccomp"]),
@@ -91,4 +93,7 @@ def _mount(line: str) -> AppliedMount:
 
 def _limit(line: str) -> tuple[str, tuple[int | None, int | None]]:
     name, soft, hard = line[:26].strip(), line[26:47].strip(), line[47:68].strip()
-    return name, (None if soft == "unlimited" else int(soft), None if hard == "unlimited" else int(hard))
+    return name, (
+        None if soft == "unlimited" else int(soft),
+        None if hard == "unlimited" else int(hard),
+    )

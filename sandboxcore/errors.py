@@ -21,7 +21,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sandboxcore.process import ExecResult
+    from sandboxcore.result import ExecResult
 
 
 class SandboxError(Exception):
@@ -51,9 +51,7 @@ class SetupError(SandboxError, OSError):
     ``subject`` the path or object, ``hint`` a remedy where one is known.
     """
 
-    def __init__(
-        self, stage: str, errno: int, *, index: int = 0, subject: str = "", hint: str = ""
-    ) -> None:
+    def __init__(self, stage: str, errno: int, *, index: int = 0, subject: str = "", hint: str = "") -> None:
         text = f"{stage}: {subject}: {os.strerror(errno)}" if subject else f"{stage}: {os.strerror(errno)}"
         OSError.__init__(self, errno, f"{text} ({hint})" if hint else text)
         self.stage = stage

@@ -23,7 +23,13 @@ HELPER = Path(__file__).with_name("_spawner")
 ROOT_ID_BASE = 0x70000000
 ID_RANGE = 65536
 
-_NEEDED_CAPS = {"CAP_SYS_ADMIN": 21, "CAP_SETUID": 7, "CAP_SETGID": 6, "CAP_SYS_CHROOT": 18, "CAP_NET_ADMIN": 12}
+_NEEDED_CAPS = {
+    "CAP_SYS_ADMIN": 21,
+    "CAP_SETUID": 7,
+    "CAP_SETGID": 6,
+    "CAP_SYS_CHROOT": 18,
+    "CAP_NET_ADMIN": 12,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,7 @@ def _root_base() -> int:
     best = 0
     for line in Path("/proc/self/uid_map").read_text().splitlines():
         inside, _, count = (int(part) for part in line.split())
-        if inside <= ROOT_ID_BASE and ROOT_ID_BASE + ID_RANGE <= inside + count:
+        if inside <= ROOT_ID_BASE and inside + count >= ROOT_ID_BASE + ID_RANGE:
             return ROOT_ID_BASE
         if count >= 2 * ID_RANGE:
             best = max(best, inside + count - ID_RANGE)
@@ -119,20 +125,36 @@ REMEDIES: Mapping[str, str] = {
     "uts": "raise sysctl user.max_uts_namespaces",
     "cgroup": "raise sysctl user.max_cgroup_namespaces",
     "time": "needs Linux 5.6 with CONFIG_TIME_NS; only time_offsets= uses it",
-    "loopback": "the network namespace refuses to bring lo up; in a container, allow CAP_NET_ADMIN in user namespaces",
+    "loopback": "the network namespace refuses to bring lo up; in a container, allow CAP_NET_ADMIN in user"
+    " namespaces",
     "proc": "the host's /proc is masked, as in an unprivileged container; run it with"
     " --security-opt systempaths=unconfined or an unmasked procMount",
     "overlay": "needs Linux 5.11 with CONFIG_OVERLAY_FS; not used by run()",
-    "idmapped_mount": "rw= as root needs Linux 5.12 and a file system with id-mapped mounts; rootless does without",
+    "idmapped_mount": "rw= as root needs Linux 5.12 and a file system with id-mapped mounts; rootless does"
+    " without",
     "seccomp": "needs CONFIG_SECCOMP_FILTER; in a container, a profile that permits seccomp(2)",
-    "landlock": "boot with lsm=landlock,... and CONFIG_SECURITY_LANDLOCK; sandboxes run without this second wall",
+    "landlock": "boot with lsm=landlock,... and CONFIG_SECURITY_LANDLOCK; sandboxes run without this second"
+    " wall",
     "keyring": "in a container, allow keyctl(2), or raise sysctl kernel.keys.maxkeys",
     "close_range": "needs Linux 5.9",
     "openat2": "needs Linux 5.6; in a container, a seccomp profile that knows it",
 }
 
 # Without these no sandbox starts.
-ESSENTIAL = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "loopback", "proc", "seccomp", "close_range", "openat2")
+ESSENTIAL = (
+    "user",
+    "mnt",
+    "pid",
+    "net",
+    "ipc",
+    "uts",
+    "cgroup",
+    "loopback",
+    "proc",
+    "seccomp",
+    "close_range",
+    "openat2",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,11 @@ class SeccompPolicy:
         if twice:
             raise SpecError(f"seccomp: more than one answer for {_list(sorted(twice))}")
 
+    def __hash__(self) -> int:
+        # Policies are looked up in the cache of filters. A frozenset remembers its hash, a tuple of
+        # rules would compute it each time.
+        return hash((self.name, self.allow, self.deny))
+
     def extend(
         self,
         *,
@@ -155,9 +160,7 @@ class SeccompPolicy:
         }
 
     @classmethod
-    def from_dict(
-        cls, data: Mapping[str, Any], *, base: SeccompPolicy | None = None
-    ) -> SeccompPolicy:
+    def from_dict(cls, data: Mapping[str, Any], *, base: SeccompPolicy | None = None) -> SeccompPolicy:
         """Make a policy from plain data, such as a TOML table whose keys are the fields.
 
         A rule is a table {call, when, match, errno}, a test in it {index, values, mask}.

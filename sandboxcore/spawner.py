@@ -48,7 +48,10 @@ class Spawner:
 
     def _map_ids(self, host: HostFeatures) -> None:
         """newuidmap(1), newgidmap(1): once per spawner, never per sandbox."""
-        for tool, own, extra in (("newuidmap", host.uid, host.subuid), ("newgidmap", host.gid, host.subgid)):
+        for tool, own, extra in (
+            ("newuidmap", host.uid, host.subuid),
+            ("newgidmap", host.gid, host.subgid),
+        ):
             if extra is None:
                 raise AssertionError("mode subuid without a range")
             maps = ["0", str(own), "1", "1", str(extra[0]), str(extra[1])]

@@ -332,7 +332,7 @@ class SandboxSpec:
             if isinstance(fields.get("limits"), Mapping):
                 fields["limits"] = Limits(**fields["limits"])
             if isinstance(fields.get("seccomp"), Mapping):
-                fields["seccomp"] = SeccompPolicy.from_dict(fields["seccomp"])
+                fields["seccomp"] = resolve(fields["seccomp"])
             for name in ("ro", "rw"):
                 if isinstance(fields.get(name), list):
                     fields[name] = [tuple(i) if isinstance(i, list) else i for i in fields[name]]

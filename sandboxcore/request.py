@@ -1,0 +1,162 @@
+"""One command's bytes: argv, environment, streams and files, as C wants them (``csrc/plan.h``)."""
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+from sandboxcore import _native
+from sandboxcore.errors import ProgramNotExecutable, SpecError
+from sandboxcore.plan import PATH, Plan
+from sandboxcore.spec import check_env
+
+PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
+
+StrOrBytes = str | bytes
+Program = str | bytes | os.PathLike[str]
+File = int | IO[Any] | None
+FileContent = StrOrBytes | tuple[StrOrBytes, int]
+
+PATH_MAX = 4096
+ARG_MAX = 128 * 1024  # MAX_ARG_STRLEN of execve(2): the longest single argument
+
+# For the fault walk: the number of the call in the child that fails, and its errno. Only a helper
+# built with SBX_FAULT looks at it.
+FAULT = (0, 0)
+
+
+def make_streams(
+    plan: Plan, input: StrOrBytes | None, stdin: File, stdout: File, stderr: File
+) -> tuple[_native.Streams, tuple[int, int, int]]:
+    """Which pipes there are, and the request's word for each of the three."""
+    null, passed, merged = (_native.constant(f"STDIO_{name}") for name in ("NULL", "PASSED", "STDOUT"))
+    if input is not None and stdin is not None:
+        raise ValueError("stdin and input arguments may not both be used.")
+    source = -1
+    if stdin == PIPE:
+        raise ValueError("stdin=PIPE has nobody to write to it; use input=")
+    if stdin is not None and stdin != DEVNULL:
+        source = stdin if isinstance(stdin, int) else stdin.fileno()
+    capture, relay, stdio = [], [], [passed if source >= 0 or input is not None else null]
+    for number, target in ((1, stdout), (2, stderr)):
+        if target == STDOUT:
+            if number == 1:
+                raise ValueError("STDOUT can only be used for stderr")
+            stdio.append(merged)
+            continue
+        stdio.append(null if target == DEVNULL else passed)
+        if target == PIPE:
+            capture.append(number)
+        elif target != DEVNULL:
+            relay.append((number, _descriptor(number, target)))
+    data = input.encode() if isinstance(input, str) else input
+    limit = plan.spec.limits.output
+    streams = _native.Streams(
+        input=data,
+        stdin=source,
+        capture=tuple(capture),
+        relay=tuple(relay),
+        limit=limit if isinstance(limit, int) else None,
+    )
+    return streams, (stdio[0], stdio[1], stdio[2])
+
+
+def _descriptor(number: int, target: File) -> int:
+    if target is None:
+        return number
+    return target if isinstance(target, int) else target.fileno()
+
+
+class Request:
+    """One command's bytes, and the names that an error may need."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        argv: Sequence[Program],
+        *,
+        cwd: str | os.PathLike[str] | None,
+        env: Mapping[str, str] | None,
+        files: Mapping[str, FileContent] | None,
+        pass_fds: Sequence[int],
+        stdio: tuple[int, int, int],
+        record: bool,
+    ) -> None:
+        if isinstance(argv, str | bytes) or not argv:
+            raise SpecError(f"argv: {argv!r} is not a non-empty sequence of arguments")
+        self.args = tuple(argv)
+        self.cwd = plan.spec.workdir if cwd is None else os.path.join(plan.spec.workdir, os.fspath(cwd))
+        self.files = [_file(self.cwd, path, content) for path, content in (files or {}).items()]
+        self.pass_fds = sorted(set(pass_fds))
+        if len(self.pass_fds) > _native.MAX_PASS or (self.pass_fds and self.pass_fds[0] < 3):
+            raise SpecError(f"pass_fds: at most {_native.MAX_PASS} descriptors, each above 2")
+        items = plan.env_items
+        if env is not None:
+            check_env(env, "env")
+            items = tuple(os.fsencode(f"{key}={value}") for key, value in env.items())
+        path = (plan.env if env is None else env).get("PATH", PATH)
+        self.data = self._encode(plan, items, path, stdio, record=record)
+
+    def _encode(
+        self,
+        plan: Plan,
+        env: tuple[bytes, ...],
+        path: str,
+        stdio: tuple[int, int, int],
+        *,
+        record: bool,
+    ) -> bytes:
+        arena = _native.Arena(
+            "struct sbx_request",
+            {
+                "files": ("struct sbx_file", len(self.files)),
+                "pass": ("int32_t", len(self.pass_fds)),
+            },
+        )
+        head = arena.head
+        args = [os.fsencode(arg) for arg in self.args]
+        if any(b"\0" in arg for arg in args):
+            raise ValueError("embedded null byte")  # as subprocess says it
+        if too_long := next((arg for arg in (*args, *env) if len(arg) >= ARG_MAX), None):
+            raise ProgramNotExecutable("exec", 7, subject=f"an argument of {len(too_long)} bytes")
+        arena.strings("argv", args)
+        arena.strings("env", env)
+        arena.strings("paths", _candidates(args[0], path))
+        head.plan, head.cwd, head.umask = plan.id, arena.data(os.fsencode(self.cwd)), 0o022
+        head.flags = _native.constant("REQUEST_RECORD") if record else 0
+        head.stdio = stdio
+        head.fault_at, head.fault_errno = FAULT
+        for index, (name, data, mode) in enumerate(self.files):
+            file = arena.record("files", index)
+            file.path, file.mode = arena.data(os.fsencode(name)), mode
+            file.data, file.size = arena.data(data), len(data)
+        for index, number in enumerate(self.pass_fds):
+            arena.record("pass", index)[0] = number
+        return arena.finish(_native.constant("REQUEST_MAGIC"))
+
+    def subject(self, failure: _native.NativeFailure) -> str:
+        """What an error of this request is about."""
+        if failure.stage == "exec":
+            return os.fsdecode(self.args[0])
+        if failure.stage == "cwd":
+            return self.cwd
+        if failure.stage == "file" and failure.index < len(self.files):
+            return self.files[failure.index][0]
+        return ""
+
+
+def _candidates(program: bytes, path: str) -> list[bytes]:
+    """Where execvp(3) would look, in order."""
+    if b"/" in program or not program:
+        return [program]
+    return [os.path.join(os.fsencode(directory or "."), program) for directory in path.split(":")]
+
+
+def _file(cwd: str, path: str, content: FileContent) -> tuple[str, bytes, int]:
+    data, mode = content if isinstance(content, tuple) else (content, 0o644)
+    name = os.path.normpath(os.path.join(cwd, path))
+    if "\0" in name or path.endswith("/") or ".." in path.split("/") or len(os.fsencode(name)) >= PATH_MAX:
+        raise SpecError(f"files: {path!r} is not a usable file name")
+    if not 0 <= mode <= 0o777:
+        raise SpecError(f"files: {path!r}: mode {mode!r} is not a file mode")
+    return name, data.encode() if isinstance(data, str) else data, mode

@@ -1,0 +1,189 @@
+"""What a command did: :class:`ExecResult`, and how it is made from what C reports."""
+
+import enum
+import itertools
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sandboxcore import _native
+from sandboxcore.capabilities import SandboxCapabilities, parse_applied
+from sandboxcore.errors import CommandFailed, SandboxTimeout
+from sandboxcore.plan import Plan
+
+StrOrBytes = str | bytes
+Program = str | bytes | os.PathLike[str]
+
+
+class Cause(enum.StrEnum):
+    """Why a command ended, from kernel evidence."""
+
+    EXITED = "exited"  # by itself, with any status
+    SIGNALED = "signaled"  # by a signal of its own making
+    TIMEOUT = "timeout"  # the wall clock; the whole tree was killed
+    CPU_TIME = "cpu_time"  # RLIMIT_CPU
+    OOM = "oom"  # its cgroup ran out of memory
+    PIDS = "pids"  # its cgroup ran out of processes
+    SECCOMP = "seccomp"  # SIGSYS: a system call that the filter answers with death
+    OUTPUT = "output"  # more output than allowed
+    DISK = "disk"  # RLIMIT_FSIZE: SIGXFSZ
+    KILLED = "killed"  # the sandbox was killed from outside
+    SETUP = "setup"  # never ran
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What everything in the sandbox used together: CPU seconds, the largest process's peak in bytes,
+    major page faults, block input and output in 512-byte units (getrusage(2), RUSAGE_CHILDREN)."""
+
+    cpu_user: float
+    cpu_system: float
+    max_rss: int
+    major_faults: int
+    blocks_in: int
+    blocks_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExecResult:
+    """What a command did. Nothing of it is left when this exists.
+
+    args: the command line as given.
+    returncode: exit status, or -N when signal N ended it (also -9 after a timeout).
+    stdout, stderr: bytes, or text with ``text=True``; None when not captured.
+    duration: seconds from exec to exit.
+    cause: a :class:`Cause`.
+    truncated: whether captured output exceeded ``limits.output``; then each stream has the first and
+        the last half of the limit, and ``stdout_total`` and ``stderr_total`` count what was written.
+    timings: seconds of each phase: queue, clone, setup, drop, run, collect.
+    capabilities: with ``record=True``, what was applied, read back from the kernel.
+    """
+
+    args: tuple[Program, ...]
+    returncode: int
+    stdout: Any
+    stderr: Any
+    duration: float
+    cause: Cause
+    stdout_total: int
+    stderr_total: int
+    truncated: bool
+    usage: Usage
+    timings: Mapping[str, float] = field(repr=False)
+    capabilities: SandboxCapabilities | None = field(repr=False, default=None)
+
+    @property
+    def exit_code(self) -> int:
+        """The same as ``returncode``."""
+        return self.returncode
+
+    @property
+    def signal(self) -> signal.Signals | int | None:
+        """The signal that ended it, if one did."""
+        if self.returncode >= 0:
+            return None
+        try:
+            return signal.Signals(-self.returncode)
+        except ValueError:  # a real-time signal has no name
+            return -self.returncode
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether the wall clock ended it."""
+        return self.cause is Cause.TIMEOUT
+
+    @property
+    def ok(self) -> bool:
+        """Whether it exited with 0."""
+        return self.returncode == 0
+
+    def check_returncode(self) -> None:
+        """Raise :class:`SandboxTimeout` or :class:`CommandFailed` unless it exited with 0."""
+        if self.timed_out:
+            raise SandboxTimeout(self)
+        if not self.ok:
+            raise CommandFailed(self)
+
+
+class Decoder:
+    def __init__(self, text: bool, encoding: str | None, errors: str | None) -> None:
+        self.wanted = text or encoding is not None or errors is not None
+        self.encoding, self.errors = encoding or "utf-8", errors
+
+    def __call__(self, data: bytes, *, cut: bool) -> StrOrBytes:
+        if not self.wanted:
+            return data
+        text = data.decode(self.encoding, self.errors or ("replace" if cut else "strict"))
+        return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+_CLOCKS = tuple(
+    _native.constant(f"CLOCK_{name}") for name in ("RECEIVED", "STARTED", "FORK", "EXEC", "EXITED")
+)
+
+
+def _cause(plan: Plan, done: _native.NativeResult) -> Cause:
+    if done.timed_out or done.lost:
+        return Cause.TIMEOUT if done.timed_out else Cause.KILLED
+    if not os.WIFSIGNALED(done.status):
+        return Cause.EXITED
+    ended, limits = os.WTERMSIG(done.status), plan.spec.limits
+    if ended == signal.SIGSYS:
+        return Cause.SECCOMP
+    if ended == signal.SIGXFSZ and limits.file_size is not None:
+        return Cause.DISK
+    used = (done.utime_us + done.stime_us) / 1e6
+    if limits.cpu_time is not None and (
+        ended == signal.SIGXCPU or (ended == signal.SIGKILL and used >= limits.cpu_time)
+    ):
+        return Cause.CPU_TIME
+    return Cause.SIGNALED
+
+
+def _timings(done: _native.NativeResult) -> dict[str, float]:
+    if done.lost:
+        return {"total": (done.ended - done.began) / 1e9}
+    received, started, fork, execed, exited = (done.clock[number] for number in _CLOCKS)
+    marks = (done.began, received, started, fork, execed, exited, done.ended)
+    names = ("queue", "clone", "setup", "drop", "run", "collect")
+    spans = itertools.pairwise(marks)
+    return {name: (after - before) / 1e9 for name, (before, after) in zip(names, spans, strict=True)}
+
+
+def make_result(
+    plan: Plan,
+    args: tuple[Program, ...],
+    streams: _native.Streams,
+    done: _native.NativeResult,
+    decode: Decoder,
+) -> ExecResult:
+    cause = _cause(plan, done)
+    cut = [streams.limit is not None and total > streams.limit for total in done.totals]
+    output = [
+        decode(done.output[i], cut=cut[i] or cause is Cause.TIMEOUT) if i + 1 in streams.capture else None
+        for i in (0, 1)
+    ]
+    timings = _timings(done)
+    return ExecResult(
+        args=args,
+        returncode=os.waitstatus_to_exitcode(done.status),
+        stdout=output[0],
+        stderr=output[1],
+        duration=timings.get("run", (done.ended - done.began) / 1e9),
+        cause=cause,
+        stdout_total=done.totals[0],
+        stderr_total=done.totals[1],
+        truncated=any(cut[number - 1] for number in streams.capture),
+        usage=Usage(
+            done.utime_us / 1e6,
+            done.stime_us / 1e6,
+            done.maxrss_kib * 1024,
+            done.majflt,
+            done.inblock,
+            done.oublock,
+        ),
+        timings=timings,
+        capabilities=parse_applied(done.applied, plan.omitted) if done.applied else None,
+    )

@@ -1,0 +1,350 @@
+"""What a sandbox's inside consists of: the nodes of its root and every mount, in order.
+
+The host is looked at (which of its directories exist, who owns a source) and never changed.
+"""
+
+import functools
+import glob
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandboxcore import _native
+from sandboxcore.errors import SpecError
+from sandboxcore.host import HostFeatures
+from sandboxcore.spec import WORKSPACE, SandboxSpec
+
+RDONLY, NOSUID, NODEV, NOEXEC, IDMAP = 1, 2, 4, 8, 0x100000  # mount_setattr(2)
+
+# The host's own directories below which programs, libraries and their data live.
+ROOT_ENTRIES = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
+ETC_BINDS = (
+    "alternatives",
+    "ssl/certs",
+    "pki/tls/certs",
+    "ca-certificates",
+    "fonts",
+    "terminfo",
+    "java",
+    "java-*",
+)
+ETC_COPIES = (
+    *("ld.so.cache", "ld.so.conf", "ld.so.conf.d/*", "localtime", "mime.types", "services", "protocols"),
+    *("os-release", "debian_version", "ssl/openssl.cnf", "inputrc", "nanorc"),
+)  # fmt: skip
+
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+DEV_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1",
+             "stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx"}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Node:
+    """A directory, file or symbolic link of the root tmpfs."""
+
+    kind: str
+    path: str
+    data: bytes = b""
+    mode: int = 0o755
+
+
+@dataclass(slots=True)
+class Mount:
+    """One mount; ``origin`` tells which part of the spec asked for it."""
+
+    kind: str
+    target: str
+    origin: str
+    source: str = ""
+    attrs: int = 0
+    options: tuple[str, ...] = ()
+    directory: bool = True
+    mode: int = 0
+    writable: bool = False
+    id_maps: tuple[str, str] | None = None
+    late: bool = False
+    create: bool = False
+
+    def __str__(self) -> str:
+        access = "rw" if self.writable else "ro"
+        late = ", late" if self.late else ""
+        return f"{self.source or self.kind.lower()} on {self.target} ({access}, {self.origin}{late})"
+
+
+def identity(path: str) -> tuple[int, ...]:
+    """What tells a replaced file or directory from the one that was bound or copied."""
+    try:
+        st = os.stat(path)
+    except OSError as error:
+        return (error.errno or -1,)
+    if stat.S_ISDIR(st.st_mode):
+        return (st.st_dev, st.st_ino, st.st_uid, st.st_gid)
+    return (st.st_dev, st.st_ino, st.st_mtime_ns, st.st_size)
+
+
+def below(path: str, parent: str) -> bool:
+    return parent in ("/", path) or path.startswith(parent + "/")
+
+
+@functools.cache
+def _host_root() -> tuple[tuple[str, str], ...]:
+    """The host's top-level program directories: name and link target (empty for a directory)."""
+    found = []
+    for name in ROOT_ENTRIES:
+        path = f"/{name}"
+        if os.path.islink(path):
+            found.append((name, os.readlink(path)))
+        elif os.path.isdir(path):
+            found.append((name, ""))
+    return tuple(found)
+
+
+class Tree:
+    """Collects the nodes and mounts of one spec on one host. ``watched`` are the host paths whose
+    replacement would make a template stale."""
+
+    def __init__(self, spec: SandboxSpec, host: HostFeatures) -> None:
+        """Everything in turn; parents come first in the result."""
+        self.spec, self.host = spec, host
+        self.uid, self.gid = spec.ids()
+        self.nodes: list[Node] = []
+        self.mounts: list[Mount] = []
+        self.watched: list[str] = []
+        self._add_root()
+        self._add_dev()
+        self._add_private()
+        self._add_user_mounts()
+        self._order_mounts()
+        self._add_denials()
+
+    def identities(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """What every watched path is right now."""
+        return tuple((path, identity(path)) for path in dict.fromkeys(self.watched))
+
+    def _dir(self, path: str, mode: int = 0o755) -> None:
+        known = next((node for node in self.nodes if node.path == path), None)
+        if known is not None and known.kind != "DIR":
+            raise SpecError(f"mounts: {path!r} is no directory in the sandbox's root")
+        if known is None:
+            parent = os.path.dirname(path)
+            if parent != "/":
+                self._dir(parent)
+            self.nodes.append(Node("DIR", path, mode=mode))
+
+    def _file(self, path: str, data: bytes, mode: int = 0o644) -> None:
+        self._dir(os.path.dirname(path))
+        self.nodes.append(Node("FILE", path, data, mode))
+
+    def _link(self, path: str, target: str) -> None:
+        self.nodes.append(Node("SYMLINK", path, os.fsencode(target)))
+
+    def _bind(self, source: str, target: str, origin: str, attrs: int, *, directory: bool) -> Mount:
+        mount = Mount("BIND", target, origin, source, attrs, directory=directory)
+        self.mounts.append(mount)
+        return mount
+
+    def _add_root(self) -> None:
+        for path in ("/proc", "/dev", "/etc", "/tmp"):
+            self._dir(path)
+        if self.spec.rootfs is None:
+            self._add_host_programs()
+            self._add_etc()
+        else:
+            self._add_rootfs(self.spec.rootfs)
+
+    def _add_host_programs(self) -> None:
+        for name, link in _host_root():
+            if link:
+                self._link(f"/{name}", link)
+            else:
+                self._bind(f"/{name}", f"/{name}", "default root", RDONLY | NOSUID | NODEV, directory=True)
+
+    def _add_rootfs(self, rootfs: str) -> None:
+        """Each top-level entry of the given root, so that nothing is ever made in it."""
+        root = os.path.realpath(rootfs)
+        try:
+            entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+        except OSError as error:
+            raise SpecError(f"rootfs: {rootfs}: {error.strerror}") from error
+        self.watched.append(root)
+        own = {
+            "proc",
+            "dev",
+            "sys",
+            "tmp",
+            *(node.path[1:] for node in self.nodes if node.path != "/etc"),
+        }
+        self.nodes = [node for node in self.nodes if node.path != "/etc"]
+        for entry in entries:
+            path = f"/{entry.name}"
+            if entry.name in own or path == WORKSPACE:
+                continue
+            if entry.is_symlink():
+                self._link(path, os.readlink(entry.path))
+            elif entry.is_dir() or entry.is_file():
+                self._bind(entry.path, path, "rootfs", RDONLY | NOSUID | NODEV, directory=entry.is_dir())
+
+    def _add_etc(self) -> None:
+        for name, text in self._generated_etc().items():
+            self._file(f"/etc/{name}", text.encode())
+        if self.spec.network == "host":
+            self._copy_etc("resolv.conf")
+        for pattern in ETC_COPIES:
+            for path in sorted(glob.glob(f"/etc/{pattern}")):
+                self._copy_etc(path[len("/etc/") :])
+        for pattern in ETC_BINDS:
+            for path in sorted(glob.glob(f"/etc/{pattern}")):
+                if os.path.isdir(path):
+                    real = os.path.realpath(path)
+                    self._dir(os.path.dirname(path))
+                    self._bind(real, path, "default root", RDONLY | NOSUID | NODEV | NOEXEC, directory=True)
+
+    def _generated_etc(self) -> dict[str, str]:
+        host = self.spec.hostname
+        users = {0: "root", self.uid: "root" if self.uid == 0 else "sandbox", 65534: "nobody"}
+        groups = {
+            0: "root",
+            self.gid: "root" if self.gid == 0 else "sandbox",
+            5: "tty",
+            65534: "nogroup",
+        }
+        return {
+            "passwd": "".join(self._passwd_line(uid, name) for uid, name in sorted(users.items())),
+            "group": "".join(f"{name}:x:{gid}:\n" for gid, name in sorted(groups.items())),
+            "hosts": f"127.0.0.1 localhost {host}\n::1 localhost {host}\n",
+            "hostname": f"{host}\n",
+            "host.conf": "multi on\n",
+            "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\nservices: files\n",
+        }
+
+    def _passwd_line(self, uid: int, name: str) -> str:
+        own = uid == self.uid
+        home = self.spec.workdir if own else "/"
+        return f"{name}:x:{uid}:{self.gid if own else uid}:{name}:{home}:/bin/sh\n"
+
+    def _copy_etc(self, name: str) -> None:
+        path = f"/etc/{name}"
+        try:
+            data = Path(path).read_bytes()
+        except OSError:  # absent or not for this user: neither is needed to run a program
+            return
+        if len(data) <= 4 << 20:
+            self._file(path, data)
+            self.watched.append(path)
+
+    def _add_dev(self) -> None:
+        for name in DEVICES:
+            self._bind(
+                f"/dev/{name}", f"/dev/{name}", "devices", NOSUID | NOEXEC, directory=False
+            ).writable = True
+        for name, target in DEV_LINKS.items():
+            self._link(f"/dev/{name}", target)
+
+    def _add_private(self) -> None:
+        proc = ("subset", "pid", "hidepid", "invisible") if self.spec.proc == "pid" else ()
+        self.mounts.append(Mount("PROC", "/proc", "proc", attrs=NOSUID | NODEV | NOEXEC, options=proc))
+        gid = self.gid if self.host.mode == "rootless" else 5
+        pts = ("ptmxmode", "0666", "mode", "0620", "gid", str(gid))
+        self.mounts.append(Mount("DEVPTS", "/dev/pts", "pts", attrs=NOSUID | NOEXEC, options=pts))
+        taken = {mount.target for mount in self.spec.all_mounts()}
+        private = {"/dev/shm": 0o1777, "/tmp": 0o1777, "/var/tmp": 0o1777, WORKSPACE: 0o755}
+        if self.spec.rootfs is not None:
+            del private["/var/tmp"]
+        for target, mode in private.items():
+            if target not in taken:
+                attrs = NOSUID | NODEV
+                self.mounts.append(Mount("SCRATCH", target, "private", attrs=attrs, mode=mode, writable=True))
+
+    def _add_user_mounts(self) -> None:
+        for mount in self.spec.all_mounts():
+            origin = f"spec {'rw' if not mount.read_only else 'ro'}" if mount.kind == "bind" else "spec tmpfs"
+            if mount.kind == "bind" and mount.source is not None:
+                self._add_user_bind(mount.source, mount.target, origin, read_only=mount.read_only)
+                continue
+            disk = mount.size if mount.size is not None else self.spec.limits.disk
+            options = ["mode", f"{mount.mode:o}", "uid", str(self.uid), "gid", str(self.gid)]
+            options += ["size", str(disk)] if disk is not None else []
+            inodes = mount.inodes if mount.inodes is not None else self.spec.limits.inodes
+            options += ["nr_inodes", str(inodes)] if inodes is not None else []
+            self.mounts.append(
+                Mount(
+                    "TMPFS",
+                    mount.target,
+                    origin,
+                    attrs=NOSUID | NODEV,
+                    options=tuple(options),
+                    writable=True,
+                )
+            )
+
+    def _add_user_bind(self, source: str, target: str, origin: str, *, read_only: bool) -> None:
+        real = os.path.realpath(source)
+        try:
+            st = os.stat(real)
+        except OSError as error:
+            raise SpecError(f"mounts: source {source!r}: {error.strerror}") from error
+        if below(real, "/proc"):
+            raise SpecError(f"mounts: source {source!r} is below /proc")
+        attrs = NOSUID | NODEV | (RDONLY if read_only else 0)
+        mount = self._bind(real, target, origin, attrs, directory=stat.S_ISDIR(st.st_mode))
+        mount.writable = not read_only
+        self.watched.append(real)
+        if not read_only and self.host.mode == "root":
+            mount.attrs |= IDMAP
+            mount.id_maps = (
+                f"{st.st_uid} {self.host.id_base + self.uid} 1",
+                f"{st.st_gid} {self.host.id_base + self.gid} 1",
+            )
+
+    def _order_mounts(self) -> None:
+        """Parents first; a bind below a per-sandbox mount is late; targets in our tmpfs may be made."""
+        self.mounts.sort(key=lambda mount: mount.target.split("/"))
+        for mount in self.mounts:
+            parent = self._parent(mount.target)
+            mount.late = (
+                mount.kind == "BIND" and parent is not None and (parent.kind != "BIND" or parent.late)
+            )
+            mount.create = parent is None or parent.kind in ("SCRATCH", "TMPFS")
+            if parent is None and mount.kind != "BIND":  # the root is read-only when these are made
+                self._dir(mount.target)
+        late = [mount for mount in self.mounts if mount.late]
+        if len(late) > _native.MAX_LATE:
+            raise SpecError(f"mounts: more than {_native.MAX_LATE} lie below private directories")
+
+    def _parent(self, target: str) -> Mount | None:
+        above = [m for m in self.mounts if m.target != target and below(target, m.target)]
+        return max(above, key=lambda mount: len(mount.target), default=None)
+
+    def _add_denials(self) -> None:
+        """A mask for each denied path that exists; what could appear later, or elsewhere, is refused."""
+        masks = []
+        for path in self.spec.deny:
+            for node in self.nodes:
+                if node.kind == "SYMLINK" and below(path, node.path):
+                    raise SpecError(f"deny: {node.path!r} is a link to {os.fsdecode(node.data)!r}; deny that")
+            above = [mount for mount in self.mounts if below(path, mount.target)]
+            cover = max(above, key=lambda mount: len(mount.target), default=None)
+            if cover is None:
+                exists = any(below(node.path, path) for node in self.nodes)
+            elif cover.kind == "BIND":
+                exists = self._deniable(path, cover)
+            else:
+                exists = cover.target == path  # a private file system starts empty
+            if exists:
+                late = cover is not None and (cover.late or cover.kind != "BIND")
+                masks.append(Mount("MASK", path, "spec deny", late=late))
+        self.mounts = sorted([*self.mounts, *masks], key=lambda m: (m.target.split("/"), m.kind == "MASK"))
+
+    def _deniable(self, path: str, cover: Mount) -> bool:
+        """Whether a denied path exists below a bind, and can be masked without touching the host."""
+        outside = cover.source + path[len(cover.target) :]
+        self.watched.append(outside)
+        if os.path.realpath(outside) != outside:
+            raise SpecError(f"deny: {path!r} goes through a symbolic link; deny what it points to")
+        if not os.path.exists(outside) and cover.writable:
+            raise SpecError(
+                f"deny: {path!r} does not exist below the writable {cover.target!r}, and a mask would have to"
+                " create it on the host; create it or drop the entry"
+            )
+        return os.path.exists(outside)

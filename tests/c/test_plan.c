@@ -1,0 +1,130 @@
+/* The validators accept the sample and reject every single way of bending it. */
+#include "check.h"
+#include "sample.h"
+
+#include <stdlib.h>
+
+static struct sample s;
+static struct sample_request r;
+static struct sbx_error err;
+
+static int plan_ok(void)
+{
+	return sbx_plan_check(&s, sizeof s, &err) == 0;
+}
+
+static int request_ok(void)
+{
+	return sbx_request_check(&r, sizeof r, &err) == 0;
+}
+
+/* Bend one field, expect a refusal at `section`, restore. */
+#define REJECTS(field, value, section)                                        \
+	do {                                                                  \
+		sample_plan(&s);                                              \
+		(field) = (value);                                            \
+		CHECK(!plan_ok());                                            \
+		CHECK(err.stage == SBX_STAGE_PLAN && err.index == (section)); \
+		CHECK(err.err == EINVAL);                                     \
+	} while (0)
+
+static void accepts_samples(void)
+{
+	sample_plan(&s);
+	CHECK(plan_ok());
+	sample_request(&r);
+	CHECK(request_ok());
+}
+
+static void rejects_headers(void)
+{
+	REJECTS(s.plan.magic, 0, 1);
+	REJECTS(s.plan.layout, 99, 1);
+	REJECTS(s.plan.size, sizeof s - 1, 1);
+	REJECTS(s.plan.namespaces, CLONE_NEWPID | CLONE_NEWNS, 2);
+	REJECTS(s.plan.namespaces, ~0ULL, 2);
+	REJECTS(s.plan.flags, 32, 2);
+	REJECTS(s.plan.uid_map, 0, 3);
+	REJECTS(s.plan.hostname, sizeof s, 3);
+	REJECTS(s.plan.hostname, 4, 3); /* into the header */
+	REJECTS(s.plan.time_offsets, ~0U, 3);
+	sample_plan(&s);
+	CHECK(sbx_plan_check(&s, 16, &err) < 0);
+	CHECK(sbx_plan_check((char *)&s + 1, sizeof s - 1, &err) < 0);
+}
+
+static void rejects_lists(void)
+{
+	REJECTS(s.plan.nodes.count, SBX_MAX_ITEMS + 1, 4);
+	REJECTS(s.plan.nodes.off, 3, 4);
+	REJECTS(s.plan.nodes.off, sizeof s, 4);
+	REJECTS(s.nodes[0].kind, 9, 4);
+	REJECTS(s.nodes[0].mode, 010000, 4);
+	REJECTS(s.nodes[1].size, sizeof s, 4);
+	REJECTS(s.nodes[1].size, 3, 4); /* no NUL behind the content */
+	REJECTS(s.mounts[0].kind, 0, 5);
+	REJECTS(s.mounts[0].flags, 8, 5);
+	REJECTS(s.mounts[0].target, 0, 5);
+	REJECTS(s.mounts[0].attrs, 1U << 31, 5);
+	REJECTS(s.mounts[0].source, s.mounts[0].target, 5);
+	REJECTS(s.mounts[0].flags, SBX_MOUNT_LATE, 5);
+	REJECTS(s.mounts[2].source, 0, 5);
+	REJECTS(s.mounts[2].attrs, MOUNT_ATTR_IDMAP, 5);  /* without maps */
+	REJECTS(s.mounts[1].options, s.plan.hostname, 5); /* a key without a value */
+	REJECTS(s.rlimits[0].resource, 99, 6);
+	REJECTS(s.rlimits[0].soft, 21, 6);
+	REJECTS(s.plan.filter.count, SBX_MAX_FILTER + 1, 6);
+	REJECTS(s.plan.masks.count, 600, 6);
+	REJECTS(s.rules[0].path, s.plan.hostname, 6); /* not absolute */
+}
+
+/* Any single byte changed: accepted or refused, but never read out of bounds (ASan watches). */
+static void survives_every_byte(void)
+{
+	for (size_t i = 0; i < sizeof s; i++)
+		for (int bit = 0; bit < 8; bit++) {
+			void *copy = malloc(sizeof s);
+			sample_plan(&s);
+			CHECK(copy != NULL);
+			if (!copy)
+				return;
+			memcpy(copy, &s, sizeof s);
+			((unsigned char *)copy)[i] ^= (unsigned char)(1 << bit);
+			(void)sbx_plan_check(copy, sizeof s, &err);
+			free(copy);
+		}
+	CHECK(1);
+}
+
+#define REJECTS_REQUEST(field, value, section)                                   \
+	do {                                                                     \
+		sample_request(&r);                                              \
+		(field) = (value);                                               \
+		CHECK(!request_ok());                                            \
+		CHECK(err.stage == SBX_STAGE_REQUEST && err.index == (section)); \
+	} while (0)
+
+static void rejects_requests(void)
+{
+	REJECTS_REQUEST(r.request.magic, SBX_PLAN_MAGIC, 1);
+	REJECTS_REQUEST(r.request.flags, 2, 1);
+	REJECTS_REQUEST(r.request.argv.count, 0, 2);
+	REJECTS_REQUEST(r.request.argv.count, 400, 2);
+	REJECTS_REQUEST(r.request.paths.off, sizeof r, 2);
+	REJECTS_REQUEST(r.request.cwd, 0, 2);
+	REJECTS_REQUEST(r.request.umask, 01000, 2);
+	REJECTS_REQUEST(r.request.stdio[0], SBX_STDIO_STDOUT, 3);
+	REJECTS_REQUEST(r.request.pass.count, SBX_MAX_PASS + 1, 3);
+	REJECTS_REQUEST(r.files[0].mode, 04755, 4);
+	REJECTS_REQUEST(r.files[0].size, 99999, 4);
+}
+
+int main(void)
+{
+	RUN(accepts_samples);
+	RUN(rejects_headers);
+	RUN(rejects_lists);
+	RUN(survives_every_byte);
+	RUN(rejects_requests);
+	return check_status();
+}

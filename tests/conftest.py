@@ -1,0 +1,44 @@
+"""What every test may ask for, and how a missing feature of the host becomes a skip or a failure."""
+
+import os
+import shutil
+
+import pytest
+from support import PYTHON, compile_static
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The needs_* markers of pyproject.toml."""
+    reasons = []
+    if item.get_closest_marker("needs_root") and os.geteuid() != 0:
+        reasons.append("only root can do this")
+    for marker in item.iter_markers("needs_program"):
+        reasons += [f"no {name} on PATH" for name in marker.args if not shutil.which(name)]
+    if reasons:
+        pytest.skip("; ".join(reasons))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """SANDBOXCORE_MUST_WORK=1: whatever the host lacks is a failure. Being somebody else is not."""
+    report = yield
+    if report.skipped and os.environ.get("SANDBOXCORE_MUST_WORK") and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if "only root can do this" not in reason:
+            report.outcome, report.longrepr = "failed", f"SANDBOXCORE_MUST_WORK: {reason}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def toolbox(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A static program for roots that have nothing else: ls, cat, write, id, readlink."""
+    if not shutil.which("gcc"):
+        pytest.skip("no gcc on PATH")
+    return compile_static(tmp_path_factory.mktemp("toolbox") / "toolbox")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def python_inside() -> None:
+    """Most payloads are Python programs; a sandbox by default sees only /usr."""
+    if not os.access(PYTHON, os.X_OK):
+        pytest.exit(f"the tests need {PYTHON} for their payloads", 1)

@@ -1,0 +1,264 @@
+"""What many tests share: payloads in Python, waiting with a deadline, looking at the host from outside."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sandboxcore
+from sandboxcore import spawner
+
+IS_ROOT = os.geteuid() == 0
+TESTS = Path(__file__).parent
+PROJECT = TESTS.parent
+
+
+def _visible_python() -> str:
+    """An interpreter that a sandbox sees: below /usr."""
+    own = os.path.realpath(sys.executable)
+    if own.startswith("/usr/"):
+        return own
+    return shutil.which("python3", path="/usr/local/bin:/usr/bin") or "/usr/bin/python3"
+
+
+PYTHON = _visible_python()
+Spec = sandboxcore.SandboxSpec
+
+
+def run_python(code: str, *args: str, **options: Any) -> sandboxcore.ExecResult:
+    """Run a Python program in a sandbox, without site packages."""
+    options.setdefault("timeout", 60)
+    return sandboxcore.run([PYTHON, "-I", "-S", "-c", textwrap.dedent(code), *args], **options)
+
+
+def ask_python(code: str, *args: str, **options: Any) -> Any:
+    """Run a Python program in a sandbox that prints JSON; returns the value."""
+    done = run_python("import json, os, sys\n" + textwrap.dedent(code), *args, **options)
+    assert done.returncode == 0, done
+    return json.loads(done.stdout)
+
+
+def shell(script: str, *args: str, **options: Any) -> sandboxcore.ExecResult:
+    """Run a shell script in a sandbox."""
+    options.setdefault("timeout", 60)
+    return sandboxcore.run(["/bin/sh", "-c", script, "sh", *args], **options)
+
+
+def host_program(code: str, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program of our own interpreter outside, for what must not happen to the test process."""
+    options.setdefault("timeout", 90)
+    command = [sys.executable, "-c", textwrap.dedent(code), *args]
+    return subprocess.run(command, capture_output=True, text=True, env=host_environment(), **options)
+
+
+@contextmanager
+def host_process(code: str, *args: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """The same, while it runs; it is killed at the end."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *args]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=host_environment(), **pipes, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def host_environment() -> dict[str, str]:
+    """The environment of a host program: like ours, and it finds the package and this module."""
+    path = os.pathsep.join([str(PROJECT), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10) -> Any:
+    """The condition's value as soon as it is true; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.005)
+
+
+# --- the host, seen from outside --------------------------------------------------------------------
+
+
+def parents() -> dict[int, int]:
+    """Every process and its parent."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            try:
+                stat = Path(f"/proc/{entry}/stat").read_bytes()
+            except OSError:
+                continue
+            found[int(entry)] = int(stat.rpartition(b")")[2].split()[1])
+    return found
+
+
+def descendants(*roots: int) -> set[int]:
+    """Every process below `roots`, in any depth."""
+    parent_of, found, size = parents(), set(roots), -1
+    while size != len(found):
+        size = len(found)
+        found |= {pid for pid, parent in parent_of.items() if parent in found}
+    return found - set(roots)
+
+
+def spawner_pids() -> list[int]:
+    """The spawners that this process uses now."""
+    return sorted(known.pid for known in spawner._spawners.values())
+
+
+def sandbox_processes() -> set[int]:
+    """What runs below this process's spawners. The makers of network namespaces belong there for good."""
+    return descendants(*spawner_pids())
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (a zombie that nobody reaped has, too)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return stat.rpartition(b")")[2].split()[0] in (b"Z", b"X")
+
+
+def marked(mark: str) -> set[int]:
+    """Processes whose command line has `mark` in it, whoever their parent is, but not this one."""
+    found = set()
+    for pid in parents():
+        try:
+            line = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if mark.encode() in line and pid != os.getpid():
+            found.add(pid)
+    return found
+
+
+def kill_spawners() -> None:
+    """End this process's spawners as an administrator might."""
+    for pid in spawner_pids():
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: gone(pid), f"the end of spawner {pid}")
+
+
+def snapshot(tree: Path) -> dict[str, tuple[Any, ...]]:
+    """Everything below a directory that a sandbox could have changed."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for path in (tree, *sorted(tree.rglob("*"))):
+        st = path.lstat()
+        content = path.read_bytes() if path.is_file() and not path.is_symlink() else None
+        link = os.readlink(path) if path.is_symlink() else None
+        found[str(path.relative_to(tree))] = (st.st_mode, st.st_uid, st.st_gid, st.st_ino, link, content)
+    return found
+
+
+class Counts(dict[str, int]):
+    """How much there is of everything that a sandbox could leave behind."""
+
+    @classmethod
+    def now(cls) -> "Counts":
+        """Count."""
+        own = {os.getpid(), *spawner_pids()}
+        return cls(
+            processes=len(sandbox_processes()),
+            host_fds=len(os.listdir("/proc/self/fd")),
+            spawner_fds=sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in spawner_pids() if IS_ROOT),
+            mounts=sum(1 for _ in open("/proc/self/mountinfo", "rb")),
+            net_namespaces=len(_namespaces("net", own | sandbox_processes())),
+            mount_namespaces=len(_namespaces("mnt", own | sandbox_processes())),
+            cgroups=sum(1 for _ in os.walk("/sys/fs/cgroup")),
+            files=len(os.listdir("/tmp")) + len(os.listdir("/dev/shm")),
+        )
+
+
+def _namespaces(kind: str, pids: set[int]) -> set[str]:
+    found = set()
+    for pid in pids:
+        try:
+            found.add(os.readlink(f"/proc/{pid}/ns/{kind}"))
+        except OSError:
+            continue
+    return found
+
+
+@contextmanager
+def leaves_nothing(seconds: float = 10) -> Iterator[None]:
+    """Everything countable is afterwards as it was before; what ends asynchronously has `seconds`."""
+    before = Counts.now()
+    yield
+    deadline = time.monotonic() + seconds
+    while (after := Counts.now()) != before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert after == before
+
+
+# --- a program without libraries --------------------------------------------------------------------
+
+_TOOLBOX = r"""
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+static int list(const char *path)
+{
+	DIR *dir = opendir(path);
+	if (!dir)
+		return perror(path), 1;
+	for (struct dirent *e; (e = readdir(dir));)
+		if (strcmp(e->d_name, ".") && strcmp(e->d_name, ".."))
+			puts(e->d_name);
+	return 0;
+}
+
+static int copy(const char *path, int flags, int from, int to)
+{
+	char buf[4096];
+	int fd = open(path, flags, 0644);
+	if (fd < 0)
+		return perror(path), 1;
+	from = from < 0 ? fd : from;
+	to = to < 0 ? fd : to;
+	for (ssize_t n; (n = read(from, buf, sizeof buf)) > 0;)
+		if (write(to, buf, (size_t)n) != n)
+			return perror(path), 1;
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	char buf[4096];
+	if (argc == 3 && !strcmp(argv[1], "ls"))
+		return list(argv[2]);
+	if (argc == 3 && !strcmp(argv[1], "cat"))
+		return copy(argv[2], O_RDONLY, -1, 1);
+	if (argc == 3 && !strcmp(argv[1], "write"))
+		return copy(argv[2], O_WRONLY | O_CREAT, 0, -1);
+	if (argc == 2 && !strcmp(argv[1], "id"))
+		return printf("%d:%d\n", (int)getuid(), (int)getgid()) < 0;
+	if (argc == 2 && !strcmp(argv[1], "pwd"))
+		return puts(getcwd(buf, sizeof buf) ? buf : "?") < 0;
+	return 2;
+}
+"""
+
+
+def compile_static(target: Path) -> str:
+    """Compile the toolbox; returns its path."""
+    command = ["gcc", "-static", "-O1", "-x", "c", "-", "-o", str(target)]
+    subprocess.run(command, input=_TOOLBOX, text=True, check=True, timeout=60)
+    target.chmod(0o755)
+    target.parent.chmod(0o755)
+    return str(target)

@@ -1,0 +1,218 @@
+"""The fault walk: every system call after clone is made to fail, one after the other.
+
+A helper built with SBX_FAULT counts the calls of the child (of the template's builder, of init and of
+the payload until exec) and fails the chosen one. Allowed ends: a refusal that names the stage, with
+nothing left behind; or, where the code has an answer to that errno, a sandbox no weaker than one without
+the fault. Never a weaker sandbox, never silence, never a hang.
+"""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sandboxcore
+from sandboxcore import _native, plan, process, request, spawner
+
+CSRC = Path(__file__).parents[2] / "csrc"
+
+# A payload that prints all it can tell about its isolation.
+FINGERPRINT = r"""
+grep -E '^(Uid|Gid|Groups|NoNewPrivs|Seccomp|Seccomp_filters|Cap...|SigBlk|SigIgn):' /proc/self/status
+cut -d' ' -f4,5,6 /proc/self/mountinfo | sort
+cat /proc/self/limits /proc/self/uid_map; umask; hostname; pwd; ls /proc/self/fd | wc -l
+cat /proc/sys/user/max_user_namespaces /proc/keys /proc/kallsyms | wc -c; ls /sys/class/net 2>&1
+cat injected; ps -o sid= -p $$ 2>/dev/null
+"""
+
+# What only one kind of step does; the stages it may be reported as.
+STAGES_OF_CALL = {
+    "setsid": {"session"},
+    "keyctl": {"session"},
+    "sethostname": {"hostname"},
+    "seccomp": {"seccomp"},
+    "execve": {"exec"},
+    "landlock_create_ruleset": {"landlock"},
+    "landlock_add_rule": {"landlock"},
+    "landlock_restrict_self": {"landlock"},
+    "capset": {"cred", "init"},
+    "setgroups": {"cred"},
+    "prlimit64": {"rlimit"},
+    "vfork": {"fork"},
+    "faccessat": {"proc", "nslimit"},
+    "prctl": {"cred", "init"},
+    "fsopen": {"mount"},
+    "fsconfig": {"mount"},
+    "fsmount": {"mount"},
+    "mount": {"proc"},
+    "dup3": {"stdio"},
+    "kill": {"init"},
+    "getrusage": {"init"},
+    "sendmsg": {"init"},
+}
+ORDER = (
+    *("idmap", "session", "init", "mount", "nslimit", "proc", "mount", "hostname", "init", "fork"),
+    *("session", "stdio", "rlimit", "cred", "file", "cwd", "landlock", "seccomp", "exec", "init"),
+)
+
+
+def call_numbers() -> dict[int, str]:
+    """System call numbers by asking the C preprocessor, for this architecture."""
+    names = "\n".join(f"{name} SYS_{name}" for name in STAGES_OF_CALL)
+    done = subprocess.run(
+        ["gcc", "-E", "-P", "-include", "sys/syscall.h", "-"],
+        input=names, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    rows = [line.split() for line in done.stdout.splitlines() if line]
+    return {int(row[1]): row[0] for row in rows if len(row) == 2 and row[1].isdecimal()}
+
+
+@pytest.fixture(scope="module")
+def fault_helper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sys.path.insert(0, str(CSRC))
+    from build_core import CFLAGS, HELPER_SOURCES
+
+    helper = tmp_path_factory.mktemp("fault") / "_spawner"
+    sources = [str(CSRC / name) for name in HELPER_SOURCES]
+    subprocess.run(
+        ["gcc", *CFLAGS, "-static", "-DSBX_FAULT", *sources, "-o", helper], check=True, timeout=300
+    )
+    return helper
+
+
+def drop_spawners() -> None:
+    for connection in list(spawner._spawners.values()):
+        spawner.drop_spawner(connection)
+
+
+@pytest.fixture
+def faulty(fault_helper: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_native.NativeFailure]]:
+    """Runs go through the fault helper; every bare failure is collected."""
+    failures: list[_native.NativeFailure] = []
+    render = process._render
+
+    def collect(*args: object) -> sandboxcore.SandboxError:
+        failures.append(args[-1])  # type: ignore[arg-type]
+        return render(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setenv("SANDBOXCORE_SPAWNER", str(fault_helper))
+    monkeypatch.setattr(process, "_render", collect)
+    drop_spawners()
+    yield failures
+    drop_spawners()
+
+
+SPEC = sandboxcore.SandboxSpec(tmpfs=["/opt/scratch:1M"], limits=sandboxcore.Limits(cpu_time=100))
+
+
+def attempt() -> sandboxcore.ExecResult:
+    return sandboxcore.run(["/bin/sh", "-c", FINGERPRINT], spec=SPEC, files={"injected": "data"}, timeout=30)
+
+
+def counts() -> tuple[int, int, int]:
+    """Descriptors here and in the spawner, and the spawner's children."""
+    pid = next(iter(spawner._spawners.values())).pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{pid}/fd")), len(children)
+
+
+def settled() -> tuple[int, int, int]:
+    """The counts once the spawner has reaped every sandbox; only the maker of namespaces is left."""
+    deadline = time.monotonic() + 20
+    while counts()[2] > 1:
+        assert time.monotonic() < deadline, counts()
+        os.sched_yield()
+    return counts()
+
+
+def walk(
+    monkeypatch: pytest.MonkeyPatch, failures: list[_native.NativeFailure], code: int
+) -> list[tuple[str, int]]:
+    """Fail call 1, 2, 3 ... with `code` until nothing fails any more; returns (stage, syscall) of each."""
+    clean = attempt()
+    assert clean.ok
+    before = settled()
+    seen: list[tuple[str, int]] = []
+    survived = 0
+    # a call that only confirms an honest ENOENT or EINVAL before it: that one is then reported
+    doubts = {number for number, name in call_numbers().items() if name in ("faccessat", "prctl")}
+    for number in range(1, 2000):
+        monkeypatch.setattr(request, "FAULT", (number, code))
+        failures.clear()
+        try:
+            result = attempt()
+        except (sandboxcore.SetupError, sandboxcore.UnsupportedHost):
+            survived = 0
+            if code == errno.EUCLEAN and failures[0].syscall not in doubts:
+                assert failures[0].errno == code, (number, failures[0])
+            seen.append((failures[0].stage, failures[0].syscall))
+        else:
+            assert result.stdout == clean.stdout, f"call {number} failed with {code} and weakened the sandbox"
+            survived += 1
+        if survived == 50:  # far more than any retried or answered call in a row
+            break
+    monkeypatch.setattr(request, "FAULT", (0, 0))
+    assert attempt().stdout == clean.stdout
+    assert settled() == before
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_call_fails_at_the_right_stage(
+    faulty: list[_native.NativeFailure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = walk(monkeypatch, faulty, errno.EUCLEAN)
+
+    numbers = call_numbers()
+    for stage, number in seen:
+        if number in numbers:
+            assert stage in STAGES_OF_CALL[numbers[number]], numbers[number]
+    stages = [stage for i, (stage, _) in enumerate(seen) if i == 0 or seen[i - 1][0] != stage]
+    position = 0
+    for stage in stages:  # in the recipe's order
+        assert stage in ORDER[position:], (stage, stages)
+        position = ORDER.index(stage, position)
+    assert {*stages} == {*ORDER}
+    assert len(seen) > 150
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOSYS, errno.EINVAL, errno.EINTR, errno.EACCES])
+def test_likely_errors_never_weaken(
+    faulty: list[_native.NativeFailure], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    assert len(walk(monkeypatch, faulty, code)) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_every_call_of_the_template(
+    faulty: list[_native.NativeFailure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean = attempt()
+    before = settled()
+    stages = []
+    for number in range(1, 2000):
+        monkeypatch.setattr(plan, "FAULT", number)
+        monkeypatch.setattr(plan, "_cache", {})
+        faulty.clear()
+        try:
+            result = attempt()
+        except (sandboxcore.SetupError, sandboxcore.UnsupportedHost):
+            assert faulty[0].errno == errno.EUCLEAN
+            stages.append(faulty[0].stage)
+        else:
+            assert result.stdout == clean.stdout
+            break
+    assert {*stages} == {"template", "source", "node", "mount", "root"}
+    assert len(stages) > 100
+    after = settled()
+    assert after[0] == before[0]
+    assert after[1] - before[1] <= 1  # the one new template of the last, good attempt
