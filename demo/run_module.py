@@ -25,7 +25,7 @@ RANKS = ("ok", "skipped", "failed")
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
 
 
-class Result(unittest.TextTestResult):
+class Result(unittest.TextTestResult[Any]):
     """Keeps the worst outcome of every test id: subtests and doctests share one."""
 
     outcomes: dict[str, tuple[str, str]] = {}

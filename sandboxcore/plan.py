@@ -16,7 +16,7 @@ from sandboxcore.errors import UnsupportedHost
 from sandboxcore.host import ID_RANGE, HostFeatures
 from sandboxcore.seccomp import compile_filter, resolve
 from sandboxcore.spec import Limits, SandboxSpec
-from sandboxcore.tree import Tree
+from sandboxcore.tree import Tree, identity
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
