@@ -246,8 +246,7 @@ def show_table(reports: dict[str, tuple[Report, Report]], found: dict[str, int])
     print(f"{'outside/inside':28}{'ok':>11}{'skipped':>11}{'failed':>11}{'seconds':>11}  different")
     for module, pair in reports.items():
         columns = [
-            "/".join(str(report.count(status)) for report in pair)
-            for status in ("ok", "skipped", "failed")
+            "/".join(str(report.count(status)) for report in pair) for status in ("ok", "skipped", "failed")
         ]
         columns.append("/".join(f"{report.duration:.0f}" for report in pair))
         print(f"{module:28}" + "".join(f"{text:>11}" for text in columns) + f"  {found[module]:9}")
@@ -278,9 +277,7 @@ def describe(difference: Difference) -> str:
     before, after = difference.outside, difference.inside
     detail = after.detail or before.detail
     name = difference.test.removeprefix("test.")
-    return f"{name}: {before.status} -> {after.status}" + (
-        f" ({shorten(detail, 90)})" if detail else ""
-    )
+    return f"{name}: {before.status} -> {after.status}" + (f" ({shorten(detail, 90)})" if detail else "")
 
 
 def main(modules: Sequence[str]) -> int:
@@ -301,9 +298,7 @@ def main(modules: Sequence[str]) -> int:
     show_differences(every)
     unexplained = sum(not difference.reason for difference in every)
     total = sum(len(inner.outcomes) for _, inner in reports.values())
-    print(
-        f"\n{total} tests inside; {len(every)} differ from outside, {unexplained} without a reason"
-    )
+    print(f"\n{total} tests inside; {len(every)} differ from outside, {unexplained} without a reason")
     return 1 if unexplained or not total else 0
 
 
