@@ -10,6 +10,7 @@
  *
  * The order is not free:
  *   id maps before ids; ids before mounts, so that a tmpfs has a mapped owner;
+ *   the clocks' offsets before the ids change, which makes /proc/self somebody else's;
  *   the keyring while its key still counts against the spawner's quota;
  *   proc before the limits on namespaces, which are written through it, and before it is covered;
  *   non-dumpable after the maps, which are written through /proc/PID of a dumpable process;
@@ -69,8 +70,8 @@ static int make_sandbox(const struct sbx_box *box, struct sbx_error *err)
 
 	TRY(wait_for_go(box, err));
 	TRY(sbx_session_keyring(err));
-	TRY(sbx_cred_become_root(p, err));
 	TRY(sbx_time_enter(p, box->spawner->proc, err));
+	TRY(sbx_cred_become_root(p, err));
 	TRY(sbx_mount_sandbox(p, err));
 	TRY(set_hostname(p, err));
 	TRY(bring_loopback_up(p, err));
