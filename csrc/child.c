@@ -157,22 +157,55 @@ static char **make_pointers(const struct sbx_request *r, char ***env, struct sbx
 	return argv;
 }
 
+/*
+ * The payload tells init how far it came by writing to *box. vfork shares all memory; but a child of
+ * another time namespace may not (EINVAL; the exemption for vfork came and went between 5.19 and 6.3),
+ * so there the box alone is shared, and init waits for exec all the same.
+ */
+static struct sbx_box *share_box(struct sbx_box *box, struct sbx_error *err)
+{
+	long map = sbx_sys(SYS_mmap, NULL, sizeof *box, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	if (map < 0 && map > -4096) {
+		sbx_fail(err, SBX_STAGE_TIME, 1, map);
+		return NULL;
+	}
+	struct sbx_box *shared = (struct sbx_box *)map;
+	memcpy(shared, box, sizeof *box);
+	return shared;
+}
+
+/* Returns when the payload has exec'ed or ended; in the payload, not at all. */
+static pid_t fork_payload(struct sbx_box *box, char **argv, char **env)
+{
+	const struct clone_args copy = { .flags = CLONE_VFORK, .exit_signal = SIGCHLD };
+	pid_t pid;
+
+#ifdef SBX_FAULT
+	if (sbx_fault_hit(SYS_vfork))
+		return -sbx_fault.err;
+#endif
+	if (box->plan->time_offsets)
+		pid = (pid_t)sbx_sys(SYS_clone3, &copy, sizeof copy);
+	else if ((pid = vfork()) < 0)
+		pid = -errno;
+	if (pid == 0)
+		payload(box, argv, env);
+	return pid;
+}
+
 static int run_payload(struct sbx_box *box, struct sbx_error *err)
 {
 	char **env, **argv = make_pointers(box->request, &env, err);
 
-	if (!argv)
+	if (argv && box->plan->time_offsets)
+		box = share_box(box, err);
+	if (!argv || !box)
 		return -1;
 	box->clock[SBX_CLOCK_FORK] = sbx_now();
-#ifdef SBX_FAULT
-	if (sbx_fault_hit(SYS_vfork))
-		return sbx_fail(err, SBX_STAGE_FORK, 0, -sbx_fault.err);
-#endif
-	pid_t pid = vfork(); /* back here when the payload has exec'ed or ended */
-	if (pid == 0)
-		payload(box, argv, env);
+	pid_t pid = fork_payload(box, argv, env);
 	if (pid < 0)
-		return sbx_fail(err, SBX_STAGE_FORK, 0, -errno);
+		return sbx_fail(err, SBX_STAGE_FORK, 0, pid);
 	return sbx_init_run(box, pid, err);
 }
 

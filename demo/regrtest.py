@@ -143,7 +143,7 @@ def run_module(side: Side, module: str, only: Sequence[str] = ()) -> Report:
     python, _ = interpreter()
     argv = [python, "-c", RUN_MODULE.read_text(), module, ",".join(LEFT_OUT), *only]
     # What a sandbox writes is gone with it, so the report comes back on stdout, alone.
-    script = '"$@" >&2; cat report.json'
+    script = '"$@" >&2 && cat report.json'
     start = time.monotonic()
     report, log = side(["/bin/sh", "-c", script, "sh", *argv])
     return Report(outcomes=parse(module, report, log), duration=time.monotonic() - start)
@@ -296,10 +296,13 @@ def main(modules: Sequence[str]) -> int:
     show_table(reports, {module: len(found) for module, found in differences.items()})
     every = [difference for found in differences.values() for difference in found]
     show_differences(every)
+    not_run = [module for module, (plain, _) in reports.items() if module in plain.outcomes]
+    for module in not_run:
+        print(f"NOT RUN {module}: {reports[module][0].outcomes[module].detail}")
     unexplained = sum(not difference.reason for difference in every)
     total = sum(len(inner.outcomes) for _, inner in reports.values())
     print(f"\n{total} tests inside; {len(every)} differ from outside, {unexplained} without a reason")
-    return 1 if unexplained or not total else 0
+    return 1 if unexplained or not_run or not total else 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ stumbles over its own report when many tests fail.
 
 import faulthandler
 import fnmatch
+import importlib
 import json
 import sys
 import unittest
@@ -77,6 +78,7 @@ def main(module: str, left_out: str, *only: str) -> None:
     faulthandler.dump_traceback_later(TIME_LIMIT, exit=True)
     report = Path("report.json").absolute()
     support.use_resources = []  # nothing that needs the internet, a screen or much memory
+    importlib.import_module(f"test.{module}")  # the loader would make a failure a test
     suite = unittest.TestSuite(
         test
         for test in each(unittest.defaultTestLoader.loadTestsFromName(f"test.{module}"))

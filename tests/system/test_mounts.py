@@ -351,7 +351,8 @@ def test_a_link_as_mount_point(source: Path, tmp_path: Path) -> None:
 def test_a_file_as_mount_point_of_a_directory(source: Path) -> None:
     with pytest.raises(SetupError) as caught:
         sandboxcore.run(["true"], spec=Spec(ro=[(source, "/s")], tmpfs=["/s/file"]))
-    assert (caught.value.stage, caught.value.errno) == ("mount", errno.ENOTDIR)
+    assert caught.value.stage == "mount"
+    assert caught.value.errno in (errno.ENOTDIR, errno.EINVAL)  # move_mount(2) says EINVAL
 
 
 def test_missing_source(tmp_path: Path) -> None:
@@ -359,7 +360,7 @@ def test_missing_source(tmp_path: Path) -> None:
         sandboxcore.run(["true"], spec=Spec(ro=[(tmp_path / "none", "/s")]))
 
 
-@pytest.mark.parametrize("path", ["/proc", "/proc/self/root", "/proc/1"])
+@pytest.mark.parametrize("path", ["/proc", "/proc/self", "/proc/1"])
 def test_proc_of_the_host_is_no_source(path: str, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(path)
     for source in (path, tmp_path / "link"):

@@ -162,7 +162,7 @@ def test_loopback_of_a_used_namespace_is_not_shared() -> None:
 # --- names and ids ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sandbox", "box-1", "a.b.c", "x" * 64])
+@pytest.mark.parametrize("name", ["sandbox", "box-1", "a.b.c", "x" * 63])
 def test_hostname(name: str) -> None:
     before = socket.gethostname()
     code = "import socket; print(json.dumps([socket.gethostname(), socket.gethostbyname(socket.gethostname())]))"
@@ -224,9 +224,10 @@ def _named(name: str, pids: set[int]) -> int | None:
 @pytest.mark.needs_program("newuidmap", "newgidmap", "setpriv", "unshare")
 def test_subordinate_ids(tmp_path: Path) -> None:
     """With a range in /etc/subuid, the payload gets ids that are not the caller's."""
-    for name in ("subuid", "subgid"):
-        (tmp_path / name).write_text("61999:300000:65536\n")
-        (tmp_path / name).chmod(0o644)
+    tmp_path.chmod(0o755)
+    passwd = Path("/etc/passwd").read_text() + "subject:x:61999:61999::/:/bin/sh\n"  # newuidmap wants a name
+    for name, text in {"passwd": passwd, **dict.fromkeys(("subuid", "subgid"), "subject:300000:65536\n")}.items():
+        (tmp_path / name).write_text(text)
     code = (
         "import sandboxcore; from sandboxcore.host import features; print(features().mode);"
         "d = sandboxcore.run(['sh', '-c', 'id -u; echo a > f; stat -c %u f; cat /proc/self/uid_map'], text=True);"
@@ -235,7 +236,7 @@ def test_subordinate_ids(tmp_path: Path) -> None:
     import sys
 
     script = (
-        'mount --bind "$1/subuid" /etc/subuid && mount --bind "$1/subgid" /etc/subgid && shift && '
+        'for f in passwd subuid subgid; do mount --bind "$1/$f" /etc/$f || exit 99; done; shift; '
         'exec setpriv --reuid 61999 --regid 61999 --clear-groups --inh-caps=-all "$@"'
     )
     for name in ("/etc/subuid", "/etc/subgid"):
