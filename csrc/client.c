@@ -12,6 +12,7 @@
 
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 
 struct launch {
@@ -112,9 +113,11 @@ int sbx_spawner_start(const char *path, int diagnostics, struct sbx_error *err)
 /* The record that answers a message on `sock`; anything but READY is an error. */
 static int expect_ready(int sock, struct sbx_record *rec, struct sbx_error *err)
 {
+	const struct timeval patience = { .tv_sec = 60 }; /* a source on a dead network file system */
 	int fd;
-	long len = sbx_wire_receive(sock, rec, NULL, 0, &fd);
 
+	(void)setsockopt(sock, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+	long len = sbx_wire_receive(sock, rec, NULL, 0, &fd);
 	sbx_close(fd);
 	if (len <= 0)
 		return sbx_fail(err, SBX_STAGE_SPAWNER, 11, len < 0 ? len : -EPIPE);

@@ -27,6 +27,7 @@ enum {
 	SBX_MAX_PASS = 64,
 	SBX_MAX_FILTER = 4096,
 	SBX_MAX_INLINE = 32768,
+	SBX_MAX_APPLIED = 262144,
 };
 
 /* Where a set-up can fail. Append only: a number never changes its meaning. */
@@ -222,7 +223,7 @@ enum sbx_record_kind {
 	SBX_RECORD_READY = 1, /* spawner or template ready */
 	SBX_RECORD_PIDFD,     /* the init's pidfd is attached */
 	SBX_RECORD_ERROR,
-	SBX_RECORD_APPLIED, /* followed by text read back from the kernel */
+	SBX_RECORD_APPLIED, /* followed by a piece of the text read back from the kernel */
 	SBX_RECORD_EXIT,    /* the payload ended and nothing but init is left */
 };
 

@@ -105,12 +105,13 @@ static int start(struct sbx_run *run, struct sbx_error *err)
 
 static int keep_applied(struct sbx_run *run, const void *text, size_t size)
 {
-	free(run->applied);
-	run->applied = malloc(size ? size : 1);
-	if (!run->applied)
+	unsigned char *grown = realloc(run->applied, run->applied_size + size + 1);
+
+	if (!grown)
 		return -ENOMEM;
-	memcpy(run->applied, text, size);
-	run->applied_size = size;
+	memcpy(grown + run->applied_size, text, size);
+	run->applied = grown;
+	run->applied_size += size;
 	return 0;
 }
 
@@ -395,5 +396,6 @@ void sbx_run_close(struct sbx_run *run)
 	free(run->applied);
 	free(run->stdin_buffer);
 	run->applied = run->stdin_buffer = NULL;
+	run->applied_size = 0;
 	run->state = NEW;
 }

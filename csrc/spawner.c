@@ -24,7 +24,7 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 
-enum { TEMPLATES = 16, FD_HOST = 3, FD_PIDFD = 4 };
+enum { TEMPLATES = 64, FD_HOST = 3, FD_PIDFD = 4 };
 
 struct state {
 	struct sbx_spawner s;

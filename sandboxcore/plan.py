@@ -146,7 +146,8 @@ class _Compiler:
             "file_size": (resource.RLIMIT_FSIZE, limits.file_size, None),
             "cpu_time": (resource.RLIMIT_CPU, limits.cpu_time, None),
         }
-        chosen = [("core", resource.RLIMIT_CORE, 0, 0)]
+        # 1, not 0: core(5) pipes to a host program whatever the limit is, except at this value
+        chosen = [("core", resource.RLIMIT_CORE, 1, 1)]
         for name, (number, value, usual) in wanted.items():
             if value is None:
                 continue

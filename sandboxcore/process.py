@@ -18,6 +18,7 @@ from sandboxcore.result import Decoder, ExecResult, make_result
 from sandboxcore.spec import SandboxSpec
 
 _DEFAULT_SPEC = SandboxSpec()
+_ATTEMPTS = 8  # a template may be evicted between its making and its use, by 64 others
 
 
 def run(
@@ -85,7 +86,7 @@ def _execute(
     plan: Plan, request: Request, streams: _native.Streams, timeout: float | None
 ) -> _native.NativeResult:
     """Run it; a spawner that has died or has forgotten the plan is helped once, before anything ran."""
-    for attempt in (1, 2, 3):
+    for attempt in range(1, _ATTEMPTS + 1):
         try:
             connection = spawner.get_spawner(plan)
         except _native.NativeFailure as failure:
@@ -94,9 +95,9 @@ def _execute(
             connection.teach(plan)
             return _native.run(connection.fd, request.data, streams, timeout, request.pass_fds)
         except _native.NativeFailure as failure:
-            if failure.stage == "plan" and failure.errno == 116 and attempt < 3:  # ESTALE: evicted
+            if failure.stage == "plan" and failure.errno == 116 and attempt < _ATTEMPTS:  # ESTALE: evicted
                 connection.known.discard(plan.id)
-            elif failure.stage == "spawner" and failure.index in (11, 14) and attempt < 3:  # not even sent
+            elif failure.stage == "spawner" and failure.index in (11, 14) and attempt < _ATTEMPTS:  # not even sent
                 spawner.drop_spawner(connection)
             else:
                 if failure.stage == "spawner":

@@ -316,32 +316,69 @@ def test_every_denied_call_is_answered_by_the_filter(hostile: Hostile, name: str
     assert hostile.inside(attack, seccomp=marking(name)).verdict == MARKER
 
 
-def test_shocker(hostile: Hostile, open_dir: object) -> None:
-    """open_by_handle_at opens any file of a file system by a number that can be guessed."""
-    secret = f"{open_dir}/secret"
-    with open(secret, "w") as file:
-        file.write("secret")
-    handle = struct.pack("=Ii", 128, 0) + bytes(128)
-    ask = calls(
-        call("name_to_handle_at", AT_FDCWD, secret, pointer(handle), pointer(bytes(8)), 0),
-    )
-    assert hostile.outside(ask).verdict == "ok"
-    known = bytearray(handle)
+def file_handle(path: Path) -> bytes:
+    """struct file_handle, as name_to_handle_at(2) fills it."""
+    handle = ctypes.create_string_buffer(struct.pack("=Ii", 128, 0) + bytes(128), 136)
+    mount_id = ctypes.c_int()
     c = libc()
-    fields = (ctypes_array := __import__("ctypes")).create_string_buffer(bytes(known), len(known))
-    mount = ctypes_array.c_int()
-    assert c.name_to_handle_at(AT_FDCWD, secret.encode(), fields, ctypes_array.byref(mount), 0) == 0
+    if c.name_to_handle_at(AT_FDCWD, bytes(path), handle, ctypes.byref(mount_id), 0):
+        raise OSError(ctypes.get_errno(), "name_to_handle_at")
+    return handle.raw
+
+
+def test_shocker(hostile: Hostile, open_dir: Path) -> None:
+    """open_by_handle_at opens any file of a file system by a number that can be guessed."""
+    secret = open_dir / "secret"
+    secret.write_text("secret")
     attack = calls(
         call("openat", AT_FDCWD, str(open_dir), os.O_RDONLY),
-        call("open_by_handle_at", result(0), pointer(fields.raw), os.O_RDONLY),
+        call("open_by_handle_at", result(0), pointer(file_handle(secret)), os.O_RDONLY),
         call("read", result(1), BUFFER, 100),
     )
     if os.geteuid() == 0:
         assert hostile.outside(attack).data == b"secret"
-    granted = {"ro": [(str(open_dir), str(open_dir))]}
-    assert hostile.inside(read(secret), **granted).data == b"secret"
+    granted = {"ro": [(open_dir, open_dir)]}
     assert hostile.inside(attack, **granted).verdict == "EPERM"
-    policy = marking("open_by_handle_at")
-    assert hostile.inside(attack, seccomp=policy, **granted).verdict == MARKER
-    policy = allowing("open_by_handle_at")  # no CAP_DAC_READ_SEARCH over the host's file system
+    answered = hostile.inside(attack, seccomp=marking("open_by_handle_at"), **granted)
+    assert answered.answers[:2] == ("ok", MARKER)
+    # no CAP_DAC_READ_SEARCH where the file system belongs
+    policy = allowing("open_by_handle_at")
     assert hostile.inside(attack, seccomp=policy, user="0", **granted).verdict == "EPERM"
+
+
+# --- keys ---------------------------------------------------------------------------------------
+
+KEYCTL_GET_KEYRING_ID, KEYCTL_JOIN_SESSION_KEYRING, KEYCTL_READ, KEYCTL_SEARCH = 0, 1, 11, 10
+SESSION, USER, USER_SESSION = -3, -4, -5
+KEY_CALLS = ("keyctl", "add_key", "request_key")
+
+# A program of the host plants a key in its session keyring, then runs the attack both ways.
+KEY_LAUNCHER = """
+import json, sys
+from escape.hostile import Hostile, allowing
+from test_kernel_keys import plant
+"""
+
+
+@pytest.mark.parametrize("name", KEY_CALLS)
+def test_key_calls(hostile: Hostile, name: str) -> None:
+    attack = calls(
+        {
+            "keyctl": call("keyctl", KEYCTL_GET_KEYRING_ID, SESSION, 1),
+            "add_key": call("add_key", "user", "ours", "payload", 7, SESSION),
+            "request_key": call("request_key", "user", "nobody's", 0, 0),
+        }[name]
+    )
+    assert hostile.outside(attack).verdict == ("ENOKEY" if name == "request_key" else "ok")
+    assert hostile.inside(attack).verdict == "EPERM"
+
+
+def test_keys_of_the_launcher(hostile: Hostile, marker: str) -> None:
+    """Keyrings are in no namespace: a session keyring is inherited through every clone."""
+    plant = libc_plant(marker)
+    search = calls(call("request_key", "user", marker, 0, 0))
+    by_ring = calls(
+        call("keyctl", KEYCTL_SEARCH, SESSION, "user", marker, 0),
+        call("keyctl", KEYCTL_READ, result(0), BUFFER, 100),
+    )
+    by_number = calls(call("keyctl", KEYCTL_READ, plant, BUFFER, 100))
