@@ -45,7 +45,7 @@ struct sbx_box {
 	int stdio[3]; /* descriptors from the host, or -1 */
 	int pass[SBX_MAX_PASS];
 	uint64_t clock[SBX_CLOCKS];
-	struct sbx_error error;	      /* written by the payload, which shares memory until exec */
+	struct sbx_error error;	       /* written by the payload, which shares memory until exec */
 	char applied[SBX_MAX_APPLIED]; /* SBX_REQUEST_RECORD: text read back from the kernel */
 	uint32_t applied_size;
 };

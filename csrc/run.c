@@ -295,38 +295,6 @@ static int step(struct sbx_run *run, struct sbx_error *err)
 	return 0;
 }
 
-/*
- * A write to a pipe whose reader is gone raises SIGPIPE in this thread, which not every host program
- * ignores. Block it meanwhile, and take back the one that this call caused.
- */
-struct shield {
-	sigset_t before;
-	bool pending;
-};
-
-static void raise_shield(struct shield *sh)
-{
-	sigset_t set;
-
-	sigpending(&set);
-	sh->pending = sigismember(&set, SIGPIPE) == 1;
-	sigemptyset(&set);
-	sigaddset(&set, SIGPIPE);
-	pthread_sigmask(SIG_BLOCK, &set, &sh->before);
-}
-
-static void lower_shield(const struct shield *sh)
-{
-	const struct timespec now = { 0 };
-	sigset_t set;
-
-	sigemptyset(&set);
-	sigaddset(&set, SIGPIPE);
-	while (!sh->pending && sigtimedwait(&set, NULL, &now) < 0 && errno == EINTR)
-		;
-	pthread_sigmask(SIG_SETMASK, &sh->before, NULL);
-}
-
 static int run_to_end(struct sbx_run *run, struct sbx_error *err)
 {
 	if (run->state == NEW && start(run, err) < 0)
@@ -346,13 +314,13 @@ int sbx_run(struct sbx_run *run, struct sbx_error *err)
 {
 	bool writes = run->input || run->stdin_relay >= 0 || run->out[0].mode == SBX_STREAM_RELAY ||
 		      run->out[1].mode == SBX_STREAM_RELAY;
-	struct shield sh;
+	struct sbx_shield shield;
 
 	if (!writes)
 		return run_to_end(run, err);
-	raise_shield(&sh);
+	sbx_shield_raise(&shield);
 	int ret = run_to_end(run, err);
-	lower_shield(&sh);
+	sbx_shield_lower(&shield);
 	return ret;
 }
 

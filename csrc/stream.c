@@ -134,3 +134,30 @@ void sbx_stream_finish(struct sbx_stream *s)
 	reverse(oldest, end);
 	reverse(ring, end);
 }
+
+/*
+ * A write to a pipe whose reader is gone raises SIGPIPE in this thread, which not every host program
+ * ignores. Block it meanwhile, and take back the one that this call caused.
+ */
+void sbx_shield_raise(struct sbx_shield *sh)
+{
+	sigset_t set;
+
+	sigpending(&set);
+	sh->pending = sigismember(&set, SIGPIPE) == 1;
+	sigemptyset(&set);
+	sigaddset(&set, SIGPIPE);
+	pthread_sigmask(SIG_BLOCK, &set, &sh->before);
+}
+
+void sbx_shield_lower(const struct sbx_shield *sh)
+{
+	const struct timespec now = { 0 };
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGPIPE);
+	while (!sh->pending && sigtimedwait(&set, NULL, &now) < 0 && errno == EINTR)
+		;
+	pthread_sigmask(SIG_SETMASK, &sh->before, NULL);
+}

@@ -4,11 +4,21 @@
 
 #include "sandboxcore.h"
 
+#include <signal.h>
+
 /* A pipe that polls writable takes this much without blocking: PIPE_BUF of pipe(7). */
 enum { SBX_RELAY_CHUNK = 4096 };
+
+/* See sbx_shield_raise. */
+struct sbx_shield {
+	sigset_t before;
+	bool pending;
+};
 
 int sbx_stream_read(struct sbx_stream *s);
 int sbx_stream_flush(struct sbx_stream *s);
 void sbx_stream_finish(struct sbx_stream *s);
+void sbx_shield_raise(struct sbx_shield *sh);
+void sbx_shield_lower(const struct sbx_shield *sh);
 
 #endif

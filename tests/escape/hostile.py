@@ -202,18 +202,6 @@ def as_nobody() -> dict[str, Any]:
     return {"user": 65534, "group": 65534, "extra_groups": []}
 
 
-def host_processes(marker: str) -> list[int]:
-    """The pids of everything on this host that has the text on its command line."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal() and int(entry) != os.getpid():
-            try:
-                line = Path("/proc", entry, "cmdline").read_bytes()
-            except OSError:
-                continue
-            if marker.encode() in line:
-                found.append(int(entry))
-    return found
 
 
 def error_name(number: int | None) -> str:
