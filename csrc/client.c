@@ -49,7 +49,7 @@ static int become_spawner(void *arg)
 	execve(l->path, argv, l->env);
 failed:
 	l->err = errno;
-	_exit(1);
+	return 1; /* clone(2) ends the process with this */
 }
 
 static int start_orphan(void *arg)
@@ -58,7 +58,7 @@ static int start_orphan(void *arg)
 
 	if (clone(become_spawner, l->stack + 2 * STACK, CLONE_VM | CLONE_VFORK | SIGCHLD, l) < 0)
 		l->err = errno;
-	_exit(0);
+	return 0;
 }
 
 static int launch(struct launch *l)

@@ -1,6 +1,8 @@
 """What the escape tests share: the hostile program, compiled once, and a process of the host."""
 
+import os
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,3 +49,16 @@ def open_dir(tmp_path: Path) -> Path:
     folder.mkdir()
     folder.chmod(0o777)
     return folder
+
+
+@pytest.fixture
+def exec_dir() -> Iterator[Path]:
+    """A directory of the host that everybody may enter, and where set-user-ID bits count."""
+    for parent in (tempfile.gettempdir(), "/var/tmp", "/usr/local"):
+        if os.access(parent, os.W_OK) and not os.statvfs(parent).f_flag & os.ST_NOSUID:
+            break
+    else:
+        pytest.skip("every directory for temporary files is mounted nosuid")
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)

@@ -7,9 +7,10 @@
  *   hostile [userns] [nocaps] exec PROGRAM ARG...
  *
  * After "call", every system call prints one line: "ok RESULT" or the name of the error. An argument
- * is a number, "@text" (pointer to a string), "&hex" (pointer to these bytes), "$N" (the result of
- * the N-th call, counted from 0) or "%" (pointer to a buffer; what the last call put there is
- * printed at the end, behind a NUL). A number "i386:N" is called through the 32-bit entry.
+ * is a number, "@text" (pointer to a string), "&hex" (pointer to these bytes; a "(hex)" among them is
+ * a pointer, too), "$N" (the result of the N-th call, counted from 0) or "%" (pointer to a buffer;
+ * what the last call put there is printed at the end, behind a NUL). A number "i386:N" is called
+ * through the 32-bit entry.
  *
  * "userns" enters a new user namespace as its root, with all the other kinds of namespaces: where
  * an attack needs capabilities, that is how every user can show what it would do with them.
@@ -45,14 +46,23 @@ static _Noreturn void die(const char *what)
 
 /* --- calls ------------------------------------------------------------------------------------ */
 
-static void *bytes_of(const char *hex)
+/* The bytes that the text stands for, up to its end or a closing bracket; moves behind it. */
+static void *bytes_of(const char **text)
 {
-	size_t size = strlen(hex) / 2;
-	unsigned char *bytes = calloc(1, size + 1);
+	unsigned char *bytes = calloc(1, strlen(*text) * 8 + 8), *to = bytes;
 
-	for (size_t i = 0; bytes && i < size; i++)
-		if (sscanf(hex + 2 * i, "%2hhx", &bytes[i]) != 1)
+	for (; **text && **text != ')'; (*text)++) {
+		if (**text == '(') {
+			(*text)++;
+			void *inner = bytes_of(text);
+			memcpy(to, &inner, sizeof inner);
+			to += sizeof inner;
+		} else if (sscanf(*text, "%2hhx", to++) == 1) {
+			(*text)++;
+		} else {
 			exit(112);
+		}
+	}
 	return bytes;
 }
 
@@ -62,7 +72,8 @@ static long value_of(const char *arg)
 	case '@':
 		return (long)(arg + 1);
 	case '&':
-		return (long)bytes_of(arg + 1);
+		arg++;
+		return (long)bytes_of(&arg);
 	case '$':
 		return results[atoi(arg + 1)];
 	case '%':

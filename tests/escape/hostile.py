@@ -6,13 +6,14 @@ or outside as the root of a new user namespace, when it takes capabilities that 
 """
 
 import ctypes
-import errno
 import functools
 import os
 import signal
 import struct
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ def result(call: int) -> str:
 def pointer(data: bytes) -> str:
     """An argument: the address of these bytes."""
     return "&" + data.hex()
+
+
+def nested(*parts: bytes | str) -> str:
+    """An argument: the address of these bytes, where text is itself an argument, an address."""
+    inner = ("(" + part.removeprefix("&") + ")" if isinstance(part, str) else part.hex() for part in parts)
+    return "&" + "".join(inner)
 
 
 def pack(layout: str, *values: Any) -> str:
@@ -202,13 +209,52 @@ def as_nobody() -> dict[str, Any]:
     return {"user": 65534, "group": 65534, "extra_groups": []}
 
 
-
-
-def error_name(number: int | None) -> str:
-    """ "EPERM" and so on."""
-    return errno.errorcode[number or 0]
-
-
 def libc() -> ctypes.CDLL:
     """For calls that Python has no word for."""
     return ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The other ends of its pipes. A payload that is not in our hands says when it is ready."""
+
+    stdin: Any
+    stdout: Any
+    thread: threading.Thread
+    finished: list[Any]
+
+    def await_ready(self) -> None:
+        """Wait for the line."""
+        assert self.stdout.readline() == b"ready\n"
+
+    def end(self) -> Any:
+        """Close its stdin and return what it returned."""
+        self.stdin.close()
+        self.thread.join(30)
+        return self.finished[0]
+
+
+@contextmanager
+def conversation(run: Callable[..., Any], *args: Any, **options: Any) -> Iterator[Conversation]:
+    """Something that takes stdin= and stdout= and returns when it is done, while it runs."""
+    for_stdin, for_us = os.pipe()
+    from_it, for_stdout = os.pipe()
+    finished: list[Any] = []
+
+    def target() -> None:
+        try:
+            finished.append(run(*args, stdin=for_stdin, stdout=for_stdout, **options))
+        finally:
+            os.close(for_stdin)
+            os.close(for_stdout)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    talk = Conversation(open(for_us, "wb", buffering=0), open(from_it, "rb"), thread, finished)
+    try:
+        yield talk
+    finally:
+        talk.stdin.close()
+        thread.join(30)
+        talk.stdout.close()
+        assert not thread.is_alive(), "it does not end"

@@ -22,6 +22,7 @@ from escape.hostile import (
     calls,
     libc,
     marking,
+    nested,
     number,
     open_for,
     pack,
@@ -369,13 +370,10 @@ def test_no_new_privs_stays(hostile: Hostile) -> None:
 
 def test_a_second_filter_lifts_nothing(hostile: Hostile) -> None:
     """The strictest answer of all filters holds, however many allow the call."""
-    allow_all = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000))
-    here = hostile.program_data(bytes(allow_all.raw[:8]))
-    attack = calls(
-        call("seccomp", SECCOMP_SET_MODE_FILTER, 0, here),
-        call("unshare", CLONE_NEWUSER),
-    )
-    assert hostile.inside(attack).answers == ("ok", "EPERM")
+    allow_all = pack("=HBBI", 0x06, 0, 0, 0x7FFF0000)  # return SECCOMP_RET_ALLOW
+    program = nested(struct.pack("=HHI", 1, 0, 0), allow_all)  # struct sock_fprog
+    add = call("seccomp", SECCOMP_SET_MODE_FILTER, 0, program)
+    assert hostile.inside(calls(add, call("unshare", CLONE_NEWUSER))).answers == ("ok", "EPERM")
 
 
 @pytest.mark.parametrize("user", ["1000", "0"])

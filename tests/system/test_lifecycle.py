@@ -198,6 +198,29 @@ def test_ctrl_c() -> None:
     assert (host.returncode, out) == (0, "go\ninterrupted []\nnext\n"), err
 
 
+@pytest.mark.parametrize("stdout", ["PIPE", "devnull"])
+def test_ctrl_c_while_output_never_pauses(stdout: str) -> None:
+    """The streams are always ready, so no call of the loop ever waits."""
+    code = """
+        import sys, sandboxcore
+        limits = sandboxcore.Limits(output=1000)
+        out = sandboxcore.PIPE if sys.argv[1] == 'PIPE' else open('/dev/null', 'wb')
+        try:
+            print('go', flush=True)
+            sandboxcore.run(['cat', '/dev/zero'], stdout=out, spec=sandboxcore.SandboxSpec(limits=limits), timeout=20)
+        except KeyboardInterrupt:
+            print('interrupted')
+    """
+    with host_process(code, stdout) as host:
+        assert host.stdout.readline() == "go\n"
+        time.sleep(0.3)  # let it reach its stride; however far it got, the answer is the same
+        host.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        out, err = host.communicate(timeout=60)
+    assert out == "interrupted\n", err
+    assert time.monotonic() - began < 5
+
+
 def test_ctrl_c_reaches_only_the_host() -> None:
     """The terminal signals its whole foreground group; neither spawner nor payload is in it."""
     code = "import os, sandboxcore; print(os.getpgrp(), sandboxcore.run(['sh', '-c', 'kill -INT 0; echo no']).returncode)"

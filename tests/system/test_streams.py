@@ -107,7 +107,7 @@ def test_a_closed_stdin_of_the_host(tmp_path: Path) -> None:
     os.close(source)
     os.close(sink)
     with pytest.raises(OSError, match=r"(?i)bad file descriptor"):
-        sandboxcore.run(["cat"], stdin=source)
+        sandboxcore.run(["cat"], stdin=source, timeout=5)
 
 
 def test_a_file_without_a_descriptor_is_refused() -> None:
@@ -257,7 +257,7 @@ def test_output_to_a_descriptor_that_is_not_open() -> None:
     os.close(source)
     os.close(sink)
     with pytest.raises(OSError, match=r"(?i)bad file descriptor"):
-        sandboxcore.run(["echo"], stdout=sink)
+        sandboxcore.run(["echo"], stdout=sink, timeout=5)
 
 
 def test_output_while_the_hosts_own_streams_are_closed() -> None:
