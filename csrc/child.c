@@ -12,7 +12,6 @@
  *   id maps before ids; ids before mounts, so that a tmpfs has a mapped owner;
  *   the clocks' offsets before the ids change, which makes /proc/self somebody else's;
  *   the keyring while its key still counts against the spawner's quota;
- *   proc before the limits on namespaces, which are written through it, and before it is covered;
  *   non-dumpable after the maps, which are written through /proc/PID of a dumpable process;
  *   credentials before files and cwd, so that both obey the payload's permissions;
  *   no_new_privs before Landlock and seccomp, which demand it; the filter last, for it forbids the

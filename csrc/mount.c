@@ -151,9 +151,8 @@ static long cover_one(const char *name, bool mask)
 
 /*
  * Hide or freeze single entries of the sandbox's fresh proc, which nothing but this process has touched
- * yet. Called with the void as the working directory, and last: the old mount(2) takes 3 us where
- * open_tree and move_mount take 8, and unlike open_tree it needs no mount namespace of its own, which
- * the limits just set would refuse.
+ * yet. Called with the void as the working directory: the old mount(2) takes 3 us where open_tree and
+ * move_mount take 8.
  */
 static int cover_proc(const struct sbx_plan *p, struct sbx_error *err)
 {

@@ -50,7 +50,7 @@ enum sbx_stage {
 	SBX_STAGE_LOOPBACK, /* bringing lo up */
 	SBX_STAGE_HOSTNAME, /* sethostname */
 	SBX_STAGE_PROC,	    /* masks[index] or readonly[index] below /proc */
-	SBX_STAGE_NSLIMIT,  /* user.max_*_namespaces */
+	SBX_STAGE_NSLIMIT,  /* user.max_user_namespaces */
 	SBX_STAGE_TIME,	    /* the time namespace */
 	SBX_STAGE_FORK,	    /* vfork of the payload */
 	SBX_STAGE_SESSION,  /* setsid, session keyring */

@@ -44,7 +44,7 @@ STAGES_OF_CALL = {
     "setgroups": {"cred"},
     "prlimit64": {"rlimit"},
     "vfork": {"fork"},
-    "faccessat": {"proc", "nslimit"},
+    "faccessat": {"proc"},
     "prctl": {"cred", "init"},
     "fsopen": {"mount"},
     "fsconfig": {"mount"},
