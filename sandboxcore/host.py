@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 from sandboxcore import _native
-from sandboxcore.errors import UnsupportedHost
 
 HELPER = Path(__file__).with_name("_spawner")
 
@@ -52,8 +51,9 @@ class HostFeatures:
 @functools.cache
 def _features(uid: int, gid: int) -> HostFeatures:
     abi = _native.landlock_abi()
-    if uid == 0 and _has_capabilities():
-        return HostFeatures("root", uid, gid, _root_base(), abi)
+    base = _root_base() if uid == 0 and _has_capabilities() else None
+    if base is not None:
+        return HostFeatures("root", uid, gid, base, abi)
     ranges = _subordinate_ranges(uid)
     if ranges is not None:
         return HostFeatures("subuid", uid, gid, 0, abi, *ranges)
@@ -73,8 +73,9 @@ def _has_capabilities() -> bool:
     return False
 
 
-def _root_base() -> int:
-    """A range of unprivileged ids that this user namespace maps."""
+def _root_base() -> int | None:
+    """A range of unprivileged ids that this user namespace maps; a small map (as of ``unshare -r`` or a
+    rootless container) has none to spare, and then root is treated as any other user."""
     best = 0
     for line in Path("/proc/self/uid_map").read_text().splitlines():
         inside, _, count = (int(part) for part in line.split())
@@ -82,13 +83,7 @@ def _root_base() -> int:
             return ROOT_ID_BASE
         if count >= 2 * ID_RANGE:
             best = max(best, inside + count - ID_RANGE)
-    if best:
-        return best
-    raise UnsupportedHost(
-        "a range of 65536 unprivileged ids",
-        "root's own user namespace maps too few; give the container a larger id range, or run as an"
-        " ordinary user",
-    )
+    return best or None
 
 
 def _subordinate_ranges(uid: int) -> tuple[tuple[int, int], tuple[int, int]] | None:

@@ -97,7 +97,9 @@ def _execute(
         except _native.NativeFailure as failure:
             if failure.stage == "plan" and failure.errno == 116 and attempt < _ATTEMPTS:  # ESTALE: evicted
                 connection.known.discard(plan.id)
-            elif failure.stage == "spawner" and failure.index in (11, 14) and attempt < _ATTEMPTS:  # not even sent
+            elif (
+                failure.stage == "spawner" and failure.index in (11, 14) and attempt < _ATTEMPTS
+            ):  # not even sent
                 spawner.drop_spawner(connection)
             else:
                 if failure.stage == "spawner":

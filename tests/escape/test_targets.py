@@ -3,13 +3,14 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import host_program, snapshot
+from support import host_environment, snapshot
 
 import sandboxcore
 from escape.hostile import (
@@ -74,7 +75,7 @@ def test_image_with_a_link_at_a_mount_point(
     for path in sorted((rootfs / name).rglob("*"), reverse=True):
         path.rmdir()
     (rootfs / name).rmdir()
-    target = {"absolute": str(victim), "relative": "../victim", "root": "/", "proc": "/proc/1/root"}
+    target = {"absolute": str(victim), "relative": "../victim", "root": "/", "proc": "/proc/self/root"}
     (rootfs / name).symlink_to(target[where])
     if where in ("absolute", "relative"):
         attack = calls(mount_over(rootfs / name), *[open_for(victim / "canary", 0)[1:]])
@@ -375,7 +376,8 @@ def test_mount_propagation(shared: Path) -> None:
     naive = subprocess.run([*share, *root, "sh", "-c", script], capture_output=True, text=True)
     assert naive.stdout == "1\n", naive.stderr
 
-    done = host_program(UNSHARED, str(shared), prefix=[*share, *user])
+    command = [*share, *user, sys.executable, "-c", UNSHARED, shared]
+    done = subprocess.run(command, capture_output=True, text=True, env=host_environment(), timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [True, True, True]
 
