@@ -172,7 +172,7 @@ static int refill(struct sbx_run *run)
 {
 	if (!run->stdin_buffer && !(run->stdin_buffer = malloc(65536)))
 		return -ENOMEM;
-	ssize_t n = read(run->stdin_relay, run->stdin_buffer, 65536);
+	ssize_t n = sbx_read_some(run->stdin_relay, run->stdin_buffer, 65536);
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
 		return 0;
 	run->stdin_offset = 0;

@@ -9,6 +9,8 @@
 #include "util.h"
 
 #include <stdlib.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
 
 enum { CHUNK = 65536 };
 
@@ -79,6 +81,35 @@ static int capture(struct sbx_stream *s)
 	return ret == -EAGAIN ? 1 : ret;
 }
 
+/*
+ * The caller's descriptors may be shared with other readers and writers, who can be faster between poll
+ * and here; and they may not be made non-blocking, which would affect those others. So ask for one
+ * non-blocking transfer where the kernel can (RWF_NOWAIT: preadv2(2)); a regular file never blocks for
+ * long, but says EAGAIN when it is not cached.
+ */
+static bool is_regular(int fd)
+{
+	struct stat st;
+
+	return fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
+}
+
+ssize_t sbx_read_some(int fd, void *buf, size_t size)
+{
+	const struct iovec iov = { buf, size };
+	ssize_t n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT);
+
+	return n < 0 && (errno == EOPNOTSUPP || (errno == EAGAIN && is_regular(fd))) ? read(fd, buf, size) : n;
+}
+
+static ssize_t write_some(int fd, const void *buf, size_t size)
+{
+	const struct iovec iov = { (void *)(uintptr_t)buf, size };
+	ssize_t n = pwritev2(fd, &iov, 1, -1, RWF_NOWAIT);
+
+	return n < 0 && (errno == EOPNOTSUPP || (errno == EAGAIN && is_regular(fd))) ? write(fd, buf, size) : n;
+}
+
 /* Move one bounded piece towards the caller's descriptor; it was polled, so no write blocks. */
 static int relay_in(struct sbx_stream *s)
 {
@@ -103,7 +134,7 @@ int sbx_stream_read(struct sbx_stream *s)
 /* 1: go on, 0: the reader behind the caller's descriptor is gone. */
 int sbx_stream_flush(struct sbx_stream *s)
 {
-	ssize_t n = write(s->relay, s->data + s->offset, s->pending);
+	ssize_t n = write_some(s->relay, s->data + s->offset, s->pending);
 
 	if (n < 0)
 		return errno == EAGAIN || errno == EINTR;

@@ -5,6 +5,7 @@
 #include "sandboxcore.h"
 
 #include <signal.h>
+#include <sys/types.h>
 
 /* A pipe that polls writable takes this much without blocking: PIPE_BUF of pipe(7). */
 enum { SBX_RELAY_CHUNK = 4096 };
@@ -15,6 +16,7 @@ struct sbx_shield {
 	bool pending;
 };
 
+ssize_t sbx_read_some(int fd, void *buf, size_t size);
 int sbx_stream_read(struct sbx_stream *s);
 int sbx_stream_flush(struct sbx_stream *s);
 void sbx_stream_finish(struct sbx_stream *s);

@@ -36,7 +36,7 @@ def make_streams(
     if stdin == PIPE:
         raise ValueError("stdin=PIPE has nobody to write to it; use input=")
     if stdin is not None and stdin != DEVNULL:
-        source = stdin if isinstance(stdin, int) else stdin.fileno()
+        source = _open_descriptor(stdin)
     capture, relay, stdio = [], [], [passed if source >= 0 or input is not None else null]
     for number, target in ((1, stdout), (2, stderr)):
         if target == STDOUT:
@@ -48,7 +48,7 @@ def make_streams(
         if target == PIPE:
             capture.append(number)
         elif target != DEVNULL:
-            relay.append((number, _descriptor(number, target)))
+            relay.append((number, _open_descriptor(number if target is None else target)))
     data = input.encode() if isinstance(input, str) else input
     limit = plan.spec.limits.output
     streams = _native.Streams(
@@ -61,10 +61,11 @@ def make_streams(
     return streams, (stdio[0], stdio[1], stdio[2])
 
 
-def _descriptor(number: int, target: File) -> int:
-    if target is None:
-        return number
-    return target if isinstance(target, int) else target.fileno()
+def _open_descriptor(file: int | IO[Any]) -> int:
+    """A descriptor that is open now: the number of a closed one would soon be one of our own."""
+    number = file if isinstance(file, int) else file.fileno()
+    os.fstat(number)
+    return number
 
 
 class Request:
@@ -90,6 +91,8 @@ class Request:
         self.pass_fds = sorted(set(pass_fds))
         if len(self.pass_fds) > _native.MAX_PASS or (self.pass_fds and self.pass_fds[0] < 3):
             raise SpecError(f"pass_fds: at most {_native.MAX_PASS} descriptors, each above 2")
+        for number in self.pass_fds:
+            os.fstat(number)
         items = plan.env_items
         if env is not None:
             check_env(env, "env")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from escape.hostile import Hostile
 
 SOURCE = Path(__file__).with_name("hostile.c")

@@ -296,6 +296,10 @@ static int linger(char **argv)
 
 	for (int sig = 1; strcmp(how, "deaf") == 0 && sig < 65; sig++)
 		signal(sig, SIG_IGN);
+	if (strcmp(how, "crowd") == 0) /* as many as there may be */
+		for (pid_t pid = 1; pid > 0;)
+			if ((pid = fork()) == 0)
+				pause();
 	if (strcmp(how, "daemon") == 0) { /* orphaned, own session, nothing held open */
 		if (fork() > 0) {
 			int byte = 0;
@@ -361,9 +365,9 @@ int main(int argc, char **argv)
 		const char *name;
 		int (*act)(char **argv);
 	} acts[] = {
-		{ "call", calls },	 { "exec", run },	    { "hold", hold },	  { "swap", swap },
+		{ "call", calls },	  { "exec", run },	    { "hold", hold },		{ "swap", swap },
 		{ "forkbomb", forkbomb }, { "diskbomb", diskbomb }, { "inodebomb", inodebomb }, { "fdbomb", fdbomb },
-		{ "flood", flood },	 { "linger", linger },	    { "barrage", barrage },
+		{ "flood", flood },	  { "linger", linger },	    { "barrage", barrage },
 	};
 
 	argv++;

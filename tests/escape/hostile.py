@@ -89,9 +89,7 @@ def calls(*steps: list[str]) -> list[str]:
 def read(path: str | Path) -> list[str]:
     """Read the beginning of a file."""
     flags = os.O_RDONLY | os.O_NONBLOCK
-    return calls(
-        call("openat", AT_FDCWD, str(path), flags), call("read", result(0), BUFFER, 65000)
-    )
+    return calls(call("openat", AT_FDCWD, str(path), flags), call("read", result(0), BUFFER, 65000))
 
 
 def open_for(path: str | Path, flags: int, mode: int = 0o600) -> list[str]:
@@ -155,9 +153,7 @@ class Hostile:
 
     # --- any command line of the program --------------------------------------------------------
 
-    def run_outside(
-        self, args: Attack, **options: Any
-    ) -> subprocess.CompletedProcess[bytes]:
+    def run_outside(self, args: Attack, **options: Any) -> subprocess.CompletedProcess[bytes]:
         """The finished process."""
         given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "timeout": 30, **options}
         if "stdout" not in given:
@@ -250,11 +246,10 @@ def conversation(run: Callable[..., Any], *args: Any, **options: Any) -> Iterato
 
     thread = threading.Thread(target=target)
     thread.start()
-    talk = Conversation(open(for_us, "wb", buffering=0), open(from_it, "rb"), thread, finished)
-    try:
-        yield talk
-    finally:
-        talk.stdin.close()
-        thread.join(30)
-        talk.stdout.close()
-        assert not thread.is_alive(), "it does not end"
+    with open(from_it, "rb") as stdout, open(for_us, "wb", buffering=0) as stdin:
+        try:
+            yield Conversation(stdin, stdout, thread, finished)
+        finally:
+            stdin.close()
+            thread.join(30)
+            assert not thread.is_alive(), "it does not end"

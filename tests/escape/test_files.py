@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-import sandboxcore
 from escape.hostile import (
     AT_FDCWD,
     BUFFER,
@@ -28,6 +26,8 @@ from escape.hostile import (
     read,
     result,
 )
+
+import sandboxcore
 from sandboxcore import SandboxSpec, SetupError
 
 pytestmark = pytest.mark.escape
@@ -149,9 +149,7 @@ UP = "../" * 20
     ["{secret}", "../open/secret", UP + "{secret}", "/proc/self/root{secret}",
      "/proc/1/root{secret}", "/proc/self/cwd/../open/secret", "/dev/fd/0/" + UP + "{secret}"],
 )  # fmt: skip
-def test_links_planted_in_a_grant(
-    hostile: Hostile, secret: Path, granted: Path, target: str
-) -> None:
+def test_links_planted_in_a_grant(hostile: Hostile, secret: Path, granted: Path, target: str) -> None:
     (granted / "link").symlink_to(target.format(secret=secret))
     attack = calls(
         call("chdir", str(granted)),
@@ -211,9 +209,7 @@ def test_climbing_out_of_a_grant(hostile: Hostile, secret: Path, granted: Path) 
     assert hostile.inside(attack, rw=[granted]).answers == ("ok", "ENOENT", "ok", "ENOENT")
 
 
-def test_a_passed_directory_leads_nowhere_else(
-    hostile: Hostile, secret: Path, granted: Path
-) -> None:
+def test_a_passed_directory_leads_nowhere_else(hostile: Hostile, secret: Path, granted: Path) -> None:
     """The caller hands a directory over; what is above it, Landlock keeps."""
     granted.parent.chmod(0o755)
     fd = os.open(granted, os.O_RDONLY)
@@ -267,6 +263,7 @@ def test_chroot_break(hostile: Hostile, secret: Path) -> None:
 
 def test_hard_links_to_host_files(hostile: Hostile, secret: Path, granted: Path) -> None:
     """A link would carry a file from where it may be read to where it may be written."""
+
     def link(source: Path | str, target: Path | str) -> list[str]:
         return calls(call("linkat", AT_FDCWD, str(source), AT_FDCWD, str(target), AT_SYMLINK_FOLLOW))
 
@@ -392,9 +389,7 @@ MODES = {"set-user-ID": 0o4755, "set-group-ID": 0o2755}
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 @pytest.mark.parametrize("how", ["fchmodat", "fchmod", "openat", "mknodat", "openat2", "files"])
-def test_no_set_user_id_file_is_left_behind(
-    hostile: Hostile, granted: Path, how: str, mode: int
-) -> None:
+def test_no_set_user_id_file_is_left_behind(hostile: Hostile, granted: Path, how: str, mode: int) -> None:
     """What the payload leaves in a grant belongs to the owner of the grant, perhaps to root. With
     a set-user-ID bit it would wait there for a local accomplice to run it as that owner."""
     path = str(granted / "trap")

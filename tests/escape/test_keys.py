@@ -4,9 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from support import host_program
-
 from escape.hostile import Hostile, call, calls
+from support import host_program
 
 pytestmark = pytest.mark.escape
 
