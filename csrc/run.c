@@ -282,6 +282,8 @@ static int step(struct sbx_run *run, struct sbx_error *err)
 		return errno == EINTR ? 1 : sbx_fail(err, SBX_STAGE_HOST, 17, -errno);
 	if (ready == 0 && run->state == RUNNING)
 		return sbx_now() < deadline;
+	if (ready == 0 && run->state == DRAINING && run->timed_out) /* its reader had its time, too */
+		run->out[0].pending = run->out[1].pending = 0;
 	if (serve_streams(run, p, err) < 0)
 		return -1;
 	if (run->state == DRAINING && drained(run, p))

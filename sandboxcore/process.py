@@ -49,7 +49,7 @@ def run(
     ----------
     argv: program and arguments; a program without a slash is looked up in the sandbox's PATH.
     spec: how the sandbox is built; default :class:`SandboxSpec`.
-    input: fed to stdin, then end-of-file. Text is encoded.
+    input: fed to stdin, then end-of-file. Text is encoded with ``encoding``.
     stdin: DEVNULL, or a descriptor or file to read from, through a pipe. Not together with ``input``.
     stdout, stderr: PIPE captures; DEVNULL; None passes through to this process's own; a descriptor or
         file is written to, through a pipe; ``stderr=STDOUT`` merges.
@@ -69,7 +69,7 @@ def run(
     SetupError: a step failed (:class:`ExecError` for the command itself); nothing is left behind.
     """
     plan = compile_plan(spec or _DEFAULT_SPEC, host.features())
-    streams, stdio = make_streams(plan, input, stdin, stdout, stderr)
+    streams, stdio = make_streams(plan, input, stdin, stdout, stderr, encoding)
     request = Request(
         plan, argv, cwd=cwd, env=env, files=files, pass_fds=pass_fds, stdio=stdio, record=record
     )

@@ -26,7 +26,12 @@ FAULT = (0, 0)
 
 
 def make_streams(
-    plan: Plan, input: StrOrBytes | None, stdin: File, stdout: File, stderr: File
+    plan: Plan,
+    input: StrOrBytes | None,
+    stdin: File,
+    stdout: File,
+    stderr: File,
+    encoding: str | None = None,
 ) -> tuple[_native.Streams, tuple[int, int, int]]:
     """Which pipes there are, and the request's word for each of the three."""
     null, passed, merged = (_native.constant(f"STDIO_{name}") for name in ("NULL", "PASSED", "STDOUT"))
@@ -49,7 +54,7 @@ def make_streams(
             capture.append(number)
         elif target != DEVNULL:
             relay.append((number, _open_descriptor(number if target is None else target)))
-    data = input.encode() if isinstance(input, str) else input
+    data = input.encode(encoding or "utf-8") if isinstance(input, str) else input
     limit = plan.spec.limits.output
     streams = _native.Streams(
         input=data,

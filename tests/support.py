@@ -174,11 +174,13 @@ class Counts(dict[str, int]):
             processes=len(sandbox_processes()),
             host_fds=len(os.listdir("/proc/self/fd")),
             spawner_fds=sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in spawner_pids() if IS_ROOT),
-            mounts=sum(1 for _ in open("/proc/self/mountinfo", "rb")),
+            mounts=len(Path("/proc/self/mountinfo").read_bytes().splitlines()),
             net_namespaces=len(_namespaces("net", own | sandbox_processes())),
             mount_namespaces=len(_namespaces("mnt", own | sandbox_processes())),
             cgroups=sum(1 for _ in os.walk("/sys/fs/cgroup")),
-            files=len(os.listdir("/tmp")) + len(os.listdir("/dev/shm")),
+            files=sum(
+                "sandbox" in name or "sbx" in name for place in ("/tmp", "/dev/shm") for name in os.listdir(place)
+            ),
         )
 
 

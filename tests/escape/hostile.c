@@ -51,6 +51,8 @@ static void *bytes_of(const char **text)
 {
 	unsigned char *bytes = calloc(1, strlen(*text) * 8 + 8), *to = bytes;
 
+	if (!bytes)
+		die("calloc");
 	for (; **text && **text != ')'; (*text)++) {
 		if (**text == '(') {
 			(*text)++;

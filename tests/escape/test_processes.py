@@ -270,7 +270,7 @@ def test_two_sandboxes_share_no_ipc(hostile: Hostile) -> None:
         assert hostile.outside(make).verdict == "EEXIST"
         remove = {"shmget": ["shmctl", 0], "semget": ["semctl", 0, 0], "msgget": ["msgctl", 0]}[name]
         control = [number(str(remove[0])), made.values[0], *remove[1:]]
-        assert hostile.outside(calls(call(*control))).verdict == "ok"  # type: ignore[arg-type]
+        assert hostile.outside(calls(call(*control))).verdict == "ok"
     queue = calls(call("mq_open", "sandboxcore-test", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600, 0))
     # (Landlock lets nobody open a queue: mqueue files are below no path that could be granted)
     assert hostile.inside(queue, landlock=False).verdict == "ok"

@@ -147,7 +147,7 @@ def test_link_in_the_path_of_a_mount_point(
     target = str(shared / "a" / "b" / "c")
     extra = {"tmpfs": [target], "ro": [(source, target)], "rw": [(source, target)]}[grant]
     both = {"rw": [shared, victim]}
-    spec = SandboxSpec(**(both | {grant: [*both.get(grant, []), *extra]}))  # type: ignore[arg-type]
+    spec = SandboxSpec(**(both | {grant: [*both.get(grant, []), *extra]}))
     before = snapshot(victim)
     with pytest.raises(SetupError) as caught:
         sandboxcore.run(["true"], spec=spec)
