@@ -14,6 +14,7 @@
  *   the keyring while its key still counts against the spawner's quota;
  *   non-dumpable after the maps, which are written through /proc/PID of a dumpable process;
  *   credentials before files and cwd, so that both obey the payload's permissions;
+ *   limits after all of that: they bound the command, not its preparation;
  *   no_new_privs before Landlock and seccomp, which demand it; the filter last, for it forbids the
  *   rest.
  */
@@ -85,11 +86,11 @@ static int prepare_payload(struct sbx_box *box, struct sbx_error *err)
 
 	TRY(sbx_session_new(err));
 	TRY(sbx_fds_arrange(box, err));
-	TRY(sbx_rlimit_set(p, err));
 	TRY(sbx_cred_drop(p, err));
 	TRY(sbx_file_write(r, err));
 	TRY(sbx_file_cwd(r, err));
 	TRY(sbx_landlock_restrict(p, err));
+	TRY(sbx_rlimit_set(p, err));
 	TRY(sbx_seccomp_load(p, err));
 	TRY(r->flags & SBX_REQUEST_RECORD ? sbx_record_read(box, err) : 0);
 	return 0;
@@ -103,7 +104,7 @@ static int exec_first(const struct sbx_request *r, char **argv, char **env, stru
 
 	for (uint32_t i = 0; i < r->paths.count; i++, path = sbx_next(path)) {
 		long ret = sbx_sys(SYS_execve, path, argv, env);
-		if (ret == -ENOENT || ret == -ENOTDIR)
+		if (r->paths.count > 1 && (ret == -ENOENT || ret == -ENOTDIR))
 			continue;
 		if (ret != -EACCES)
 			return sbx_fail(err, SBX_STAGE_EXEC, i, ret);

@@ -11,6 +11,7 @@
 #include "util.h"
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/wait.h>
@@ -35,7 +36,13 @@ static int become_spawner(void *arg)
 	const int from[] = { l->null, l->null, l->diagnostics >= 0 ? l->diagnostics : l->null, l->socket,
 			     l->host_pidfd };
 	int safe[SBX_COUNT(from)];
+	struct rlimit64 files;
 
+	/* the caller's soft limit bounds its own tables; a spawner holds a descriptor per template */
+	if (syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &files) == 0) {
+		files.rlim_cur = files.rlim_max;
+		(void)syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, &files, NULL);
+	}
 	for (int i = 0; i < (int)SBX_COUNT(from); i++) {
 		safe[i] = fcntl(from[i], F_DUPFD_CLOEXEC, 10);
 		if (safe[i] < 0)

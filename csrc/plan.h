@@ -22,7 +22,7 @@ enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT =
 /* Upper bounds that keep every loop in the child short and every array on its stack. */
 enum {
 	SBX_MAX_ARENA = 64 << 20,
-	SBX_MAX_ITEMS = 65536,
+	SBX_MAX_ITEMS = 4194304,
 	SBX_MAX_LATE = 64,
 	SBX_MAX_PASS = 64,
 	SBX_MAX_FILTER = 4096,

@@ -15,6 +15,7 @@
 
 enum state { NEW = 0, RUNNING, STOPPING, KILLED, DRAINING, DONE };
 
+enum { SIGNAL_NS = 100000000 };			    /* how long a signal of the host may wait */
 enum { SOFT_NS = 500000000, HARD_NS = 2000000000 }; /* init's chance to report; then the kernel's */
 
 enum slot { CONTROL, PIDFD, STDIN, SOURCE, OUT, ERR, OUT_RELAY, ERR_RELAY, SLOTS };
@@ -272,7 +273,7 @@ static int step(struct sbx_run *run, struct sbx_error *err)
 	if (now >= deadline)
 		return escalate(run, now, err);
 	watch(run, p);
-	/* at least once a second back to the caller: a signal may have come just before ppoll */
+	/* not for ever: a signal may have come just before ppoll */
 	uint64_t wait = deadline - now < 1000000000 ? deadline - now : 1000000000;
 	struct timespec limit = { .tv_sec = (time_t)(wait / 1000000000), .tv_nsec = (long)(wait % 1000000000) };
 	if (run->state == DRAINING)
@@ -301,10 +302,13 @@ static int run_to_end(struct sbx_run *run, struct sbx_error *err)
 {
 	if (run->state == NEW && start(run, err) < 0)
 		return -1;
+	uint64_t look = sbx_now() + SIGNAL_NS;
 	while (run->state != DONE) {
 		int ret = step(run, err);
 		if (ret != 0)
 			return ret;
+		if (run->state != DONE && sbx_now() >= look)
+			return 1; /* ppoll says EINTR only when it waits, and it may never have to */
 	}
 	for (int i = 0; i < 2; i++)
 		sbx_stream_finish(&run->out[i]);

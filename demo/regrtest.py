@@ -296,6 +296,10 @@ def main(modules: Sequence[str]) -> int:
     show_table(reports, {module: len(found) for module, found in differences.items()})
     every = [difference for found in differences.values() for difference in found]
     show_differences(every)
+    for module, (plain, _) in reports.items():
+        fails = {test for test, outcome in plain.outcomes.items() if outcome.status == "failed"}
+        for test in sorted(fails - {module} - {difference.test for difference in differences[module]}):
+            print(f"fails on both sides: {test} ({shorten(plain.outcomes[test].detail, 60)})")
     not_run = [module for module, (plain, _) in reports.items() if module in plain.outcomes]
     for module in not_run:
         print(f"NOT RUN {module}: {reports[module][0].outcomes[module].detail}")

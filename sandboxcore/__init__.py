@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         ExecError,
         ProgramNotExecutable,
         ProgramNotFound,
+        ProgramPathInvalid,
         SandboxError,
         SandboxTimeout,
         SetupError,
@@ -33,8 +34,8 @@ __version__ = "0.1.0"
 _HOME = {
     "capabilities": ("SandboxCapabilities",),
     "errors": (
-        *("CommandFailed", "ExecError", "ProgramNotExecutable", "ProgramNotFound", "SandboxError"),
-        *("SandboxTimeout", "SetupError", "SpecError", "UnsupportedHost"),
+        *("CommandFailed", "ExecError", "ProgramNotExecutable", "ProgramNotFound", "ProgramPathInvalid"),
+        *("SandboxError", "SandboxTimeout", "SetupError", "SpecError", "UnsupportedHost"),
     ),
     "process": ("run",),
     "request": ("DEVNULL", "PIPE", "STDOUT"),
@@ -56,6 +57,7 @@ __all__ = [
     "Mount",
     "ProgramNotExecutable",
     "ProgramNotFound",
+    "ProgramPathInvalid",
     "SandboxCapabilities",
     "SandboxError",
     "SandboxSpec",

@@ -50,7 +50,9 @@ class Arena:
         self._fixed = bytearray(size)
         self._strings = bytearray()
         self._known: dict[bytes, int] = {}
-        self.head = ffi.from_buffer(f"{header} *", self._fixed, require_writable=True)
+        # One buffer and plain pointers into it: views of views crash CPython's collector in a cycle
+        self._base = ffi.from_buffer(self._fixed, require_writable=True)
+        self.head = ffi.cast(f"{header} *", self._base)
         for name, (_, offset, count) in self._layout.items():
             span = getattr(self.head, name)
             span.off, span.count = (offset, count) if count else (0, 0)
@@ -58,8 +60,7 @@ class Arena:
     def record(self, name: str, index: int) -> Any:
         """The record ``index`` of the array ``name``, to be filled."""
         kind, offset, _ = self._layout[name]
-        view = memoryview(self._fixed)[offset + ffi.sizeof(kind) * index :]
-        return ffi.from_buffer(f"{kind} *", view, require_writable=True)
+        return ffi.cast(f"{kind} *", self._base + offset + ffi.sizeof(kind) * index)
 
     def raw(self, name: str, data: bytes) -> None:
         """Fill the array ``name`` with bytes as they are."""

@@ -22,6 +22,7 @@ from sandboxcore.errors import (
     ExecError,
     ProgramNotExecutable,
     ProgramNotFound,
+    ProgramPathInvalid,
     SandboxError,
     SpecError,
     UnsupportedHost,
@@ -268,7 +269,7 @@ def main() -> NoReturn:
         sys.exit(128 + signal.SIGINT)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except ProgramNotFound as error:
+    except (ProgramNotFound, ProgramPathInvalid) as error:
         _fail(error, EXIT_NOT_FOUND)
     except (ProgramNotExecutable, ExecError) as error:
         _fail(error, EXIT_NOT_EXECUTABLE)

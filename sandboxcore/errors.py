@@ -8,6 +8,7 @@
     ├── SetupError (OSError)            isolation failed at .stage; nothing is left behind
     │   └── ExecError                   isolation stands, the command could not be executed
     │       ├── ProgramNotFound (FileNotFoundError)
+    │       ├── ProgramPathInvalid (NotADirectoryError)
     │       └── ProgramNotExecutable (PermissionError)
     ├── CommandFailed (CalledProcessError)   check=True and a non-zero status
     └── SandboxTimeout (TimeoutError)        check=True and the time was up
@@ -69,6 +70,10 @@ class ExecError(SetupError):
 
 class ProgramNotFound(ExecError, FileNotFoundError):
     """No such program inside the sandbox."""
+
+
+class ProgramPathInvalid(ExecError, NotADirectoryError):
+    """A part of the program's path is no directory."""
 
 
 class ProgramNotExecutable(ExecError, PermissionError):

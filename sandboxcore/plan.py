@@ -152,7 +152,7 @@ class _Compiler:
             if value is None:
                 continue
             soft = -(-value // 1)  # whole seconds, rounded up
-            if name == "pids" and self.host.mode == "rootless":
+            if name == "pids" and (self.host.mode == "rootless" or self.uid == 0):
                 soft += 1  # init has the payload's id
             ceiling = resource.getrlimit(number)[1]
             if ceiling != resource.RLIM_INFINITY and soft > ceiling:

@@ -1,5 +1,6 @@
 """Running one command in a fresh sandbox: :func:`run`."""
 
+import errno as E
 import os
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +9,7 @@ from sandboxcore.errors import (
     ExecError,
     ProgramNotExecutable,
     ProgramNotFound,
+    ProgramPathInvalid,
     SandboxError,
     SetupError,
     UnsupportedHost,
@@ -69,7 +71,7 @@ def run(
     SetupError: a step failed (:class:`ExecError` for the command itself); nothing is left behind.
     """
     plan = compile_plan(spec or _DEFAULT_SPEC, host.features())
-    streams, stdio = make_streams(plan, input, stdin, stdout, stderr, encoding)
+    streams, stdio = make_streams(plan, input, (stdin, stdout, stderr), encoding)
     request = Request(
         plan, argv, cwd=cwd, env=env, files=files, pass_fds=pass_fds, stdio=stdio, record=record
     )
@@ -80,6 +82,10 @@ def run(
     if check:
         result.check_returncode()
     return result
+
+
+# The spawner went away before init got its id maps; so the command has certainly not run.
+_NEVER_RAN = {("spawner", 11), ("spawner", 13), ("spawner", 14), ("idmap", 1)}
 
 
 def _execute(
@@ -95,11 +101,10 @@ def _execute(
             connection.teach(plan)
             return _native.run(connection.fd, request.data, streams, timeout, request.pass_fds)
         except _native.NativeFailure as failure:
-            if failure.stage == "plan" and failure.errno == 116 and attempt < _ATTEMPTS:  # ESTALE: evicted
+            again = attempt < _ATTEMPTS
+            if again and failure.stage == "plan" and failure.errno == E.ESTALE:
                 connection.known.discard(plan.id)
-            elif (
-                failure.stage == "spawner" and failure.index in (11, 14) and attempt < _ATTEMPTS
-            ):  # not even sent
+            elif again and (failure.stage, failure.index) in _NEVER_RAN:
                 spawner.drop_spawner(connection)
             else:
                 if failure.stage == "spawner":
@@ -109,54 +114,56 @@ def _execute(
 
 
 _HINTS = {
-    ("host", 24): "too many open files: raise RLIMIT_NOFILE or close some",
-    (
-        "request",
-        24,
-    ): "the spawner has too many open files: raise RLIMIT_NOFILE before the first run",
-    ("spawner", 2): "the package's _spawner is missing: reinstall sandboxcore",
-    ("spawner", 13): "the package's _spawner is not executable: reinstall sandboxcore",
-    ("spawner", 32): "the spawner was killed",
-    (
-        "template",
-        18,
-    ): "this process lives in a chroot; sandboxes need the mount namespace's own root",
-    ("file", 28): "limits.disk or limits.inodes is too small for files=",
-    ("file", 30): "that path is read-only inside; files= can only write where the payload can",
-    ("session", 122): "too many keyrings for this user: raise sysctl kernel.keys.maxkeys",
-    ("fork", 11): "limits.pids, or the user's own process limit, is reached",
-    ("clone", 11): "the user's process limit is reached",
-    ("init", 62): "a process in uninterruptible sleep cannot be killed yet",
-    (
-        "mount",
-        2,
-    ): "the mount point does not exist and cannot be made in a directory of the host: create it",
-    ("mount", 40): "the mount point is, or lies behind, a symbolic link",
-    ("source", 40): "a part of the path became a symbolic link",
-    ("source", 13): "not readable for this user",
-    ("node", 28): "the template's root is full: fewer or smaller files in /etc",
+    ("spawner", E.ENOENT): "the package's _spawner is missing: reinstall sandboxcore",
+    ("spawner", E.EACCES): "the package's _spawner is not executable: reinstall sandboxcore",
+    ("spawner", E.EPIPE): "the spawner was killed",
+    ("template", E.EXDEV): "this process lives in a chroot; sandboxes need the mount namespace's own root",
+    ("file", E.ENOSPC): "limits.disk or limits.inodes is too small for files=",
+    ("file", E.EROFS): "that path is read-only inside; files= can only write where the payload can",
+    ("session", E.EDQUOT): "too many keyrings for this user: raise sysctl kernel.keys.maxkeys",
+    ("fork", E.EAGAIN): "limits.pids, or the user's own process limit, is reached",
+    ("clone", E.EAGAIN): "the user's process limit is reached",
+    ("init", E.ETIME): "a process in uninterruptible sleep cannot be killed yet",
+    ("mount", E.ENOENT): "the mount point cannot be made in a directory of the host: create it",
+    ("mount", E.ELOOP): "the mount point is, or lies behind, a symbolic link",
+    ("source", E.ELOOP): "a part of the path became a symbolic link",
+    ("source", E.EACCES): "not readable for this user",
+    ("node", E.ENOSPC): "the template's root is full: fewer or smaller files in /etc",
+}
+_HINTS_ANYWHERE = {
+    E.EMFILE: "too many open files: close some, or raise RLIMIT_NOFILE",
+    E.ENFILE: "the system's table of files is full: sysctl fs.file-max",
+    E.ENOMEM: "out of memory",
+}
+
+# Where an errno means that the host does not grant something: what, and the key of its remedy.
+_UNSUPPORTED = {
+    ("clone", E.EPERM): ("user namespaces", "user"),
+    ("clone", E.ENOSPC): ("one more namespace of each kind", "user"),
+    ("netns", E.ENOSPC): ("one more network namespace", "net"),
+    ("netns", E.EPERM): ("network namespaces", "net"),
+    ("template", E.EPERM): ("mounts in a user namespace", "user"),
+    ("loopback", E.EPERM): ("lo in a network namespace", "loopback"),
+}
+
+_EXEC_ERRORS: dict[int, type[ExecError]] = {
+    E.ENOENT: ProgramNotFound,
+    E.ENOTDIR: ProgramPathInvalid,
+    E.EACCES: ProgramNotExecutable,
 }
 
 
 def _render(plan: Plan, request: Request, failure: _native.NativeFailure) -> SandboxError:
     """The exception for a failure that C reports."""
-    stage, errno = failure.stage, failure.errno
-    unsupported = {
-        ("clone", 1): ("user namespaces", "user"),
-        ("clone", 28): ("one more namespace of each kind", "user"),
-        ("netns", 28): ("one more network namespace", "net"),
-        ("netns", 1): ("network namespaces", "net"),
-        ("template", 1): ("mounts in a user namespace", "user"),
-        ("loopback", 1): ("lo in a network namespace", "loopback"),
-    }.get((stage, errno))
+    stage, code = failure.stage, failure.errno
     subject = request.subject(failure) or plan.subject(stage, failure.index)
-    if stage == "mount" and errno == 1 and " on /proc " in subject:
+    unsupported = _UNSUPPORTED.get((stage, code))
+    if (stage, code) == ("mount", E.EPERM) and " on /proc " in subject:
         unsupported = ("a new /proc in a user namespace", "proc")
+    if (stage, code) == ("source", E.EINVAL) and "spec rw" in subject:
+        unsupported = (f"an id-mapped mount of {subject}", "idmapped_mount")
     if unsupported:
         return UnsupportedHost(unsupported[0], host.REMEDIES[unsupported[1]])
-    if stage == "source" and errno == 22 and "spec rw" in subject:
-        return UnsupportedHost(f"an id-mapped mount of {subject}", host.REMEDIES["idmapped_mount"])
-    kind: type[SetupError] = SetupError
-    if stage == "exec":
-        kind = {2: ProgramNotFound, 20: ProgramNotFound, 13: ProgramNotExecutable}.get(errno, ExecError)
-    return kind(stage, errno, index=failure.index, subject=subject, hint=_HINTS.get((stage, errno), ""))
+    kind: type[SetupError] = _EXEC_ERRORS.get(code, ExecError) if stage == "exec" else SetupError
+    hint = _HINTS.get((stage, code)) or _HINTS_ANYWHERE.get(code, "")
+    return kind(stage, code, index=failure.index, subject=subject, hint=hint)

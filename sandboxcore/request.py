@@ -1,12 +1,13 @@
 """One command's bytes: argv, environment, streams and files, as C wants them (``csrc/plan.h``)."""
 
+import errno
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from sandboxcore import _native
-from sandboxcore.errors import ProgramNotExecutable, SpecError
+from sandboxcore.errors import ExecError, SpecError
 from sandboxcore.plan import PATH, Plan
 from sandboxcore.spec import check_env
 
@@ -28,12 +29,11 @@ FAULT = (0, 0)
 def make_streams(
     plan: Plan,
     input: StrOrBytes | None,
-    stdin: File,
-    stdout: File,
-    stderr: File,
-    encoding: str | None = None,
+    files: tuple[File, File, File],
+    encoding: str | None,
 ) -> tuple[_native.Streams, tuple[int, int, int]]:
-    """Which pipes there are, and the request's word for each of the three."""
+    """Which pipes there are, and the request's word for each of stdin, stdout and stderr."""
+    stdin, stdout, stderr = files
     null, passed, merged = (_native.constant(f"STDIO_{name}") for name in ("NULL", "PASSED", "STDOUT"))
     if input is not None and stdin is not None:
         raise ValueError("stdin and input arguments may not both be used.")
@@ -123,10 +123,10 @@ class Request:
         )
         head = arena.head
         args = [os.fsencode(arg) for arg in self.args]
-        if any(b"\0" in arg for arg in args):
+        if any(b"\0" in arg for arg in args) or "\0" in self.cwd:
             raise ValueError("embedded null byte")  # as subprocess says it
         if too_long := next((arg for arg in (*args, *env) if len(arg) >= ARG_MAX), None):
-            raise ProgramNotExecutable("exec", 7, subject=f"an argument of {len(too_long)} bytes")
+            raise ExecError("exec", errno.E2BIG, subject=f"an argument of {len(too_long)} bytes")
         arena.strings("argv", args)
         arena.strings("env", env)
         arena.strings("paths", _candidates(args[0], path))
@@ -163,8 +163,14 @@ def _candidates(program: bytes, path: str) -> list[bytes]:
 def _file(cwd: str, path: str, content: FileContent) -> tuple[str, bytes, int]:
     data, mode = content if isinstance(content, tuple) else (content, 0o644)
     name = os.path.normpath(os.path.join(cwd, path))
-    if "\0" in name or path.endswith("/") or ".." in path.split("/") or len(os.fsencode(name)) >= PATH_MAX:
+    if (
+        not path
+        or "\0" in name
+        or path.endswith("/")
+        or ".." in path.split("/")
+        or len(os.fsencode(name)) >= PATH_MAX
+    ):
         raise SpecError(f"files: {path!r} is not a usable file name")
     if not 0 <= mode <= 0o777:
         raise SpecError(f"files: {path!r}: mode {mode!r} is not a file mode")
-    return name, data.encode() if isinstance(data, str) else data, mode
+    return name, data.encode() if isinstance(data, str) else bytes(data), mode

@@ -73,12 +73,13 @@ class Mount:
 
 
 def identity(path: str) -> tuple[int, ...]:
-    """What tells a replaced file or directory from the one that was bound or copied."""
+    """What tells a replaced file or directory from the one that was bound or copied. With a slash
+    at its end, a directory's entries count as well."""
     try:
         st = os.stat(path)
     except OSError as error:
         return (error.errno or -1,)
-    if stat.S_ISDIR(st.st_mode):
+    if stat.S_ISDIR(st.st_mode) and not path.endswith("/"):
         return (st.st_dev, st.st_ino, st.st_uid, st.st_gid)
     return (st.st_dev, st.st_ino, st.st_mtime_ns, st.st_size)
 
@@ -167,7 +168,7 @@ class Tree:
             entries = sorted(os.scandir(root), key=lambda entry: entry.name)
         except OSError as error:
             raise SpecError(f"rootfs: {rootfs}: {error.strerror}") from error
-        self.watched.append(root)
+        self.watched += [rootfs, root + "/"]
         own = {
             "proc",
             "dev",
@@ -289,7 +290,7 @@ class Tree:
         attrs = NOSUID | NODEV | (RDONLY if read_only else 0)
         mount = self._bind(real, target, origin, attrs, directory=stat.S_ISDIR(st.st_mode))
         mount.writable = not read_only
-        self.watched.append(real)
+        self.watched += [source, real]
         if not read_only and self.host.mode == "root":
             mount.attrs |= IDMAP
             mount.id_maps = (
@@ -332,9 +333,18 @@ class Tree:
             else:
                 exists = cover.target == path  # a private file system starts empty
             if exists:
+                self._drop_below(path)
                 late = cover is not None and (cover.late or cover.kind != "BIND")
                 masks.append(Mount("MASK", path, "spec deny", late=late))
         self.mounts = sorted([*self.mounts, *masks], key=lambda m: (m.target.split("/"), m.kind == "MASK"))
+
+    def _drop_below(self, path: str) -> None:
+        """Our own mounts below a denied path go; one that the spec names contradicts it."""
+        inside = [mount for mount in self.mounts if mount.target != path and below(mount.target, path)]
+        for mount in inside:
+            if mount.origin.startswith("spec"):
+                raise SpecError(f"deny: {path!r} hides {mount.target!r}, which the spec also mounts")
+        self.mounts = [mount for mount in self.mounts if mount not in inside]
 
     def _deniable(self, path: str, cover: Mount) -> bool:
         """Whether a denied path exists below a bind, and can be masked without touching the host."""

@@ -299,7 +299,9 @@ def test_rich_interfaces(hostile: Hostile, name: str) -> None:
     behind = hostile.inside(attack, seccomp=allowing(name)).verdict
     outside = hostile.outside(attack).verdict
     if os.geteuid() == 0 or name not in ROOT_ONLY:
-        assert outside in ("ok", "ENOSYS"), "the attack has to work somewhere"
+        assert outside in ("ok", "ENOSYS", "EOPNOTSUPP"), "the attack has to work somewhere"
+    if name == "perf_event_open" and behind == "EACCES":  # a second wall, where the host is strict
+        return
     assert behind == (outside if name in ONE_WALL else "EPERM")
 
 

@@ -26,6 +26,7 @@ from escape.hostile import (
 
 import sandboxcore
 from sandboxcore import SandboxSpec
+from sandboxcore.host import features
 
 pytestmark = pytest.mark.escape
 
@@ -142,8 +143,9 @@ def test_abstract_sockets_of_the_host(hostile: Hostile) -> None:
         attack = connect(STREAM, pointer(struct.pack("=H", AF_UNIX) + name), AF_UNIX)
         assert hostile.outside(attack).verdict == "ok"
         assert hostile.inside(attack).verdict == "ECONNREFUSED"
-        # the second wall alone: Landlock's scope, ABI 6
-        assert hostile.inside(attack, network="host").verdict == "EPERM"
+        # the second wall alone: Landlock's scope
+        alone = "EPERM" if features().landlock_abi >= 6 else "ok"
+        assert hostile.inside(attack, network="host").verdict == alone
         assert hostile.inside(attack, network="host", landlock=False).verdict == "ok"
 
 
@@ -182,7 +184,8 @@ def test_rare_families(hostile: Hostile, profile: str) -> None:
     attack = calls(*(call("socket", family, kind, 0) for family in FAMILIES for kind in kinds))
     assert set(hostile.inside(attack, profile=profile).answers) == {"EAFNOSUPPORT"}
     assert set(hostile.inside(attack, seccomp=marking("socket")).answers) == {MARKER}
-    assert "ok" in hostile.in_userns(attack).answers
+    # one of them outside; trying all would make the host load modules
+    assert hostile.in_userns(calls(call("socket", AF_PACKET, RAW, 0))).verdict == "ok"
     pairs = calls(*(call("socketpair", family, STREAM, 0, BUFFER) for family in range(2, AF_MAX)))
     assert set(hostile.inside(pairs, profile=profile).answers) == {"EAFNOSUPPORT"}
 
@@ -191,8 +194,8 @@ def test_rare_families(hostile: Hostile, profile: str) -> None:
 def test_high_bits_do_not_hide_a_family(hostile: Hostile, family: int) -> None:
     attack = calls(call("socket", 1 << 32 | family, RAW if family == AF_PACKET else DGRAM, 0))
     assert hostile.inside(attack).verdict == "EAFNOSUPPORT"
-    plain = calls(call("socket", family, RAW if family == AF_PACKET else DGRAM, 0))
-    assert hostile.in_userns(attack).verdict == hostile.in_userns(plain).verdict
+    if family == AF_PACKET:
+        assert hostile.in_userns(attack).verdict == "ok"
 
 
 @pytest.mark.parametrize("network", ["none", "private", "host"])
@@ -219,9 +222,7 @@ def test_netlink_protocols(hostile: Hostile) -> None:
     attack = calls(*(call("socket", AF_NETLINK, RAW, protocol) for protocol in protocols))
     for profile in ("standard", "full"):
         assert set(hostile.inside(attack, profile=profile).answers) == {"EAFNOSUPPORT"}
-    outside = hostile.outside(attack).answers
     uevent = 15
-    assert outside[protocols.index(uevent)] == "ok"
     assert hostile.inside(calls(call("socket", AF_NETLINK, RAW, 0))).verdict == "ok"
     high = calls(call("socket", AF_NETLINK, RAW, 1 << 32 | uevent))
     assert hostile.outside(high).verdict == "ok"
@@ -246,13 +247,12 @@ def test_kernel_tls(hostile: Hostile, ulp: str, high: int) -> None:
         call("socket", AF_INET, STREAM, 0),
         call("setsockopt", result(0), high | SOL_TCP, high | TCP_ULP, ulp, len(ulp)),
     )
-    # not connected, or no such protocol in this kernel: either way, it has thought about it
-    reached = ("ok", "ENOTCONN", "ENOENT", "EINVAL", "EOPNOTSUPP", "EPERM")
-    assert hostile.outside(attack).answers[1] in reached
     assert hostile.inside(attack).answers == ("ok", "EPERM")
     assert hostile.inside(attack, seccomp=marking("setsockopt")).answers == ("ok", MARKER)
+    # Not connected, or no such protocol in this kernel: either way it has thought about it. (Outside,
+    # root would make it load a module.)
     behind = hostile.inside(attack, seccomp=allowing("setsockopt")).answers[1]
-    assert behind in reached
+    assert behind in ("ok", "ENOTCONN", "ENOENT", "EINVAL", "EOPNOTSUPP")
     common = call("setsockopt", result(0), SOL_TCP, 1, pack("=i", 1), 4)  # TCP_NODELAY
     assert hostile.inside(calls(call("socket", AF_INET, STREAM, 0), common)).verdict == "ok"
 

@@ -59,6 +59,7 @@ def test_host_process_by_number(hostile: Hostile, bystander: subprocess.Popen[by
     assert hostile.inside(attack).verdict == "ENOENT"
 
 
+# Fails as long as a recursive bind of / takes along what the template builder has attached to /proc.
 @pytest.mark.parametrize("landlock", [True, False])
 @pytest.mark.parametrize("grant", ["ro", "rw"])
 def test_host_processes_in_a_grant(

@@ -57,7 +57,7 @@ STAGES_OF_CALL = {
 }
 ORDER = (
     *("idmap", "session", "init", "mount", "nslimit", "proc", "mount", "hostname", "init", "fork"),
-    *("session", "stdio", "rlimit", "cred", "file", "cwd", "landlock", "seccomp", "exec", "init"),
+    *("session", "stdio", "cred", "file", "cwd", "landlock", "rlimit", "seccomp", "exec", "init"),
 )
 
 

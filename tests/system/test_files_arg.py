@@ -87,7 +87,13 @@ def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "number"),
-    [("/etc/x", errno.EROFS), ("/usr/x", errno.EROFS), ("/proc/x", None), ("/dev/x", errno.EROFS), ("/x", errno.EROFS)],
+    [
+        ("/etc/x", errno.EROFS),
+        ("/usr/x", errno.EROFS),
+        ("/proc/x", None),
+        ("/dev/x", errno.EROFS),
+        ("/x", errno.EROFS),
+    ],
 )
 def test_where_the_payload_cannot_write(path: str, number: int | None) -> None:
     with pytest.raises(SetupError) as caught:
@@ -124,6 +130,10 @@ def test_unusable_modes(mode: int) -> None:
 
 def test_the_limit_of_file_size_is_the_payloads() -> None:
     """RLIMIT_FSIZE bounds what the command writes, not what it was given; nothing dies of SIGXFSZ."""
-    done = shell("wc -c < x; head -c 2000 /dev/zero > y", spec=Spec(limits=Limits(file_size=1000)), files={"x": bytes(2000)})
+    done = shell(
+        "wc -c < x; head -c 2000 /dev/zero > y",
+        spec=Spec(limits=Limits(file_size=1000)),
+        files={"x": bytes(2000)},
+    )
     assert done.stdout == b"2000\n"
     assert not done.ok

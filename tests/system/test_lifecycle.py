@@ -438,7 +438,8 @@ def test_many_threads() -> None:
 def test_asyncio() -> None:
     async def main() -> list[bytes]:
         runs = [
-            asyncio.to_thread(sandboxcore.run, ["sh", "-c", f"sleep 0.1; echo {n}"], timeout=30) for n in range(20)
+            asyncio.to_thread(sandboxcore.run, ["sh", "-c", f"sleep 0.1; echo {n}"], timeout=30)
+            for n in range(20)
         ]
         return [done.stdout for done in await asyncio.gather(*runs)]
 

@@ -165,7 +165,9 @@ def test_loopback_of_a_used_namespace_is_not_shared() -> None:
 @pytest.mark.parametrize("name", ["sandbox", "box-1", "a.b.c", "x" * 63])
 def test_hostname(name: str) -> None:
     before = socket.gethostname()
-    code = "import socket; print(json.dumps([socket.gethostname(), socket.gethostbyname(socket.gethostname())]))"
+    code = (
+        "import socket; print(json.dumps([socket.gethostname(), socket.gethostbyname(socket.gethostname())]))"
+    )
     assert ask_python(code, spec=Spec(hostname=name)) == [name, "127.0.0.1"]
     assert socket.gethostname() == before
 
@@ -175,7 +177,14 @@ IDS = "print(json.dumps([*os.getresuid(), *os.getresgid(), os.getgroups()]))"
 
 @pytest.mark.parametrize(
     ("user", "uid", "gid"),
-    [(None, 1000, 1000), ("0", 0, 0), (0, 0, 0), ("1000:1001", 1000, 1001), (65535, 65535, 65535), ("5:0", 5, 0)],
+    [
+        (None, 1000, 1000),
+        ("0", 0, 0),
+        (0, 0, 0),
+        ("1000:1001", 1000, 1001),
+        (65535, 65535, 65535),
+        ("5:0", 5, 0),
+    ],
 )
 def test_user(user: int | str | None, uid: int, gid: int) -> None:
     inside = ask_python(IDS, spec=Spec(user=user))
@@ -207,7 +216,7 @@ def test_identity_as_the_host_sees_it(user: int | None) -> None:
     mode = features().mode
     if mode in outside:
         assert uids == [str(outside[mode])] * 4
-    assert IS_ROOT == (mode == "root")
+    assert (mode == "root") == IS_ROOT
 
 
 def _named(name: str, pids: set[int]) -> int | None:
@@ -226,7 +235,10 @@ def test_subordinate_ids(tmp_path: Path) -> None:
     """With a range in /etc/subuid, the payload gets ids that are not the caller's."""
     tmp_path.chmod(0o755)
     passwd = Path("/etc/passwd").read_text() + "subject:x:61999:61999::/:/bin/sh\n"  # newuidmap wants a name
-    for name, text in {"passwd": passwd, **dict.fromkeys(("subuid", "subgid"), "subject:300000:65536\n")}.items():
+    for name, text in {
+        "passwd": passwd,
+        **dict.fromkeys(("subuid", "subgid"), "subject:300000:65536\n"),
+    }.items():
         (tmp_path / name).write_text(text)
     code = (
         "import sandboxcore; from sandboxcore.host import features; print(features().mode);"

@@ -99,15 +99,24 @@ NEEDS_SOCKETS = ("asyncio", "multiprocessing")
 def test_python(program: str, profile: str) -> None:
     code, output = PYTHON_PROGRAMS[program]
     if profile == "minimal" and program in NEEDS_SOCKETS:
-        done = sandboxcore.run([PYTHON, "-c", code], spec=Spec(profile=profile), timeout=60)
+        files = {"program.py": code}
+        done = sandboxcore.run([PYTHON, "program.py"], spec=Spec(profile=profile), files=files, timeout=60)
         assert (done.returncode, done.cause.value) == (1, "exited")
         return
     expect([PYTHON, "program.py"], output, spec=Spec(profile=profile), files={"program.py": code})
 
 
 SCRIPTS = {
-    "bash": ("bash", "exec bash <<'END'\nset -e; a=(1 2 3); echo ${#a[@]} $(seq 3 | sort -r | head -1) <<< x; wait; [[ a < b ]]\nEND", "3 3"),
-    "perl": ("perl", 'perl -MPOSIX -e \'my $p = fork // die; exit 0 if !$p; waitpid $p, 0; print "ok $?\\n"\'', "ok 0"),
+    "bash": (
+        "bash",
+        "exec bash <<'END'\nset -e; a=(1 2 3); echo ${#a[@]} $(seq 3 | sort -r | head -1) <<< x; wait; [[ a < b ]]\nEND",
+        "3 3",
+    ),
+    "perl": (
+        "perl",
+        "perl -MPOSIX -e 'my $p = fork // die; exit 0 if !$p; waitpid $p, 0; print \"ok $?\\n\"'",
+        "ok 0",
+    ),
     "tar": (
         "tar",
         "mkdir d && echo x > d/f && ln -s f d/l && tar czf a.tgz d && rm -r d && tar xzf a.tgz && cat d/l",
@@ -123,12 +132,16 @@ SCRIPTS = {
     "gcc": (
         "gcc",
         "gcc -O1 -pthread -x c -o p - <<'END'\n#include <pthread.h>\n#include <stdio.h>\n"
-        "static void *f(void *a) { return a; }\nint main(void) { pthread_t t; void *r; pthread_create(&t, 0, f, \"ok\");"
+        'static void *f(void *a) { return a; }\nint main(void) { pthread_t t; void *r; pthread_create(&t, 0, f, "ok");'
         " pthread_join(t, &r); return puts(r) < 0; }\nEND\n./p",
         "ok",
     ),
     "sqlite3": ("sqlite3", "sqlite3 x.db 'create table t(x); insert into t values(7); select x from t'", "7"),
-    "make": ("make", "printf 'all: a b\\n\\t@echo all\\na b:\\n\\t@sleep 0\\n' > Makefile; make -s -j4", "all"),
+    "make": (
+        "make",
+        "printf 'all: a b\\n\\t@echo all\\na b:\\n\\t@sleep 0\\n' > Makefile; make -s -j4",
+        "all",
+    ),
 }
 
 
@@ -220,6 +233,12 @@ def test_java(profile: str) -> None:
 def test_go() -> None:
     ro = prefix_of("go", 1)
     go = os.path.realpath(str(shutil.which("go")))
-    env = {"GOCACHE": "/tmp/cache", "GOFLAGS": "-mod=mod", "GOPATH": "/tmp/go", "CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
+    env = {
+        "GOCACHE": "/tmp/cache",
+        "GOFLAGS": "-mod=mod",
+        "GOPATH": "/tmp/go",
+        "CGO_ENABLED": "0",
+        "GOTOOLCHAIN": "local",
+    }
     spec = Spec(ro=ro, env=env, limits=Limits(disk="4G"))
     expect([go, "run", "main.go"], "100 child", spec=spec, files={"main.go": GO})

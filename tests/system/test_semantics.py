@@ -176,7 +176,9 @@ def test_args_and_repr() -> None:
 
 
 def test_subprocess_inside() -> None:
-    code = "import subprocess; print(subprocess.run(['echo', 'nested'], capture_output=True, text=True).stdout)"
+    code = (
+        "import subprocess; print(subprocess.run(['echo', 'nested'], capture_output=True, text=True).stdout)"
+    )
     assert sandboxcore.run([PYTHON, "-c", code]).stdout == b"nested\n\n"
 
 

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import PYTHON, Spec, host_program, run_python, shell
+from support import PYTHON, Spec, ask_python, host_program, run_python, shell
 
 import sandboxcore
 from sandboxcore import DEVNULL, PIPE, STDOUT, Cause, Limits
@@ -277,16 +277,22 @@ def test_output_while_the_hosts_own_streams_are_closed() -> None:
 
 def test_passed_descriptors(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"from a file")
-    with open(tmp_path / "f", "rb") as file:
-        source, sink = os.pipe()
-        done = sandboxcore.run(
-            ["sh", "-c", f"cat <&{file.fileno()}; echo x >&{sink}; ls /proc/self/fd | wc -l"],
-            pass_fds=[file.fileno(), sink],
-        )
-        os.close(sink)
-        assert done.stdout.startswith(b"from a file")
-        assert os.read(source, 10) == b"x\n"
+    code = """
+        file, sink = map(int, sys.argv[1:])
+        os.write(sink, os.read(file, 100).upper())
+        print(json.dumps(sorted(map(int, os.listdir('/proc/self/fd')))))
+    """
+    source, sink = os.pipe()
+    try:
+        with open(tmp_path / "f", "rb") as file:
+            numbers = [file.fileno(), sink]
+            open_inside = ask_python(code, *map(str, numbers), pass_fds=numbers)
+        assert os.read(source, 100) == b"FROM A FILE"
+        assert set(numbers) | {0, 1, 2} <= set(open_inside)
+        assert len(open_inside) == 6  # and that of listdir
+    finally:
         os.close(source)
+        os.close(sink)
 
 
 # --- the limit --------------------------------------------------------------------------------------
@@ -296,7 +302,9 @@ LIMITS = (0, 1, 2, 3, 7, 100, 101, 4096, 65535, 65536, 65537, 131072, 200_001)
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_head_and_tail_are_exact(limit: int) -> None:
-    sizes = sorted({max(0, limit + extra) for extra in (-1, 0, 1, 2, 3, limit // 2, limit, 3 * limit + 1, 70_000)})
+    sizes = sorted(
+        {max(0, limit + extra) for extra in (-1, 0, 1, 2, 3, limit // 2, limit, 3 * limit + 1, 70_000)}
+    )
     for size in sizes:
         data = noise(size)
         done = sandboxcore.run(["cat"], input=data, spec=Spec(limits=Limits(output=limit)), timeout=30)
@@ -318,6 +326,14 @@ def test_much_more_than_the_limit_in_small_pieces() -> None:
     done = run_python(code, spec=Spec(limits=Limits(output=70)))
     assert done.stdout.split() == [b"%06d" % i for i in (0, 1, 2, 3, 4, 19995, 19996, 19997, 19998, 19999)]
     assert done.stdout_total == 140_000
+
+
+def test_relayed_output_is_complete(tmp_path: Path) -> None:
+    """Also what is still in the pipe when the payload has ended."""
+    for _ in range(30):
+        with open(tmp_path / "f", "wb") as file:
+            done = shell("head -c 130000 /dev/zero", stdout=file)
+        assert (tmp_path / "f").stat().st_size == done.stdout_total == 130_000
 
 
 def test_relayed_output_is_not_limited(tmp_path: Path) -> None:
