@@ -256,12 +256,17 @@ static uint64_t next_deadline(const struct sbx_run *run)
 	return UINT64_MAX;
 }
 
-/* Nothing of the tree is left to write: what is in the pipes is all there will ever be. */
+/*
+ * Nothing of the tree is left to write: what is in the pipes is all there will ever be. A pipe that was
+ * not asked this time, because its last piece was still pending, may hold more.
+ */
 static bool drained(const struct sbx_run *run, const struct pollfd *p)
 {
-	for (int i = 0; i < 2; i++)
-		if (run->out[i].pending || (run->out[i].fd >= 0 && p[OUT + i].revents))
+	for (int i = 0; i < 2; i++) {
+		const struct sbx_stream *s = &run->out[i];
+		if (s->pending || (s->fd >= 0 && (p[OUT + i].fd < 0 || p[OUT + i].revents)))
 			return false;
+	}
 	return true;
 }
 

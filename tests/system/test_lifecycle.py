@@ -45,7 +45,13 @@ ENDING = sorted(
 
 def test_every_signal() -> None:
     """One sandbox for each; the payload takes the default action."""
-    code = "import os, signal, sys; n = int(sys.argv[1]); n in (9,) or signal.signal(n, signal.SIG_DFL); os.kill(os.getpid(), n)"
+    code = """
+        import os, signal, sys
+        number = int(sys.argv[1])
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    """
     for number in ENDING:
         done = run_python(code, str(int(number)))
         assert (done.returncode, done.signal) == (-number, number)
@@ -207,7 +213,8 @@ def test_ctrl_c_while_output_never_pauses(stdout: str) -> None:
         out = sandboxcore.PIPE if sys.argv[1] == 'PIPE' else open('/dev/null', 'wb')
         try:
             print('go', flush=True)
-            sandboxcore.run(['cat', '/dev/zero'], stdout=out, spec=sandboxcore.SandboxSpec(limits=limits), timeout=20)
+            spec = sandboxcore.SandboxSpec(limits=limits)
+            sandboxcore.run(['cat', '/dev/zero'], stdout=out, spec=spec, timeout=20)
         except KeyboardInterrupt:
             print('interrupted')
     """
@@ -223,7 +230,10 @@ def test_ctrl_c_while_output_never_pauses(stdout: str) -> None:
 
 def test_ctrl_c_reaches_only_the_host() -> None:
     """The terminal signals its whole foreground group; neither spawner nor payload is in it."""
-    code = "import os, sandboxcore; print(os.getpgrp(), sandboxcore.run(['sh', '-c', 'kill -INT 0; echo no']).returncode)"
+    code = """
+        import os, sandboxcore
+        print(os.getpgrp(), sandboxcore.run(['sh', '-c', 'kill -INT 0; echo no']).returncode)
+    """
     done = host_program(code, start_new_session=True)
     assert done.stdout.split()[1:] == ["-2"], done
 
@@ -502,7 +512,12 @@ def test_ignored_signals_of_the_host_are_not_the_payloads() -> None:
 
 
 def test_umask_and_cwd_of_the_host_are_not_the_payloads(tmp_path: Path) -> None:
-    code = "import os, sys, sandboxcore; os.umask(0o777); os.chdir(sys.argv[1]); print(sandboxcore.run(['sh', '-c', 'umask; pwd'], text=True).stdout)"
+    code = """
+        import os, sys, sandboxcore
+        os.umask(0o777)
+        os.chdir(sys.argv[1])
+        print(sandboxcore.run(['sh', '-c', 'umask; pwd'], text=True).stdout)
+    """
     assert host_program(code, str(tmp_path)).stdout.split() == ["0022", "/workspace"]
 
 

@@ -194,7 +194,9 @@ def test_sources_of_many_kinds(tmp_path: Path) -> None:
         finally:
             os.chdir(old)
         kinds = ask_python(
-            "import stat\nprint(json.dumps([stat.filemode(os.lstat('/s/' + n).st_mode)[0] for n in sys.argv[1:]]))",
+            "import stat\n"
+            "modes = [stat.filemode(os.lstat('/s/' + name).st_mode) for name in sys.argv[1:]]\n"
+            "print(json.dumps([mode[0] for mode in modes]))",
             *places,
             spec=Spec(ro=[(path, f"/s/{name}") for name, path in places.items()]),
         )

@@ -242,7 +242,8 @@ def test_subordinate_ids(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     code = (
         "import sandboxcore; from sandboxcore.host import features; print(features().mode);"
-        "d = sandboxcore.run(['sh', '-c', 'id -u; echo a > f; stat -c %u f; cat /proc/self/uid_map'], text=True);"
+        "s = 'id -u; echo a > f; stat -c %u f; cat /proc/self/uid_map';"
+        "d = sandboxcore.run(['sh', '-c', s], text=True);"
         "print(d.stdout, d.stderr)"
     )
     import sys

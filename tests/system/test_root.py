@@ -65,7 +65,11 @@ def test_every_part_of_the_root_is_read_only() -> None:
 
 def test_private_directories_are_writable_and_fresh() -> None:
     places = ("/tmp", "/var/tmp", "/workspace", "/dev/shm")
-    code = "for p in sys.argv[1:]: open(p + '/x', 'x').close()\nprint(json.dumps([oct(os.stat(p).st_mode) for p in sys.argv[1:]]))"
+    code = """
+        for path in sys.argv[1:]:
+            open(path + '/x', 'x').close()
+        print(json.dumps([oct(os.stat(path).st_mode) for path in sys.argv[1:]]))
+    """
     for _ in range(2):
         assert ask_python(code, *places) == ["0o41777", "0o41777", "0o40755", "0o41777"]
 

@@ -10,4 +10,4 @@ Limits(pids="5")  # error: arg-type
 Mount(kind="overlay", target="/x")  # error: arg-type
 sandboxcore.run(["true"], shell=True)  # error: call-arg
 sandboxcore.run(["true"], timeout="5")  # error: arg-type
-sandboxcore.run(["true"]).no_such_field  # error: attr-defined
+nothing = sandboxcore.run(["true"]).no_such_field  # error: attr-defined
