@@ -29,7 +29,7 @@ static void drop(int32_t *fd)
 /* --- start ------------------------------------------------------------------------------------ */
 
 /* One pipe; `ours` is the end this process keeps, non-blocking, `theirs` joins the message. */
-static int add_pipe(int our_end, int32_t *ours, int *fds, size_t *nfds)
+static int add_pipe(const struct sbx_run *run, int our_end, int32_t *ours, int *fds, size_t *nfds)
 {
 	int pair[2];
 
@@ -37,6 +37,8 @@ static int add_pipe(int our_end, int32_t *ours, int *fds, size_t *nfds)
 		return -errno;
 	*ours = pair[our_end];
 	fds[(*nfds)++] = pair[!our_end];
+	if (run->owned && fchown(*ours, run->owner_uid, run->owner_gid) < 0)
+		return -errno;
 	return fcntl(*ours, F_SETFL, O_NONBLOCK) < 0 ? -errno : 0;
 }
 
@@ -49,10 +51,10 @@ static int make_channels(struct sbx_run *run, int *fds, size_t *nfds)
 	run->control = pair[0];
 	fds[(*nfds)++] = pair[1];
 	if (run->input || run->stdin_relay >= 0)
-		ret = add_pipe(1, &run->stdin_fd, fds, nfds);
+		ret = add_pipe(run, 1, &run->stdin_fd, fds, nfds);
 	for (int i = 0; i < 2 && ret == 0; i++)
 		if (run->out[i].mode != SBX_STREAM_NONE)
-			ret = add_pipe(0, &run->out[i].fd, fds, nfds);
+			ret = add_pipe(run, 0, &run->out[i].fd, fds, nfds);
 	return ret;
 }
 
@@ -270,6 +272,15 @@ static bool drained(const struct sbx_run *run, const struct pollfd *p)
 	return true;
 }
 
+static void abandon_relays(struct sbx_run *run)
+{
+	for (int i = 0; i < 2; i++)
+		if (run->out[i].pending) {
+			run->out[i].pending = 0;
+			drop(&run->out[i].fd);
+		}
+}
+
 static int step(struct sbx_run *run, struct sbx_error *err)
 {
 	struct pollfd p[SLOTS];
@@ -289,7 +300,7 @@ static int step(struct sbx_run *run, struct sbx_error *err)
 	if (ready == 0 && run->state == RUNNING)
 		return sbx_now() < deadline;
 	if (ready == 0 && run->state == DRAINING && run->timed_out) /* its reader had its time, too */
-		run->out[0].pending = run->out[1].pending = 0;
+		abandon_relays(run);
 	if (serve_streams(run, p, err) < 0)
 		return -1;
 	if (run->state == DRAINING && drained(run, p))

@@ -38,7 +38,9 @@ struct sbx_run {
 	int64_t timeout_ns; /* from the start; negative: none */
 	const int32_t *pass;
 	uint32_t pass_count;
-	uint32_t reserved;
+	uint32_t owned;	    /* whether the pipes are to belong to owner_uid, owner_gid, so that the */
+	uint32_t owner_uid; /* payload can open them again through /dev/stdout and its like */
+	uint32_t owner_gid;
 	struct sbx_stream out[2];
 
 	struct sbx_record exit;

@@ -19,7 +19,9 @@
 #include <poll.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/personality.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -35,6 +37,28 @@ struct state {
 };
 
 /* --- start ------------------------------------------------------------------------------------ */
+
+/*
+ * What a launcher may have of its own and a payload must not inherit: real-time scheduling, a negative nice
+ * value, a personality without address randomisation, protection from the out-of-memory killer.
+ */
+static int reset_privileges(void)
+{
+	const struct sched_param none = { 0 };
+	char score[16] = "";
+
+	int fd = open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
+	if (fd < 0 || read(fd, score, sizeof score - 1) < 0)
+		return -errno;
+	bool preferred = score[0] == '-';
+	if ((preferred && pwrite(fd, "0", 1, 0) < 0) || sched_setscheduler(0, SCHED_OTHER, &none) < 0)
+		return -errno;
+	sbx_close(fd);
+	errno = 0;
+	if (getpriority(PRIO_PROCESS, 0) < 0 && setpriority(PRIO_PROCESS, 0, 0) < 0)
+		return -errno;
+	return personality(PER_LINUX) < 0 ? -errno : 0;
+}
 
 static int reset_process(struct sbx_spawner *s)
 {
@@ -100,6 +124,8 @@ static int start(struct sbx_spawner *s, struct sbx_error *err)
 	size_t nfds = 0;
 
 	int ret = reset_process(s);
+	if (ret >= 0)
+		ret = reset_privileges();
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_SPAWNER, 0, ret);
 	if (sbx_receive(s->host, &hello, sizeof hello, NULL, &nfds) != sizeof hello ||

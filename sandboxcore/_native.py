@@ -132,7 +132,8 @@ def spawner_plan(spawner: int, plan_id: int, plan: bytes) -> None:
 class Streams:
     """Where stdin comes from and stdout and stderr go, in descriptors of this process.
 
-    ``capture`` are the numbers (1, 2) to capture, ``relay`` maps 1 and 2 to a descriptor.
+    ``capture`` are the numbers (1, 2) to capture, ``relay`` maps 1 and 2 to a descriptor. ``owner`` gets
+    the pipes, where that is somebody else.
     """
 
     input: bytes | None = None
@@ -140,6 +141,7 @@ class Streams:
     capture: tuple[int, ...] = (1, 2)
     relay: tuple[tuple[int, int], ...] = ()
     limit: int | None = None
+    owner: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,9 @@ def run(
         keep.append(ffi.from_buffer(streams.input))
         run.input, run.input_size = keep[1], len(streams.input)
     run.timeout_ns = -1 if timeout is None else min(int(timeout * 1e9), _UNBOUNDED)
+    if streams.owner is not None:
+        run.owned = 1
+        run.owner_uid, run.owner_gid = streams.owner
     if pass_fds:
         keep.append(ffi.new("int32_t[]", list(pass_fds)))
         setattr(run, "pass", keep[-1])

@@ -14,7 +14,7 @@ from typing import Any
 from sandboxcore import _native
 from sandboxcore.errors import UnsupportedHost
 from sandboxcore.host import ID_RANGE, HostFeatures
-from sandboxcore.seccomp import compile_filter, resolve
+from sandboxcore.seccomp import compile_filter, resolve, without_set_id
 from sandboxcore.spec import Limits, SandboxSpec
 from sandboxcore.tree import Tree, identity
 
@@ -51,6 +51,8 @@ LL_WRITE_FILE, LL_MAKE_DEVICES, LL_REFER, LL_TRUNCATE, LL_IOCTL = (
 LL_SCOPES = 0b11  # abstract unix sockets, signals: ABI 6
 LL_NEWEST = 6  # the newest ABI whose rights are used here
 
+_RLIMIT_NICE, _RLIMIT_RTPRIO = 13, 14  # the resource module does not name them
+
 # For the fault walk: the number of the template builder's call that fails, in a helper built for it.
 FAULT = 0
 
@@ -79,6 +81,14 @@ class Plan:
     def host_network(self) -> bool:
         """Whether the sandbox stays in the host's network namespace."""
         return self.spec.network == "host"
+
+    @property
+    def outer_ids(self) -> tuple[int, int] | None:
+        """The payload's ids outside, where they are not the caller's own."""
+        if self.host.mode != "root":
+            return None
+        uid, gid = self.spec.ids()
+        return self.host.id_base + uid, self.host.id_base + gid
 
     def is_fresh(self) -> bool:
         """Whether everything the template binds or copies is still the same file."""
@@ -123,7 +133,10 @@ class _Compiler:
         self.tree = Tree(self.spec, self.host)
         self.rlimits = self._rlimits()
         self.landlock_fs, self.landlock_scoped, self.rules = self._landlock()
-        self.filter = compile_filter(self.spec.seccomp or "standard")
+        self.policy = resolve(self.spec.seccomp or "standard")
+        if any(mount.origin == "spec rw" for mount in self.tree.mounts):
+            self.policy = without_set_id(self.policy)
+        self.filter = compile_filter(self.policy)
         return self._plan(self._write())
 
     def _check_cgroup_limits(self) -> None:
@@ -148,6 +161,8 @@ class _Compiler:
         }
         # 1, not 0: core(5) pipes to a host program whatever the limit is, except at this value
         chosen = [("core", resource.RLIMIT_CORE, 1, 1)]
+        # what a privileged caller may have been granted is not for the payload
+        chosen += [("rtprio", _RLIMIT_RTPRIO, 0, 0), ("nice", _RLIMIT_NICE, 0, 0)]
         for name, (number, value, usual) in wanted.items():
             if value is None:
                 continue
@@ -322,8 +337,7 @@ class _Compiler:
         abi = min(self.host.landlock_abi, LL_NEWEST)
         rights = f"ABI {abi}, rights {self.landlock_fs:#x}" if self.landlock_fs else "off"
         yield f"landlock: {rights}"
-        policy = resolve(self.spec.seccomp or "standard")
-        yield f"seccomp: {policy.name}, {len(self.filter) // 8} instructions"
+        yield f"seccomp: {self.policy.name}, {len(self.filter) // 8} instructions"
         yield "capabilities: none; no_new_privs; new session and keyring; no further namespaces"
         yield from (f"left out: {name}" for name in self.omitted)
 

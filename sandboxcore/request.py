@@ -62,6 +62,7 @@ def make_streams(
         capture=tuple(capture),
         relay=tuple(relay),
         limit=limit if isinstance(limit, int) else None,
+        owner=plan.outer_ids,
     )
     return streams, (stdio[0], stdio[1], stdio[2])
 

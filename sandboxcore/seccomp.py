@@ -30,6 +30,7 @@ import struct
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -38,7 +39,15 @@ from sandboxcore import seccomp_calls as calls
 from sandboxcore.errors import SpecError, UnsupportedHost
 from sandboxcore.seccomp_policy import ArgRule, ArgTest, SeccompPolicy
 
-__all__ = ["PROFILES", "ArgRule", "ArgTest", "SeccompPolicy", "compile_filter", "resolve"]
+__all__ = [
+    "PROFILES",
+    "ArgRule",
+    "ArgTest",
+    "SeccompPolicy",
+    "compile_filter",
+    "resolve",
+    "without_set_id",
+]
 
 MAX_INSTRUCTIONS = 4096  # BPF_MAXINSNS: the kernel takes no longer filter
 
@@ -245,6 +254,38 @@ def _socket(*inet: ArgTest) -> ArgRule:
     # the answer of a kernel built without them.
     when = ((_arg(0, 1),), (_arg(0, 2, 10), *inet), (_arg(0, 16), _arg(2, 0)))
     return ArgRule(call="socket", when=when, errno="EAFNOSUPPORT")
+
+
+# O_CREAT, __O_TMPFILE: only with one of them has open() a mode to look at.
+_CREATES = 0o100, 0o20000000, 0o20000100
+_SET_ID = 0o2000, 0o4000, 0o6000
+
+
+def without_set_id(policy: SeccompPolicy) -> SeccompPolicy:
+    """The policy for a sandbox that can write to a host directory: no set-user-ID or set-group-ID bits.
+
+    Such a file would belong to the directory's owner, and outside anybody could run it. openat2 hides
+    its mode in memory, so it gets the default answer.
+
+    Raises SpecError where a custom rule already says something about one of these calls.
+    """
+    mode = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2, "mknod": 1, "mknodat": 2, "creat": 1}
+    tests: dict[str, tuple[ArgTest, ...]] = {
+        call: (_arg(index, *_SET_ID, mask=0o6000),) for call, index in mode.items()
+    }
+    for call, index in (("open", 1), ("openat", 2)):
+        flags = _arg(index, *_CREATES, mask=0o20000100)
+        tests[call] = (flags, _arg(index + 1, *_SET_ID, mask=0o6000))
+    for rule in policy.rules:
+        if rule.call in tests or rule.call == "openat2":
+            raise SpecError(f"seccomp: a rule for {rule.call} cannot be combined with rw=")
+    bounded = {call: when for call, when in tests.items() if call in policy.allow}
+    return replace(
+        policy,
+        name=f"{policy.name} without set-id",
+        allow=policy.allow - bounded.keys() - {"openat2"},
+        rules=(*policy.rules, *(ArgRule(call=c, match="refuse", when=(w,)) for c, w in bounded.items())),
+    )
 
 
 def _profiles() -> dict[str, SeccompPolicy]:

@@ -95,8 +95,7 @@ class Mount:
             if self.source is None:
                 raise SpecError(f"mounts: bind at {self.target!r} has no source")
             source = clean_path(os.path.abspath(os.path.expanduser(self.source)), "mounts.source")
-            if _below(source, "/proc"):
-                raise SpecError(f"mounts: source {source!r} is below /proc")
+            check_source(source, source)
             put(self, "source", source)
         elif self.kind != "tmpfs":
             raise SpecError(f"mounts: unknown kind {self.kind!r}")
@@ -106,6 +105,12 @@ class Mount:
             put(self, "size", parse_size(self.size, "mounts.size"))
         if not 0 <= self.mode <= 0o7777:
             raise SpecError(f"mounts: mode {self.mode!r} is not a file mode")
+
+
+def check_source(source: str, real: str) -> None:
+    """Refuse what would show the host's /proc, which a user's mask never covers whole."""
+    if real == "/" or _below(real, "/proc"):
+        raise SpecError(f"mounts: source {source!r} would show the host's /proc; name what is needed of it")
 
 
 def _below(path: str, parent: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from sandboxcore import _native
 from sandboxcore.errors import SpecError
 from sandboxcore.host import HostFeatures
-from sandboxcore.spec import WORKSPACE, SandboxSpec
+from sandboxcore.spec import WORKSPACE, SandboxSpec, check_source
 
 RDONLY, NOSUID, NODEV, NOEXEC, IDMAP = 1, 2, 4, 8, 0x100000  # mount_setattr(2)
 
@@ -163,8 +163,8 @@ class Tree:
 
     def _add_rootfs(self, rootfs: str) -> None:
         """Each top-level entry of the given root, so that nothing is ever made in it."""
-        root = os.path.realpath(rootfs)
         try:
+            root = os.path.realpath(rootfs)
             entries = sorted(os.scandir(root), key=lambda entry: entry.name)
         except OSError as error:
             raise SpecError(f"rootfs: {rootfs}: {error.strerror}") from error
@@ -237,7 +237,7 @@ class Tree:
     def _add_dev(self) -> None:
         for name in DEVICES:
             self._bind(
-                f"/dev/{name}", f"/dev/{name}", "devices", NOSUID | NOEXEC, directory=False
+                f"/dev/{name}", f"/dev/{name}", "devices", RDONLY | NOSUID | NOEXEC, directory=False
             ).writable = True
         for name, target in DEV_LINKS.items():
             self._link(f"/dev/{name}", target)
@@ -280,13 +280,12 @@ class Tree:
             )
 
     def _add_user_bind(self, source: str, target: str, origin: str, *, read_only: bool) -> None:
-        real = os.path.realpath(source)
         try:
+            real = os.path.realpath(source)
             st = os.stat(real)
         except OSError as error:
             raise SpecError(f"mounts: source {source!r}: {error.strerror}") from error
-        if below(real, "/proc"):
-            raise SpecError(f"mounts: source {source!r} is below /proc")
+        check_source(source, real)
         attrs = NOSUID | NODEV | (RDONLY if read_only else 0)
         mount = self._bind(real, target, origin, attrs, directory=stat.S_ISDIR(st.st_mode))
         mount.writable = not read_only

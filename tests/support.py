@@ -114,8 +114,8 @@ def descendants(*roots: int) -> set[int]:
 
 
 def spawner_pids() -> list[int]:
-    """The spawners that this process uses now."""
-    return sorted(known.pid for known in spawner._spawners.values())
+    """The spawners that this process uses now. One that was killed is known until it is needed again."""
+    return sorted(known.pid for known in spawner._spawners.values() if not gone(known.pid))
 
 
 def sandbox_processes() -> set[int]:

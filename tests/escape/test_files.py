@@ -312,7 +312,6 @@ def test_device_nodes_in_a_grant(hostile: Hostile) -> None:
     assert hostile.inside(open_for("/dev/zero", os.O_RDONLY)).verdict == "ok"
 
 
-# Fails as long as the binds of /dev's nodes lack MOUNT_ATTR_RDONLY, which devices can do with.
 @pytest.mark.parametrize("name", ["null", "zero", "full", "random", "urandom", "tty"])
 def test_device_nodes_are_not_changed(hostile: Hostile, name: str) -> None:
     """The six nodes are the host's own: the data goes through, the inode stays as it is."""
@@ -388,7 +387,6 @@ def test_file_capabilities(hostile: Hostile, exec_dir: Path) -> None:
 MODES = {"set-user-ID": 0o4755, "set-group-ID": 0o2755}
 
 
-# Fails as long as nothing refuses those bits where a host directory is writable.
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 @pytest.mark.parametrize("how", ["fchmodat", "fchmod", "openat", "mknodat", "openat2", "files"])
 def test_no_set_user_id_file_is_left_behind(hostile: Hostile, granted: Path, how: str, mode: int) -> None:

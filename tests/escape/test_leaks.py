@@ -139,7 +139,6 @@ def test_signals(seen: Any, name: str) -> None:
     assert int(seen["inside"]["status"][name], 16) == 0
 
 
-# Fails as long as the spawner keeps the personality it inherits.
 def test_personality_of_the_launcher(seen: Any) -> None:
     """A launcher under a debugger has address randomisation off; its payloads need it."""
     assert seen["outside"]["personality"] == 0x0040000

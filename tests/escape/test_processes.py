@@ -330,7 +330,6 @@ json.dump([[*outside.answers, outside.values[-1]], [*inside.answers, inside.valu
 """
 
 
-# Fails as long as the spawner keeps what it inherits of these.
 @pytest.mark.needs_root
 @pytest.mark.parametrize(
     ("what", "passed_on", "fair"),

@@ -257,7 +257,6 @@ def test_source_becomes_something_else(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert caught.value.stage == "source"
 
 
-# Fails as long as os.path.realpath() may raise EINVAL in plan compilation (readlink of what was a link).
 def test_race_for_a_source(hostile: Hostile, tmp_path: Path, victim: Path) -> None:
     """Whichever of the two it gets, it gets that one whole; and a link is never a way past the look."""
     one, other = tmp_path / "one", tmp_path / "other"

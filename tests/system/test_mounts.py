@@ -32,7 +32,7 @@ def test_ro_shows_and_refuses(source: Path, user: int | None) -> None:
     (source / "file").chmod(0o666)
     before = snapshot(source)
     done = shell(
-        "cat /data/file; echo x > /data/file; echo x > /data/new; rm /data/file; mkdir /data/d; chmod 0 /data",
+        "cd /data; cat file; echo x > file; echo x > new; rm file; mkdir d; chmod 0 .",
         spec=Spec(ro=[(source, "/data")], user=user),
     )
     assert done.stdout == b"content\n"

@@ -15,6 +15,7 @@ from sandboxcore import (
     ExecResult,
     ProgramNotExecutable,
     ProgramNotFound,
+    ProgramPathInvalid,
     SandboxError,
     SandboxTimeout,
     SetupError,
@@ -31,6 +32,7 @@ TREE = {
     ExecError: SetupError,
     ProgramNotFound: (ExecError, FileNotFoundError),
     ProgramNotExecutable: (ExecError, PermissionError),
+    ProgramPathInvalid: (ExecError, NotADirectoryError),
     CommandFailed: (SandboxError, subprocess.CalledProcessError),
     SandboxTimeout: (SandboxError, TimeoutError),
 }

@@ -306,6 +306,7 @@ mounts = st.one_of(
 pairs = st.dictionaries(
     names, st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=4
 )
+offsets = st.dictionaries(st.sampled_from(["monotonic", "boottime"]), st.floats(-1e6, 1e6))
 specs = st.builds(
     SandboxSpec,
     profile=st.sampled_from(["minimal", "standard", "full"]),
