@@ -25,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory.chmod(0o755)  # a peer's mapped root must reach its bundle
         series, missing = _measure(directory, options.only, quick=options.quick)
     if not series:
-        print(
-            "nothing to measure", *report.missing_lines(missing, series), sep="\n", file=sys.stderr
-        )
+        print("nothing to measure", *report.missing_lines(missing, series), sep="\n", file=sys.stderr)
         return 1
     found = report.records(series)
     facts = machine.facts()
@@ -39,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     absent = report.missing_lines(missing, series)
     if options.markdown:
         lines = [f"- {line}" for line in (*head, *absent)]
-        print(
-            *lines, "", report.table(found, markdown=True), "", report.work_table(series), sep="\n"
-        )
+        print(*lines, "", report.table(found, markdown=True), "", report.work_table(series), sep="\n")
     else:
         print(*head, "", report.table(found), *absent, sep="\n")
     return 0
@@ -49,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the records, and facts beside them"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records, and facts beside them")
     parser.add_argument("--quick", action="store_true", help="under 30 s; p99 means little")
     parser.add_argument(
         "--only", metavar="PATTERN", help="names to measure (shell pattern), with what they divide"
@@ -60,9 +54,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _measure(
-    directory: Path, only: str | None, *, quick: bool
-) -> tuple[list[Series], dict[str, str]]:
+def _measure(directory: Path, only: str | None, *, quick: bool) -> tuple[list[Series], dict[str, str]]:
     """Every series of both modes, and what could not be measured."""
     with ExitStack() as stack:
         subjects, missing = _subjects(directory, stack)

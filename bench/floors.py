@@ -82,9 +82,7 @@ class Floors(AbstractContextManager["Floors"]):
         source = Path(__file__).with_suffix(".c")
         compiler = [os.environ.get("CC", "cc"), "-std=c11", "-D_GNU_SOURCE", "-O2", "-static"]
         try:
-            subprocess.run(
-                [*compiler, source, "-o", program], check=True, capture_output=True, text=True
-            )
+            subprocess.run([*compiler, source, "-o", program], check=True, capture_output=True, text=True)
         except FileNotFoundError as error:
             raise Refused(f"no C compiler: {error.filename}") from None
         except subprocess.CalledProcessError as error:
@@ -130,8 +128,6 @@ class Floors(AbstractContextManager["Floors"]):
             return lambda count, gap_s: self.block(name, count, gap_s)
 
         return [
-            Subject(
-                name=f"floor.{name}", block=of(name), does=does, paced=2 if name in PACED else 0
-            )
+            Subject(name=f"floor.{name}", block=of(name), does=does, paced=2 if name in PACED else 0)
             for name, does in FLOORS.items()
         ]

@@ -60,9 +60,7 @@ class NoiseGuard:
 def noisy_blocks(blocks: Sequence[Disturbance]) -> int:
     """How many of one subject's blocks were disturbed."""
     usual = statistics.median(block.waiting for block in blocks) if blocks else 0
-    return sum(
-        block.stolen or block.loaded or block.waiting > usual + UNUSUAL_WAITING for block in blocks
-    )
+    return sum(block.stolen or block.loaded or block.waiting > usual + UNUSUAL_WAITING for block in blocks)
 
 
 def facts() -> Facts:

@@ -121,9 +121,7 @@ def peer_subjects(directory: Path) -> tuple[list[Subject], dict[str, str]]:
             continue
         paced = 2 if peer.program == "bwrap" else 0
         subjects.append(
-            Subject(
-                name=name, block=block, does=peer.does, ratio_to=("subprocess.run",), paced=paced
-            )
+            Subject(name=name, block=block, does=peer.does, ratio_to=("subprocess.run",), paced=paced)
         )
     return subjects, missing
 
@@ -143,7 +141,8 @@ def _bundle_runner(command: list[str], directory: Path) -> Callable[[int, float]
 
     def once() -> None:
         identity = f"bench-{os.getpid()}-{next(numbers)}"
-        subprocess.run([*run, identity], capture_output=True, check=True)
+        # stdin is a pipe: these runtimes give their stdio to the container's root, the host's /dev/null too
+        subprocess.run([*run, identity], input=b"", capture_output=True, check=True)
 
     return timed(once)
 

@@ -101,9 +101,7 @@ def facts_lines(facts: Facts, noisy: float) -> list[str]:
 def missing_lines(missing: Mapping[str, str], series: Iterable[Series]) -> list[str]:
     """What was not measured, wholly or in part, and why."""
     lost = [
-        f"{_name(one)} lost {len(one.failures)} blocks: {one.failures[-1]}"
-        for one in series
-        if one.failures
+        f"{_name(one)} lost {len(one.failures)} blocks: {one.failures[-1]}" for one in series if one.failures
     ]
     return [*(f"missing {name}: {reason}" for name, reason in missing.items()), *lost]
 

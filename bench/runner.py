@@ -71,9 +71,7 @@ def take(subjects: Sequence[Subject], plan: Plan) -> tuple[list[Series], dict[st
             counts[subject.name] = _warm_up(subject, plan)
         except Exception as error:  # whatever it is, the other subjects still count
             missing[subject.name] = _reason(error)
-    series = [
-        Series(subject=subject, mode=plan.mode) for subject in subjects if subject.name in counts
-    ]
+    series = [Series(subject=subject, mode=plan.mode) for subject in subjects if subject.name in counts]
     with _quiet():
         deadline = time.monotonic() + plan.budget_s
         for number in range(plan.rounds):

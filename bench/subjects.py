@@ -150,9 +150,7 @@ def library_subjects(peers: Sequence[str]) -> list[Subject]:
         ),
         Subject(
             name="cold.first",
-            block=reported(
-                "import sandboxcore\n" + _timing("sandboxcore.run(['true'], check=True)")
-            ),
+            block=reported("import sandboxcore\n" + _timing("sandboxcore.run(['true'], check=True)")),
             does="the first run of a process: the spawner and the template are made in it",
             ratio_to=("subprocess.run",),
         ),
@@ -172,10 +170,7 @@ def library_subjects(peers: Sequence[str]) -> list[Subject]:
 
 
 def _timing(statement: str) -> str:
-    return (
-        f"import time\nstart = time.perf_counter_ns()\n{statement}\n"
-        "print(time.perf_counter_ns() - start)"
-    )
+    return f"import time\nstart = time.perf_counter_ns()\n{statement}\nprint(time.perf_counter_ns() - start)"
 
 
 def _command_line() -> list[str]:

@@ -32,9 +32,7 @@ def declarations(header: str) -> str:
 
 
 ffi = FFI()
-ffi.cdef(
-    re.sub(r"= (\d+) << (\d+)", lambda m: f"= {int(m[1]) << int(m[2])}", declarations("plan.h"))
-)
+ffi.cdef(re.sub(r"= (\d+) << (\d+)", lambda m: f"= {int(m[1]) << int(m[2])}", declarations("plan.h")))
 ffi.cdef(declarations("sandboxcore.h"))
 ffi.set_source(
     "sandboxcore._core",

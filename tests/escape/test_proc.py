@@ -69,9 +69,9 @@ def test_host_processes_in_a_grant(
     link = tmp_path / "link"
     link.symlink_to("/")
     for source in ("/", "/proc", "//", "/usr/..", str(link), f"{link}/proc"):
+        options = {grant: [(source, "/host")], "landlock": landlock}
         with pytest.raises(sandboxcore.SpecError, match="/proc"):
-            spec = SandboxSpec(**{grant: [(source, "/host")], "landlock": landlock})
-            sandboxcore.run(["true"], spec=spec, timeout=30)
+            sandboxcore.run(["true"], spec=SandboxSpec(**options), timeout=30)
 
 
 # --- init, the one process that is always in reach ----------------------------------------------
