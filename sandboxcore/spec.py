@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from sandboxcore.errors import SpecError
@@ -36,23 +37,33 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
 RESERVED = ("/proc", "/dev", "/sys")
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+MAX_SIZE = 2**63 - 1  # loff_t
 
 
 def parse_size(value: int | str, name: str) -> int:
     """Bytes from ``512``, ``"512M"``, ``"1.5G"`` (binary units). ``name`` is for the error."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
+    if match is not None:
+        unit, fraction = _UNITS[match[3].upper()], match[2] or "0"
+        value = int(match[1]) * unit + int(fraction) * unit // 10 ** len(fraction)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SIZE:
         raise SpecError(f"{name}: {value!r} is not a size such as 1048576 or '512M'")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return value
+
+
+def path_text(path: object, name: str) -> str:
+    """A path as text, without a NUL. ``name`` is for the error."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise SpecError(f"{name}: {path!r} is not a path")
+    return text
 
 
 def clean_path(path: StrPath, name: str) -> str:
     """An absolute path without ``.``, ``..`` or double slashes. ``name`` is for the error."""
-    text = os.fspath(path)
-    if not isinstance(text, str) or "\0" in text or not text.startswith("/"):
+    text = path_text(path, name)
+    if not text.startswith("/"):
         raise SpecError(f"{name}: {text!r} is not an absolute path")
     parts = [part for part in text.split("/") if part not in ("", ".")]
     if ".." in parts:
@@ -103,8 +114,10 @@ class Mount:
             raise SpecError(f"mounts: tmpfs at {self.target!r} has a source")
         if self.size is not None:
             put(self, "size", parse_size(self.size, "mounts.size"))
-        if not 0 <= self.mode <= 0o7777:
+        if not isinstance(self.mode, int) or not 0 <= self.mode <= 0o7777:
             raise SpecError(f"mounts: mode {self.mode!r} is not a file mode")
+        if self.inodes is not None and not (isinstance(self.inodes, int) and 0 < self.inodes < 2**62):
+            raise SpecError(f"mounts: inodes {self.inodes!r} is not a positive number")
 
 
 def check_source(source: str, real: str) -> None:
@@ -121,9 +134,9 @@ def _bind(item: Binding, name: str, *, read_only: bool) -> Mount:
     if isinstance(item, tuple):
         if len(item) != 2:
             raise SpecError(f"{name}: {item!r} is not (source, target)")
-        source, target = os.fspath(item[0]), os.fspath(item[1])
+        source, target = path_text(item[0], name), path_text(item[1], name)
     else:
-        text = os.fspath(item)
+        text = path_text(item, name)
         source, colon, target = text.rpartition(":") if isinstance(item, str) else ("", "", text)
         if not colon or not target.startswith("/"):
             source, target = text, os.path.abspath(os.path.expanduser(text))
@@ -258,9 +271,13 @@ class SandboxSpec:
         put(self, "deny", tuple(clean_path(path, "deny") for path in self.deny))
         put(self, "workdir", clean_path(self.workdir, "workdir"))
         if self.rootfs is not None:
-            put(self, "rootfs", os.path.abspath(os.path.expanduser(self.rootfs)))
+            rootfs = path_text(self.rootfs, "rootfs")
+            put(self, "rootfs", os.path.abspath(os.path.expanduser(rootfs)))
         self._check_values()
-        resolve(self.seccomp or "standard")
+        for name in ("env", "labels", "time_offsets"):
+            if getattr(self, name) is not None:
+                put(self, name, MappingProxyType(dict(getattr(self, name))))
+        resolve(PROFILES[self.profile]["seccomp"] if self.seccomp is None else self.seccomp)
         self.all_mounts()
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode())
         put(self, "fingerprint", digest.hexdigest())
@@ -278,10 +295,18 @@ class SandboxSpec:
             raise SpecError("capabilities: payloads run with empty capability sets; none can be kept")
         if any(path == "/" or _below(path, "/proc") for path in self.deny):
             raise SpecError("deny: '/' and '/proc' cannot be denied; proc='pid' hides most of /proc")
+        if not isinstance(self.limits, Limits):
+            raise SpecError(f"limits: {self.limits!r} is not a Limits")
         check_env(self.env, "env")
-        for clock in self.time_offsets or ():
+        if not isinstance(self.labels, Mapping) or not all(
+            isinstance(text, str) for pair in self.labels.items() for text in pair
+        ):
+            raise SpecError(f"labels: {self.labels!r} are not pairs of text")
+        for clock, seconds in (self.time_offsets or {}).items():
             if clock not in ("monotonic", "boottime"):
                 raise SpecError(f"time_offsets: {clock!r} is not monotonic or boottime")
+            if not isinstance(seconds, int | float) or not abs(seconds) < 2**31:
+                raise SpecError(f"time_offsets: {clock}: {seconds!r} is not a number of seconds")
         self.ids()
 
     def ids(self) -> tuple[int, int]:
@@ -359,9 +384,14 @@ class SandboxSpec:
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_dict, (self.to_dict(),)
+
 
 def check_env(env: Mapping[str, str], name: str) -> None:
     """Raise :class:`SpecError` unless every pair fits an environment block."""
+    if not isinstance(env, Mapping):
+        raise SpecError(f"{name}: {env!r} is not a mapping")
     for key, value in env.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise SpecError(f"{name}: {key!r}: names and values are text")
