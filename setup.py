@@ -9,7 +9,7 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
-from build_core import CFLAGS, CSRC, HELPER_SOURCES, SANITIZE, SANITIZERS  # noqa: E402
+from build_core import CFLAGS, CSRC, HELPER_SOURCES, SANITIZE, SANITIZERS
 
 
 class BuildWithHelper(build_ext):
@@ -20,10 +20,10 @@ class BuildWithHelper(build_ext):
         core = Path(self.get_ext_fullpath("sandboxcore._core"))
         link = ["-Wl,-z,relro,-z,now", *(SANITIZERS if SANITIZE else ["-static"])]
         compiler = (sysconfig.get_config_var("CC") or "cc").split()[:1]
+        sources = [str(CSRC / name) for name in HELPER_SOURCES]
         core.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(
-            [*compiler, *CFLAGS, *link, *(str(CSRC / name) for name in HELPER_SOURCES)]
-            + ["-o", str(core.parent / "_spawner")],
+            [*compiler, *CFLAGS, *link, *sources, "-o", str(core.parent / "_spawner")],
             check=True,
         )
 

@@ -129,7 +129,10 @@ int sbx_mount_mask(const struct sbx_plan *p, uint32_t index, int root, int empty
 	_cleanup_fd_ int tree = sbx_open_tree(empty, dir ? SBX_VOID_DIR : SBX_VOID_FILE, AT_SYMLINK_NOFOLLOW);
 	if (tree < 0)
 		return sbx_fail(err, SBX_STAGE_MOUNT, index, tree);
-	int ret = sbx_move_mount(tree, target);
+	/* rootless, the empty things have the payload's own id, and all sandboxes of a plan share them */
+	int ret = sbx_mount_setattr(tree, 0, &(struct mount_attr){ .attr_set = MOUNT_ATTR_RDONLY });
+	if (ret >= 0)
+		ret = sbx_move_mount(tree, target);
 	return ret < 0 ? sbx_fail(err, SBX_STAGE_MOUNT, index, ret) : 0;
 }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sandboxcore import _native
-from sandboxcore.errors import UnsupportedHost
+from sandboxcore.errors import SetupError, UnsupportedHost
 from sandboxcore.host import ID_RANGE, HostFeatures
 from sandboxcore.seccomp import compile_filter, resolve, without_set_id
 from sandboxcore.spec import Limits, SandboxSpec
@@ -109,7 +109,10 @@ def compile_plan(spec: SandboxSpec, host: HostFeatures) -> Plan:
     key = (spec.fingerprint, host)
     plan = _cache.get(key)
     if plan is None or not plan.is_fresh():
-        plan = _Compiler(spec, host).compile()
+        try:
+            plan = _Compiler(spec, host).compile()
+        except OSError as error:  # of this process: too many open files, for instance
+            raise SetupError("host", error.errno or 0, subject=str(error.filename or "")) from error
         if len(_cache) >= 256:
             _cache.pop(next(iter(_cache)))
         _cache[key] = plan

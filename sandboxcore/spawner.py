@@ -7,6 +7,7 @@ and starts its own; a spawner that died is replaced on the next run.
 import os
 import subprocess
 import threading
+import weakref
 from typing import Final
 
 from sandboxcore import _native
@@ -24,11 +25,9 @@ class Spawner:
         diagnostics = 2 if os.environ.get("SANDBOXCORE_DIAGNOSTICS") else -1
         self.known: set[int] = set()
         self.fd: Final = _native.spawner_start(program, diagnostics)
-        try:
-            self._introduce(host, host_network=host_network)
-        except BaseException:
-            os.close(self.fd)
-            raise
+        # Closed when the last thread that may still send on it has let go: the number would be reused.
+        self.close: Final = weakref.finalize(self, os.close, self.fd)
+        self._introduce(host, host_network=host_network)
 
     def _introduce(self, host: HostFeatures, *, host_network: bool) -> None:
         flags = 0 if host_network else _native.constant("HELLO_NET_POOL")
@@ -65,10 +64,6 @@ class Spawner:
             _native.spawner_plan(self.fd, plan.id, plan.data)
             self.known.add(plan.id)
 
-    def close(self) -> None:
-        """Let the spawner end. Its sandboxes watch this process and live on until they are done."""
-        os.close(self.fd)
-
 
 _lock = threading.Lock()
 _spawners: dict[tuple[HostFeatures, bool], Spawner] = {}
@@ -85,12 +80,11 @@ def get_spawner(plan: Plan) -> Spawner:
 
 
 def drop_spawner(spawner: Spawner) -> None:
-    """Forget a spawner that does not answer any more."""
+    """Forget a spawner that does not answer any more; its sandboxes live on until they are done."""
     with _lock:
         for key, known in list(_spawners.items()):
             if known is spawner:
                 del _spawners[key]
-                spawner.close()
 
 
 def _after_fork_in_child() -> None:

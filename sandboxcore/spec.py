@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -235,22 +235,22 @@ class SandboxSpec:
 
     profile: str = "standard"
     rootfs: str | None = None
-    mounts: tuple[Mount, ...] = ()
-    ro: tuple[Binding, ...] = ()
-    rw: tuple[Binding, ...] = ()
-    deny: tuple[str, ...] = ()
-    tmpfs: tuple[str, ...] = ()
+    mounts: Sequence[Mount] = ()
+    ro: Sequence[Binding] = ()
+    rw: Sequence[Binding] = ()
+    deny: Sequence[str] = ()
+    tmpfs: Sequence[str] = ()
     network: Network = "none"
     hostname: str = "sandbox"
     env: Mapping[str, str] = field(default_factory=dict)
     workdir: str = WORKSPACE
     user: int | str | None = None
     seccomp: str | SeccompPolicy | None = None
-    capabilities: tuple[str, ...] = ()
+    capabilities: Sequence[str] = ()
     landlock: bool | Literal["required"] = True
     limits: Limits = field(default_factory=Limits)
     labels: Mapping[str, str] = field(default_factory=dict)
-    optional: tuple[str, ...] = ()
+    optional: Sequence[str] = ()
     time_offsets: Mapping[str, float] | None = None
     proc: Literal["full", "pid"] | None = None
     fingerprint: str = field(init=False, repr=False, compare=False, default="")

@@ -3,8 +3,8 @@
 The host is looked at (which of its directories exist, who owns a source) and never changed.
 """
 
+import fnmatch
 import functools
-import glob
 import os
 import stat
 from dataclasses import dataclass
@@ -101,6 +101,17 @@ def _host_root() -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def _matching(pattern: str) -> list[str]:
+    """The paths whose last part matches; unlike glob, no error but "no such directory" is an answer."""
+    directory, name = os.path.split(pattern)
+    try:
+        return [
+            os.path.join(directory, entry) for entry in sorted(fnmatch.filter(os.listdir(directory), name))
+        ]
+    except (FileNotFoundError, PermissionError, NotADirectoryError):
+        return []
+
+
 class Tree:
     """Collects the nodes and mounts of one spec on one host. ``watched`` are the host paths whose
     replacement would make a template stale."""
@@ -192,10 +203,10 @@ class Tree:
         if self.spec.network == "host":
             self._copy_etc("resolv.conf")
         for pattern in ETC_COPIES:
-            for path in sorted(glob.glob(f"/etc/{pattern}")):
+            for path in _matching(f"/etc/{pattern}"):
                 self._copy_etc(path[len("/etc/") :])
         for pattern in ETC_BINDS:
-            for path in sorted(glob.glob(f"/etc/{pattern}")):
+            for path in _matching(f"/etc/{pattern}"):
                 if os.path.isdir(path):
                     real = os.path.realpath(path)
                     self._dir(os.path.dirname(path))
@@ -228,8 +239,8 @@ class Tree:
         path = f"/etc/{name}"
         try:
             data = Path(path).read_bytes()
-        except OSError:  # absent or not for this user: neither is needed to run a program
-            return
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
+            return  # absent or not for this user: neither is needed to run a program
         if len(data) <= 4 << 20:
             self._file(path, data)
             self.watched.append(path)

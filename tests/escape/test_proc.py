@@ -271,10 +271,10 @@ except (sandboxcore.SandboxError, OSError) as error:
 def test_host_with_a_false_proc() -> None:
     """CVE-2025-52881: /proc is a directory that somebody prepared. Then nothing may run."""
     prepare = (
-        "mkdir -p /tmp/proc/self; cp /proc/self/status /proc/self/uid_map /tmp/proc/self/;"
-        ' mount --bind /tmp/proc /proc; exec "$@"'
+        "mkdir -p /mnt/proc/self; cp /proc/self/status /proc/self/uid_map /mnt/proc/self/;"
+        ' mount --bind /mnt/proc /proc; exec "$@"'
     )
-    private = "mount -t tmpfs none /tmp;"
+    private = "mount -t tmpfs none /mnt;"
     ids = ["--map-root-user"] if os.geteuid() else []
     command = ["unshare", *ids, "--mount", "sh", "-c", private + prepare, "sh"]
     real = [sys.executable, "-c", FAKE]

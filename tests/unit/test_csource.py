@@ -31,9 +31,9 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     built = {}
     for source in sorted(CSRC.glob("*.c")):
         built[source.stem] = directory / f"{source.stem}.o"
+        flags = ["-std=gnu11", "-O2", "-D_GNU_SOURCE", "-fstack-protector-strong"]
         subprocess.run(
-            ["gcc", "-std=gnu11", "-O2", "-D_GNU_SOURCE", "-fstack-protector-strong", "-c", source]
-            + ["-o", built[source.stem]],
+            ["gcc", *flags, "-c", source, "-o", built[source.stem]],
             check=True,
             timeout=120,
         )

@@ -349,7 +349,8 @@ def test_round_trip_of_a_policy() -> None:
 def test_from_toml(tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text(
         'profile = "minimal"\nro = ["/a:/b", ["/c", "/d"]]\nnetwork = "private"\n'
-        '[limits]\ndisk = "1M"\npids = 5\n[env]\nA = "1"\n[[mounts]]\nkind = "tmpfs"\ntarget = "/t"\nsize = "2K"\n'  # noqa: E501
+        '[limits]\ndisk = "1M"\npids = 5\n[env]\nA = "1"\n[[mounts]]\nkind = "tmpfs"\ntarget = "/t"\n'
+        'size = "2K"\n'  # noqa: E501
     )
     spec = SandboxSpec.from_toml(tmp_path / "s.toml")
     assert spec == SandboxSpec(
