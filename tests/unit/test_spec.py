@@ -350,7 +350,7 @@ def test_from_toml(tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text(
         'profile = "minimal"\nro = ["/a:/b", ["/c", "/d"]]\nnetwork = "private"\n'
         '[limits]\ndisk = "1M"\npids = 5\n[env]\nA = "1"\n[[mounts]]\nkind = "tmpfs"\ntarget = "/t"\n'
-        'size = "2K"\n'  # noqa: E501
+        'size = "2K"\n'
     )
     spec = SandboxSpec.from_toml(tmp_path / "s.toml")
     assert spec == SandboxSpec(
