@@ -17,9 +17,10 @@ Failing to sandbox is an exception; what the program did is data (:class:`ExecRe
 ``check=True`` asks otherwise.
 """
 
+import functools
 import os
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sandboxcore.result import ExecResult
@@ -44,6 +45,9 @@ class UnsupportedHost(SandboxError):
         self.feature = feature
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.feature, self.remedy)
+
 
 class SetupError(SandboxError, OSError):
     """A step of the set-up failed; the payload did not run and nothing is left behind.
@@ -62,6 +66,10 @@ class SetupError(SandboxError, OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        about: dict[str, Any] = {"index": self.index, "subject": self.subject, "hint": self.hint}
+        return functools.partial(type(self), self.stage, self.errno or 0, **about), ()
 
 
 class ExecError(SetupError):
@@ -89,6 +97,9 @@ class CommandFailed(SandboxError, subprocess.CalledProcessError):
         )
         self.result = result
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.result,)
+
 
 class SandboxTimeout(SandboxError, TimeoutError):
     """``check=True`` and the time was up. ``result`` has the partial output."""
@@ -96,3 +107,6 @@ class SandboxTimeout(SandboxError, TimeoutError):
     def __init__(self, result: "ExecResult") -> None:
         super().__init__(f"command {result.args[0]!r} timed out after {result.duration:.3f} s")
         self.result = result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.result,)

@@ -1,6 +1,8 @@
 """The exception tree, as callers meet it."""
 
+import copy
 import errno
+import pickle
 import subprocess
 
 import pytest
@@ -37,3 +39,20 @@ def test_unsupported_host_names_feature_and_remedy() -> None:
     error = errors.UnsupportedHost("Landlock", "boot with lsm=landlock")
     assert (error.feature, error.remedy) == ("Landlock", "boot with lsm=landlock")
     assert str(error) == "Landlock: not available on this host; boot with lsm=landlock"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.SetupError("mount", errno.ENOENT, index=3, subject="/a on /b", hint="create it"),
+        errors.ProgramNotFound("exec", errno.ENOENT, subject="x"),
+        errors.UnsupportedHost("Landlock", "boot with lsm=landlock"),
+        errors.SpecError("wrong"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_travel_between_processes(error: Exception) -> None:
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(twin) is type(error)
+        assert str(twin) == str(error)
+        assert vars(twin) == vars(error)
