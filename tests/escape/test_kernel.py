@@ -5,6 +5,7 @@ which the payload has no capability and no further namespace can be made.
 """
 
 import ctypes
+import errno
 import os
 import platform
 import struct
@@ -330,9 +331,15 @@ def test_shocker(hostile: Hostile, open_dir: Path) -> None:
     """open_by_handle_at opens any file of a file system by a number that can be guessed."""
     secret = open_dir / "secret"
     secret.write_text("secret")
+    try:
+        handle = file_handle(secret)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        pytest.skip("this file system has no file handles")
     attack = calls(
         call("openat", AT_FDCWD, str(open_dir), os.O_RDONLY),
-        call("open_by_handle_at", result(0), pointer(file_handle(secret)), os.O_RDONLY),
+        call("open_by_handle_at", result(0), pointer(handle), os.O_RDONLY),
         call("read", result(1), BUFFER, 100),
     )
     if os.geteuid() == 0:

@@ -233,6 +233,9 @@ def _named(name: str, pids: set[int]) -> int | None:
 @pytest.mark.needs_program("newuidmap", "newgidmap", "setpriv", "unshare")
 def test_subordinate_ids(tmp_path: Path) -> None:
     """With a range in /etc/subuid, the payload gets ids that are not the caller's."""
+    checkout = Path(sandboxcore.__file__).resolve()
+    if not all(folder.stat().st_mode & 0o001 for folder in checkout.parents):
+        pytest.skip("this checkout lies where no other user can read it")
     tmp_path.chmod(0o755)
     passwd = Path("/etc/passwd").read_text() + "subject:x:61999:61999::/:/bin/sh\n"  # newuidmap wants a name
     for name, text in {
