@@ -46,6 +46,11 @@ def ask_python(code: str, *args: str, **options: Any) -> Any:
     return json.loads(done.stdout)
 
 
+def can_grant(directory: Path) -> None:
+    """Have rw= refused here and now, where the file system cannot do it, and not later in a thread."""
+    sandboxcore.run(["true"], spec=Spec(rw=[(directory, "/granted")]), timeout=60)
+
+
 def shell(script: str, *args: str, **options: Any) -> sandboxcore.ExecResult:
     """Run a shell script in a sandbox."""
     options.setdefault("timeout", 60)

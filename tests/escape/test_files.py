@@ -26,6 +26,7 @@ from escape.hostile import (
     read,
     result,
 )
+from support import can_grant
 
 import sandboxcore
 from sandboxcore import SandboxSpec, SetupError
@@ -224,6 +225,7 @@ def test_a_passed_directory_leads_nowhere_else(hostile: Hostile, secret: Path, g
 
 def test_a_directory_moved_out_of_the_grant(secret: Path, granted: Path) -> None:
     """CVE-2015-2925: an accomplice moves the payload's working directory out of what is mounted."""
+    can_grant(granted)
     script = "cd inner && echo ready && read go; cat ../secret"
 
     def attack(run: Any, **options: Any) -> bytes:

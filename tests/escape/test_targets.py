@@ -20,7 +20,7 @@ from escape.hostile import (
     read,
     result,
 )
-from support import host_environment, snapshot
+from support import can_grant, host_environment, snapshot
 
 import sandboxcore
 from sandboxcore import SandboxError, SandboxSpec, SetupError
@@ -361,6 +361,7 @@ json.dump([done.returncode in (0, 1), during == before, mounts() == before], sys
 def test_mount_propagation(shared: Path) -> None:
     """Where the host's mounts are shared, as systemd makes them, what a sandbox mounts must not
     come back; here in a mount namespace of its own, so that the test does no harm if it does."""
+    can_grant(shared)
     user = [] if os.geteuid() == 0 else ["--map-current-user"]
     root = [] if os.geteuid() == 0 else ["--map-root-user"]
     share = ["unshare", "--mount", "--propagation", "shared"]

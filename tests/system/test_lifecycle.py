@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support import (
     Spec,
+    can_grant,
     gone,
     host_process,
     host_program,
@@ -323,6 +324,7 @@ def test_running_commands_survive_their_spawner(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o777)
+    can_grant(shared)
     spec = Spec(rw=[(shared, "/s")])
     with ThreadPoolExecutor(1) as pool:
         script = "echo begin; touch /s/begun; until [ -e /s/go ]; do sleep 0.01; done; echo end; exit 5"
