@@ -10,6 +10,7 @@
 
 #include "util.h"
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <sys/socket.h>
 #include <sys/types.h>
@@ -40,7 +41,7 @@ struct sbx_box {
 	const struct sbx_plan *plan;
 	const struct sbx_request *request;
 	const struct sbx_spawner *spawner;
-	int control;  /* records to the host; end-of-file: die */
+	int control;  /* records to the host; end-of-file: die. Of a living sandbox: only the answer to its birth */
 	int go;	      /* end-of-file before a byte: the spawner gave up */
 	int stdio[3]; /* descriptors from the host, or -1 */
 	int pass[SBX_MAX_PASS];
@@ -48,6 +49,25 @@ struct sbx_box {
 	struct sbx_error error;	       /* written by the payload, which shares memory until exec */
 	char applied[SBX_MAX_APPLIED]; /* SBX_REQUEST_RECORD: text read back from the kernel */
 	uint32_t applied_size;
+	/* a living sandbox's: */
+	bool resident;	/* its commands inherit what init has given up already */
+	int keeper;	/* socket of init: end-of-file: die; SIGNAL for every command */
+	int work;	/* socket of the launchers: EXEC, FILES */
+	unsigned peers; /* processes of ours that count against the payload's limit of processes */
+	int later;	/* detached: what comes after the start */
+	int journal;	/* detached */
+};
+
+/* The launchers of a sandbox, shared between them and init. */
+enum { SBX_LAUNCHER_NONE = 0, SBX_LAUNCHER_IDLE, SBX_LAUNCHER_BUSY };
+struct sbx_pool {
+	_Atomic unsigned char state[SBX_MAX_LAUNCHERS];
+	_Atomic unsigned used; /* slots from here on were never used */
+};
+
+/* What a command and everything below it used: the sum over wait4(2), the largest of ru_maxrss. */
+struct sbx_usage {
+	uint64_t utime_us, stime_us, maxrss_kib, majflt, inblock, oublock;
 };
 
 /* spawn.c: the parent's half. Takes over no descriptor. */
@@ -56,8 +76,79 @@ int sbx_spawn(struct sbx_box *box, int mount_ns, struct sbx_error *err);
 /* child.c: the recipe. Neither returns. */
 _Noreturn void sbx_child(struct sbx_box *box);
 
+pid_t sbx_child_start(struct sbx_box *box, struct sbx_error *err);
+
+/* inbox.c: what a message brought */
+const void *sbx_map_sealed(int fd, enum sbx_stage stage, size_t *size, struct sbx_error *err);
+const struct sbx_request *sbx_inbox_request(const struct sbx_message *msg, size_t len, const int *fds, size_t *nfds,
+					    size_t *mapped, struct sbx_error *err);
+void sbx_inbox_release(const void *request, size_t mapped);
+int sbx_box_fill(struct sbx_box *box, const struct sbx_request *r, const int *fds, size_t nfds, struct sbx_error *err);
+
 /* init.c: PID 1 after the payload has started: waits, kills, reaps, reports. */
 int sbx_init_run(struct sbx_box *box, pid_t payload, struct sbx_error *err);
+
+/* resident.c: PID 1 of a sandbox that stays. Returns only if it could not become that. */
+int sbx_resident_run(struct sbx_box *box, struct sbx_error *err);
+
+/* launcher.c: takes requests, one at a time. */
+struct sbx_inbox {
+	_Alignas(16) char bytes[sizeof(struct sbx_message) + SBX_MAX_INLINE];
+};
+struct sbx_launcher {
+	struct sbx_box *box;
+	struct sbx_pool *pool;
+	struct sbx_inbox *inbox;
+	unsigned slot;
+	int poke; /* eventfd: wakes init when no launcher is idle */
+};
+_Noreturn void sbx_launcher_run(const struct sbx_launcher *l);
+
+/* command.c: from the start of one command to its report. Closes all of `fds` but the first. */
+void sbx_command_run(struct sbx_box *box, int *fds, size_t nfds, struct sbx_error *err);
+
+/* pump.c: copies between a command's pipes and what lies behind them. */
+enum { SBX_PUMP_ROOM = 65536 };
+struct sbx_pump {
+	int from;	 /* -1: this pump has ended */
+	int to;		 /* -1: the journal */
+	uint32_t stream; /* journal: 0 stdout, 1 stderr */
+	bool inward;	 /* `from` is the host's: never block on it, never change it */
+	uint32_t size, offset;
+	char *room; /* SBX_PUMP_ROOM bytes */
+};
+/* Where pumps without another end write to. */
+struct sbx_log {
+	int file;
+	struct sbx_journal head;
+};
+/* stdio.c: what becomes of a command's stdin, stdout and stderr */
+enum { SBX_PUMPS = 3 };
+struct sbx_streams {
+	int master; /* its terminal, or -1 */
+	int input;  /* detached: what INPUT lends out where there is no terminal, or -1 */
+	struct sbx_pump pumps[SBX_PUMPS];
+	struct sbx_log log;
+};
+int sbx_streams_open(struct sbx_streams *s, struct sbx_box *box, struct sbx_error *err);
+void sbx_streams_hand_over(struct sbx_streams *s, struct sbx_box *box, int *fds, size_t nfds);
+void sbx_streams_close(struct sbx_streams *s);
+
+int sbx_pump_pipe(const struct sbx_box *box, int ends[2]);
+long sbx_pump_fill(struct sbx_pump *pump);
+long sbx_pump_drain(struct sbx_pump *pump, struct sbx_log *log);
+void sbx_pump_end(struct sbx_pump *pump);
+long sbx_log_open(struct sbx_log *log, int file);
+long sbx_log_save(const struct sbx_log *log);
+
+/* files.c: file operations as the payload's identity, inside. */
+void sbx_files_serve(const struct sbx_box *box, int sock);
+
+/* proc.c: who is below whom, as /proc tells. */
+long sbx_proc_signal(pid_t ancestor, const pid_t *spare, size_t count, int sig);
+
+/* pty.c */
+int sbx_pty_open(const struct sbx_box *box, int *slave, struct sbx_error *err);
 
 /* template.c: builds the plan's mount namespace in a process of its own; returns its descriptor. */
 int sbx_template_build(const struct sbx_spawner *s, const struct sbx_plan *plan, struct sbx_error *err);
@@ -109,11 +200,14 @@ int sbx_session_keyring(struct sbx_error *err);
 int sbx_session_new(struct sbx_error *err);
 int sbx_fds_arrange(const struct sbx_box *box, struct sbx_error *err);
 int sbx_fds_close_except(int *keep, size_t count);
-int sbx_rlimit_set(const struct sbx_plan *p, struct sbx_error *err);
+int sbx_rlimit_set(const struct sbx_box *box, struct sbx_error *err);
 int sbx_cred_become_root(const struct sbx_plan *p, struct sbx_error *err);
 int sbx_cred_no_namespaces(struct sbx_error *err);
 int sbx_cred_drop(const struct sbx_plan *p, struct sbx_error *err);
 int sbx_cred_keep_kill(struct sbx_error *err);
+int sbx_cred_lock_down(const struct sbx_plan *p, struct sbx_error *err);
+int sbx_cred_switch(const struct sbx_box *box, struct sbx_error *err);
+int sbx_cred_borrow(const struct sbx_plan *p, uint32_t uid, uint32_t gid, struct sbx_error *err);
 int sbx_file_write(const struct sbx_request *r, struct sbx_error *err);
 int sbx_file_cwd(const struct sbx_request *r, struct sbx_error *err);
 int sbx_landlock_restrict(const struct sbx_plan *p, struct sbx_error *err);

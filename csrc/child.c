@@ -79,19 +79,29 @@ static int make_sandbox(const struct sbx_box *box, struct sbx_error *err)
 	return 0;
 }
 
+/* What init and the launchers of a living sandbox give up once, and every command inherits. */
+static int lock_down(const struct sbx_plan *p, struct sbx_error *err)
+{
+	TRY(sbx_cred_lock_down(p, err));
+	TRY(sbx_landlock_restrict(p, err));
+	TRY(p->flags & SBX_PLAN_FILTER_ONCE ? sbx_seccomp_load(p, err) : 0);
+	return 0;
+}
+
 static int prepare_payload(struct sbx_box *box, struct sbx_error *err)
 {
 	const struct sbx_plan *p = box->plan;
 	const struct sbx_request *r = box->request;
+	bool heir = box->resident;
 
 	TRY(sbx_session_new(err));
 	TRY(sbx_fds_arrange(box, err));
-	TRY(sbx_cred_drop(p, err));
+	TRY(heir ? sbx_cred_switch(box, err) : sbx_cred_drop(p, err));
 	TRY(sbx_file_write(r, err));
 	TRY(sbx_file_cwd(r, err));
-	TRY(sbx_landlock_restrict(p, err));
-	TRY(sbx_rlimit_set(p, err));
-	TRY(sbx_seccomp_load(p, err));
+	TRY(heir ? 0 : sbx_landlock_restrict(p, err));
+	TRY(sbx_rlimit_set(box, err));
+	TRY(heir && p->flags & SBX_PLAN_FILTER_ONCE ? 0 : sbx_seccomp_load(p, err));
 	TRY(r->flags & SBX_REQUEST_RECORD ? sbx_record_read(box, err) : 0);
 	return 0;
 }
@@ -124,10 +134,10 @@ static _Noreturn void payload(struct sbx_box *box, char **argv, char **env)
 		box->clock[SBX_CLOCK_EXEC] = sbx_now();
 		if (ret < 0)
 			sbx_fail(&box->error, SBX_STAGE_EXEC, 0, ret);
-		else
+		else if (!(box->request->flags & SBX_REQUEST_DRY))
 			(void)exec_first(box->request, argv, env, &box->error);
 	}
-	(void)syscall(SYS_exit_group, 127);
+	(void)syscall(SYS_exit_group, box->error.stage == SBX_STAGE_NONE ? 0 : 127);
 	__builtin_unreachable();
 }
 
@@ -185,13 +195,29 @@ static pid_t fork_payload(struct sbx_box *box, char **argv, char **env)
 	if (sbx_fault_hit(SYS_vfork))
 		return -sbx_fault.err;
 #endif
-	if (box->plan->time_offsets)
+	if (box->plan->time_offsets && !box->resident) /* a launcher was born into the new one already */
 		pid = (pid_t)sbx_sys(SYS_clone3, &copy, sizeof copy);
 	else if ((pid = vfork()) < 0)
 		pid = -errno;
 	if (pid == 0)
 		payload(box, argv, env);
 	return pid;
+}
+
+/* Start the request's command from a launcher. Returns its pid; box->error tells whether it got to exec. */
+pid_t sbx_child_start(struct sbx_box *box, struct sbx_error *err)
+{
+	const struct sbx_request *r = box->request;
+	char **env, **argv = make_pointers(r, &env, err);
+
+	if (!argv)
+		return -1;
+	box->clock[SBX_CLOCK_FORK] = sbx_now();
+	pid_t pid = fork_payload(box, argv, env);
+	if (pid < 0)
+		sbx_fail(err, SBX_STAGE_FORK, 0, pid);
+	(void)sbx_sys(SYS_munmap, argv, ((size_t)r->argv.count + r->env.count + 2) * sizeof(char *));
+	return pid < 0 ? -1 : pid;
 }
 
 static int run_payload(struct sbx_box *box, struct sbx_error *err)
@@ -209,13 +235,22 @@ static int run_payload(struct sbx_box *box, struct sbx_error *err)
 	return sbx_init_run(box, pid, err);
 }
 
+static int run(struct sbx_box *box, struct sbx_error *err)
+{
+	TRY(make_sandbox(box, err));
+	if (!box->resident)
+		return run_payload(box, err);
+	TRY(lock_down(box->plan, err));
+	return sbx_resident_run(box, err);
+}
+
 _Noreturn void sbx_child(struct sbx_box *box)
 {
 	struct sbx_error err = { .stage = SBX_STAGE_NONE };
 
 	SBX_FAULT_ARM(box->request->fault_at, box->request->fault_errno);
 	box->clock[SBX_CLOCK_STARTED] = sbx_now();
-	if (make_sandbox(box, &err) < 0 || run_payload(box, &err) < 0) {
+	if (run(box, &err) < 0) {
 		SBX_FAULT_ARM(0, 0);
 		sbx_send_error(box->control, &err);
 	}

@@ -124,7 +124,7 @@ static int expect_ready(int sock, struct sbx_record *rec, struct sbx_error *err)
 	int fd;
 
 	(void)setsockopt(sock, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-	long len = sbx_wire_receive(sock, rec, NULL, 0, &fd);
+	long len = sbx_wire_receive(sock, rec, NULL, 0, 0, &fd);
 	sbx_close(fd);
 	if (len <= 0)
 		return sbx_fail(err, SBX_STAGE_SPAWNER, 11, len < 0 ? len : -EPIPE);

@@ -47,8 +47,7 @@ int sbx_cred_no_namespaces(struct sbx_error *err)
 	return ret < 0 ? sbx_fail(err, SBX_STAGE_NSLIMIT, 0, ret) : 0;
 }
 
-/* All five capability sets empty, the payload's ids, and no way back. */
-int sbx_cred_drop(const struct sbx_plan *p, struct sbx_error *err)
+static int drop_bounding_set(struct sbx_error *err)
 {
 	for (long cap = 0; cap < 64; cap++) {
 		long ret = sbx_sys(SYS_prctl, PR_CAPBSET_DROP, cap);
@@ -57,19 +56,83 @@ int sbx_cred_drop(const struct sbx_plan *p, struct sbx_error *err)
 		if (ret < 0)
 			return sbx_fail(err, SBX_STAGE_CRED, 0, ret);
 	}
+	return 0;
+}
+
+static int drop_groups(const struct sbx_plan *p, struct sbx_error *err)
+{
 	long ret = p->flags & SBX_PLAN_DENY_SETGROUPS ? 0 : sbx_sys(SYS_setgroups, 0, NULL);
-	if (ret < 0)
-		return sbx_fail(err, SBX_STAGE_CRED, 1, ret);
-	ret = p->flags & SBX_PLAN_NO_ROOT_ID ? 0 : set_ids(p->uid, p->gid);
-	if (ret < 0)
-		return sbx_fail(err, SBX_STAGE_CRED, 2, ret);
-	ret = set_capabilities(0);
+	return ret < 0 ? sbx_fail(err, SBX_STAGE_CRED, 1, ret) : 0;
+}
+
+/* No way to more than `caps`, in any of the five sets, by any exec. */
+static int keep_only(uint64_t caps, struct sbx_error *err)
+{
+	long ret = set_capabilities(caps);
 	if (ret >= 0)
 		ret = sbx_sys(SYS_prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_CRED, 3, ret);
 	ret = sbx_sys(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
 	return ret < 0 ? sbx_fail(err, SBX_STAGE_CRED, 4, ret) : 0;
+}
+
+/* All five capability sets empty, the payload's ids, and no way back. */
+int sbx_cred_drop(const struct sbx_plan *p, struct sbx_error *err)
+{
+	if (drop_bounding_set(err) < 0 || drop_groups(p, err) < 0)
+		return -1;
+	long ret = p->flags & SBX_PLAN_NO_ROOT_ID ? 0 : set_ids(p->uid, p->gid);
+	if (ret < 0)
+		return sbx_fail(err, SBX_STAGE_CRED, 2, ret);
+	return keep_only(0, err);
+}
+
+/*
+ * Init and the launchers of a living sandbox: what a payload must not have, they have not either, but for
+ * three capabilities in their own namespace: to become the payload, and to kill it. Where there is only
+ * one id they need none of them.
+ */
+int sbx_cred_lock_down(const struct sbx_plan *p, struct sbx_error *err)
+{
+	const uint64_t needed = 1ULL << CAP_KILL | 1ULL << CAP_SETUID | 1ULL << CAP_SETGID;
+
+	if (drop_bounding_set(err) < 0 || drop_groups(p, err) < 0)
+		return -1;
+	return keep_only(p->flags & SBX_PLAN_NO_ROOT_ID ? 0 : needed, err);
+}
+
+/*
+ * From a launcher to a command. Leaving id 0 clears the capabilities (capabilities(7)); whoever stays 0
+ * has to let go of them.
+ */
+int sbx_cred_switch(const struct sbx_box *box, struct sbx_error *err)
+{
+	const struct sbx_request *r = box->request;
+
+	if (box->plan->flags & SBX_PLAN_NO_ROOT_ID)
+		return r->uid == box->plan->uid && r->gid == box->plan->gid ? 0 :
+									      sbx_fail(err, SBX_STAGE_CRED, 2, -EINVAL);
+	long ret = set_ids(r->uid, r->gid);
+	if (ret >= 0 && r->uid == 0)
+		ret = set_capabilities(0);
+	return ret < 0 ? sbx_fail(err, SBX_STAGE_CRED, 2, ret) : 0;
+}
+
+/*
+ * A launcher's file access becomes the payload's, while it stays out of reach of the payload's signals,
+ * which go by the real and saved ids; with 0, it is its own again. credentials(7): the filesystem ids.
+ */
+int sbx_cred_borrow(const struct sbx_plan *p, uint32_t uid, uint32_t gid, struct sbx_error *err)
+{
+	if (p->flags & SBX_PLAN_NO_ROOT_ID)
+		return 0;
+	(void)sbx_sys(SYS_setfsgid, gid);
+	(void)sbx_sys(SYS_setfsuid, uid);
+	/* they return the id before, whatever happened: ask again */
+	if (sbx_sys(SYS_setfsgid, gid) != (long)gid || sbx_sys(SYS_setfsuid, uid) != (long)uid)
+		return sbx_fail(err, SBX_STAGE_CRED, 5, -EPERM);
+	return 0;
 }
 
 /* What a running sandbox's init still needs: to kill processes of another id in its own namespace. */

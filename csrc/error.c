@@ -16,7 +16,7 @@ const char *sbx_stage_name(int stage)
 		[SBX_STAGE_SESSION] = "session",   [SBX_STAGE_STDIO] = "stdio",	      [SBX_STAGE_RLIMIT] = "rlimit",
 		[SBX_STAGE_CRED] = "cred",	   [SBX_STAGE_FILE] = "file",	      [SBX_STAGE_CWD] = "cwd",
 		[SBX_STAGE_LANDLOCK] = "landlock", [SBX_STAGE_SECCOMP] = "seccomp",   [SBX_STAGE_EXEC] = "exec",
-		[SBX_STAGE_RECORD] = "record",
+		[SBX_STAGE_RECORD] = "record",	   [SBX_STAGE_LAUNCHER] = "launcher", [SBX_STAGE_PTY] = "pty",
 	};
 
 	return stage >= 0 && stage < SBX_STAGE_COUNT ? names[stage] : "unknown";

@@ -3,6 +3,8 @@
  */
 #include "box.h"
 
+#include <sys/ioctl.h>
+
 /* Close every descriptor that is not in `keep`, which gets sorted. Returns 0 or -errno. */
 int sbx_fds_close_except(int *keep, size_t count)
 {
@@ -31,10 +33,10 @@ static long arrange_stdio(const struct sbx_box *box)
 {
 	for (int i = 0; i < 3; i++) {
 		long ret;
-		if (box->request->stdio[i] == SBX_STDIO_STDOUT) {
-			ret = sbx_sys(SYS_dup3, 1, i, 0);
-		} else if (box->request->stdio[i] == SBX_STDIO_PASSED) {
+		if (box->stdio[i] >= 0) {
 			ret = sbx_sys(SYS_dup3, box->stdio[i], i, 0);
+		} else if (box->request->stdio[i] == SBX_STDIO_STDOUT) {
+			ret = sbx_sys(SYS_dup3, 1, i, 0);
 		} else { /* the sandbox's own null device: no host descriptor to reopen */
 			_cleanup_fd_ int null = sbx_openat2(AT_FDCWD, "/dev/null", O_RDWR, 0, RESOLVE_NO_SYMLINKS);
 			ret = null < 0 ? null : sbx_sys(SYS_dup3, null, i, 0);
@@ -56,6 +58,9 @@ int sbx_fds_arrange(const struct sbx_box *box, struct sbx_error *err)
 	long ret = arrange_stdio(box);
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_STDIO, 0, ret);
+	ret = r->flags & SBX_REQUEST_PTY ? sbx_sys(SYS_ioctl, 0, TIOCSCTTY, 0) : 0;
+	if (ret < 0)
+		return sbx_fail(err, SBX_STAGE_PTY, 3, ret);
 	for (uint32_t i = 0; i < r->pass.count; i++)
 		if (target[i] > top)
 			top = target[i];

@@ -123,18 +123,25 @@ static bool mounts_ok(const struct arena *a, const struct sbx_plan *p)
 	return late <= SBX_MAX_LATE;
 }
 
-static bool limits_ok(const struct arena *a, const struct sbx_plan *p)
+static bool rlimits_ok(const struct arena *a, struct sbx_span span)
 {
-	const struct sbx_rlimit *limit = sbx_at(p, p->rlimits.off);
-	const struct sbx_rule *rule = sbx_at(p, p->rules.off);
+	const struct sbx_rlimit *limit = sbx_at(a->base, span.off);
 
-	if (!array_ok(a, p->rlimits, sizeof *limit, _Alignof(struct sbx_rlimit)) ||
-	    !array_ok(a, p->rules, sizeof *rule, _Alignof(struct sbx_rule)) ||
-	    !array_ok(a, p->filter, sizeof(struct sock_filter), _Alignof(struct sock_filter)))
+	if (!array_ok(a, span, sizeof *limit, _Alignof(struct sbx_rlimit)))
 		return false;
-	for (uint32_t i = 0; i < p->rlimits.count; i++)
+	for (uint32_t i = 0; i < span.count; i++)
 		if (limit[i].resource > 15 || limit[i].soft > limit[i].hard)
 			return false;
+	return true;
+}
+
+static bool limits_ok(const struct arena *a, const struct sbx_plan *p)
+{
+	const struct sbx_rule *rule = sbx_at(p, p->rules.off);
+
+	if (!rlimits_ok(a, p->rlimits) || !array_ok(a, p->rules, sizeof *rule, _Alignof(struct sbx_rule)) ||
+	    !array_ok(a, p->filter, sizeof(struct sock_filter), _Alignof(struct sock_filter)))
+		return false;
 	for (uint32_t i = 0; i < p->rules.count; i++)
 		if (!path_ok(a, rule[i].path))
 			return false;
@@ -154,7 +161,7 @@ int sbx_plan_check(const void *arena, size_t len, struct sbx_error *err)
 		return sbx_fail(err, SBX_STAGE_PLAN, 1, -EINVAL);
 
 	const struct arena a = { arena, p->size, sizeof *p };
-	if ((p->namespaces & ~namespaces) || (p->namespaces & required) != required || p->flags > 31)
+	if ((p->namespaces & ~namespaces) || (p->namespaces & required) != required || p->flags > 63)
 		return sbx_fail(err, SBX_STAGE_PLAN, 2, -EINVAL);
 	if (!string_ok(&a, p->uid_map) || !string_ok(&a, p->gid_map) || !string_ok(&a, p->hostname) ||
 	    !optional_ok(&a, p->time_offsets) || !options_ok(&a, p->root_options) ||
@@ -181,23 +188,35 @@ static bool files_ok(const struct arena *a, const struct sbx_request *r)
 	return true;
 }
 
+static bool stdio_ok(const struct sbx_request *r)
+{
+	for (int i = 0; i < 3; i++)
+		if (r->stdio[i] > SBX_STDIO_LOG || (r->stdio[i] == SBX_STDIO_STDOUT && i != 2) ||
+		    (r->stdio[i] == SBX_STDIO_LOG && (i == 0 || !(r->flags & SBX_REQUEST_DETACHED))))
+			return false;
+	return r->rows <= UINT16_MAX && r->columns <= UINT16_MAX;
+}
+
 int sbx_request_check(const void *arena, size_t len, struct sbx_error *err)
 {
 	const struct sbx_request *r = arena;
 
 	if (len < sizeof *r || len > SBX_MAX_ARENA || (uintptr_t)arena % _Alignof(struct sbx_request))
 		return sbx_fail(err, SBX_STAGE_REQUEST, 0, -EINVAL);
-	if (r->magic != SBX_REQUEST_MAGIC || r->layout != SBX_LAYOUT || r->size != len || r->flags > 1)
+	if (r->magic != SBX_REQUEST_MAGIC || r->layout != SBX_LAYOUT || r->size != len || r->flags > 255)
 		return sbx_fail(err, SBX_STAGE_REQUEST, 1, -EINVAL);
+	if (r->flags & SBX_REQUEST_SANDBOX)
+		return 0; /* has no command */
 
 	const struct arena a = { arena, r->size, sizeof *r };
 	if (r->argv.count == 0 || r->paths.count == 0 || !strings_ok(&a, r->argv) || !strings_ok(&a, r->env) ||
 	    !strings_ok(&a, r->paths) || !path_ok(&a, r->cwd) || r->umask > 0777)
 		return sbx_fail(err, SBX_STAGE_REQUEST, 2, -EINVAL);
-	if (r->stdio[0] > SBX_STDIO_PASSED || r->stdio[1] > SBX_STDIO_PASSED || r->stdio[2] > SBX_STDIO_STDOUT ||
-	    r->pass.count > SBX_MAX_PASS || !array_ok(&a, r->pass, sizeof(int32_t), _Alignof(int32_t)))
+	if (!stdio_ok(r) || r->pass.count > SBX_MAX_PASS || !array_ok(&a, r->pass, sizeof(int32_t), _Alignof(int32_t)))
 		return sbx_fail(err, SBX_STAGE_REQUEST, 3, -EINVAL);
 	if (!files_ok(&a, r))
 		return sbx_fail(err, SBX_STAGE_REQUEST, 4, -EINVAL);
+	if (!rlimits_ok(&a, r->rlimits))
+		return sbx_fail(err, SBX_STAGE_REQUEST, 5, -EINVAL);
 	return 0;
 }

@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 /* cdef-begin */
-enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 1 };
+enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 2 };
 
 /* Upper bounds that keep every loop in the child short and every array on its stack. */
 enum {
@@ -28,6 +28,8 @@ enum {
 	SBX_MAX_FILTER = 4096,
 	SBX_MAX_INLINE = 32768,
 	SBX_MAX_APPLIED = 262144,
+	SBX_MAX_LAUNCHERS = 256, /* commands at once in one sandbox; more of them queue */
+	SBX_MAX_FOLLOWERS = 16,	 /* of one detached command */
 };
 
 /* Where a set-up can fail. Append only: a number never changes its meaning. */
@@ -63,6 +65,8 @@ enum sbx_stage {
 	SBX_STAGE_SECCOMP,  /* loading the filter */
 	SBX_STAGE_EXEC,	    /* execve of every candidate path */
 	SBX_STAGE_RECORD,   /* reading back what was applied */
+	SBX_STAGE_LAUNCHER, /* a living sandbox's launcher: its birth, its loop, its pumps */
+	SBX_STAGE_PTY,	    /* the command's terminal */
 	SBX_STAGE_COUNT,
 };
 
@@ -140,6 +144,7 @@ enum sbx_plan_flags {
 	SBX_PLAN_DENY_SETGROUPS = 4, /* rootless own-id map */
 	SBX_PLAN_NO_ROOT_ID = 8,     /* uid 0 is not mapped: init keeps the payload's id */
 	SBX_PLAN_FRESH_PROC = 16,    /* the template mounts a new proc; else it binds the host's */
+	SBX_PLAN_FILTER_ONCE = 32,   /* init and launchers can live under the filter: commands inherit it */
 };
 
 struct sbx_plan {
@@ -169,10 +174,23 @@ struct sbx_plan {
 	int32_t fault_at; /* fault-injection builds: which call of the template fails */
 };
 
-enum sbx_stdio { SBX_STDIO_NULL = 0, SBX_STDIO_PASSED, SBX_STDIO_STDOUT };
+enum sbx_stdio {
+	SBX_STDIO_NULL = 0,
+	SBX_STDIO_PASSED, /* the payload gets this very descriptor: a pipe's end */
+	SBX_STDIO_STDOUT, /* stderr: the same as stdout */
+	SBX_STDIO_RELAY,  /* a pipe, and the launcher copies between it and the descriptor that came */
+	SBX_STDIO_LOG,	  /* a pipe, and the launcher copies it to the journal */
+};
 
 enum sbx_request_flags {
-	SBX_REQUEST_RECORD = 1, /* read back what was applied and send it */
+	SBX_REQUEST_RECORD = 1,	      /* read back what was applied and send it */
+	SBX_REQUEST_SANDBOX = 2,      /* no command: a sandbox that stays and waits for some */
+	SBX_REQUEST_PERSISTENT = 4,   /* it does not end with the host process */
+	SBX_REQUEST_NOTIFY = 8,	      /* EXEC: tell when the program runs */
+	SBX_REQUEST_DRY = 16,	      /* EXEC: everything but the execve */
+	SBX_REQUEST_PTY = 32,	      /* EXEC: a terminal of the sandbox's own is stdin, stdout and stderr */
+	SBX_REQUEST_DETACHED = 64,    /* EXEC: the command outlives whoever started it */
+	SBX_REQUEST_KEEP_STDIN = 128, /* EXEC, detached: stdin is a pipe whose end the launcher lends out */
 };
 
 /* A file written by the payload's identity just before exec. */
@@ -189,11 +207,17 @@ struct sbx_request {
 	uint32_t size;
 	uint32_t flags;
 	uint64_t plan;	      /* the id under which the spawner knows the plan */
+	uint64_t timeout_ns;  /* EXEC: from its receipt; 0: none */
 	struct sbx_span argv; /* NUL-terminated strings, one behind the other */
 	struct sbx_span env;
 	struct sbx_span paths; /* candidates for execve, in order */
 	struct sbx_span files;
-	struct sbx_span pass; /* int32_t: the numbers that passed descriptors get */
+	struct sbx_span pass;	 /* int32_t: the numbers that passed descriptors get */
+	struct sbx_span rlimits; /* EXEC: instead of the plan's, if there are any */
+	uint32_t uid;		 /* EXEC: the command's identity, as seen inside */
+	uint32_t gid;
+	uint32_t rows; /* PTY */
+	uint32_t columns;
 	uint32_t cwd;
 	uint32_t stdio[3]; /* enum sbx_stdio */
 	uint32_t umask;
@@ -202,7 +226,19 @@ struct sbx_request {
 	uint32_t reserved;
 };
 
-enum sbx_message_kind { SBX_MESSAGE_HELLO = 1, SBX_MESSAGE_MAPPED, SBX_MESSAGE_PLAN, SBX_MESSAGE_RUN };
+enum sbx_message_kind {
+	SBX_MESSAGE_HELLO = 1, /* to the spawner */
+	SBX_MESSAGE_MAPPED,
+	SBX_MESSAGE_PLAN,
+	SBX_MESSAGE_RUN,
+	SBX_MESSAGE_EXEC,   /* to a sandbox's launchers: a request */
+	SBX_MESSAGE_FILES,  /* to a sandbox's launchers: serve file operations on the socket that came */
+	SBX_MESSAGE_SIGNAL, /* to a command's launcher, or to init: for every command */
+	SBX_MESSAGE_FOLLOW, /* to a detached command's launcher: a byte on the socket that came per news */
+	SBX_MESSAGE_INPUT,  /* to a detached command's launcher: lend out its terminal or its stdin */
+};
+
+enum sbx_scope { SBX_SCOPE_PROCESS, SBX_SCOPE_GROUP, SBX_SCOPE_TREE };
 
 enum sbx_hello_flags {
 	SBX_HELLO_USERNS = 1,	/* enter an outer user namespace first */
@@ -210,13 +246,38 @@ enum sbx_hello_flags {
 	SBX_HELLO_NET_POOL = 4, /* leave the host's network and keep ready namespaces */
 };
 
-/* Host to spawner. Descriptors: the answer's socket first, then what the kind needs. */
+/*
+ * From the host. Descriptors: the answer's socket first, then what the kind needs.
+ * RUN of a sandbox: control, work. EXEC: stdin, stdout, stderr where PASSED or RELAY, those to pass;
+ * if detached, the socket that later messages come from, and the journal.
+ */
 struct sbx_message {
 	uint32_t magic; /* SBX_REQUEST_MAGIC */
 	uint32_t kind;
-	uint32_t flags;	   /* HELLO */
-	uint32_t in_memfd; /* RUN: the request is the last descriptor, not inline */
+	uint32_t flags;	   /* HELLO: flags; SIGNAL: enum sbx_scope; INPUT: 1: for good */
+	uint32_t in_memfd; /* RUN, EXEC: the request is the last descriptor, not inline */
 	uint64_t plan;	   /* PLAN: its id */
+	int32_t signal;	   /* SIGNAL */
+	int32_t reserved;
+};
+
+/* To a launcher that serves files: this, then the path and perhaps a second one, NUL-terminated. */
+struct sbx_file_op {
+	uint32_t magic; /* SBX_REQUEST_MAGIC */
+	uint32_t op;
+	uint32_t flags; /* OPEN: of open(2) */
+	uint32_t mode;
+};
+
+enum sbx_file_ops {
+	SBX_FILE_OPEN = 1,
+	SBX_FILE_MKDIR,
+	SBX_FILE_UNLINK,
+	SBX_FILE_RMDIR,
+	SBX_FILE_REMOVE_TREE,
+	SBX_FILE_RENAME,
+	SBX_FILE_SYMLINK, /* its target, then its path */
+	SBX_FILE_CHMOD,
 };
 
 enum sbx_record_kind {
@@ -224,16 +285,21 @@ enum sbx_record_kind {
 	SBX_RECORD_PIDFD,     /* the init's pidfd is attached */
 	SBX_RECORD_ERROR,
 	SBX_RECORD_APPLIED, /* followed by a piece of the text read back from the kernel */
-	SBX_RECORD_EXIT,    /* the payload ended and nothing but init is left */
+	SBX_RECORD_EXIT,    /* the payload ended and nothing of the command is left */
+	SBX_RECORD_STARTED, /* the program runs; a pidfd is attached */
+	SBX_RECORD_LENT,    /* a terminal's master or a pipe's end is attached */
+	SBX_RECORD_DONE,    /* answers FILES' operations and init's SIGNAL: error.err, perhaps a descriptor */
 };
 
 enum sbx_clock { SBX_CLOCK_RECEIVED, SBX_CLOCK_STARTED, SBX_CLOCK_FORK, SBX_CLOCK_EXEC, SBX_CLOCK_EXITED, SBX_CLOCKS };
 
 struct sbx_record {
 	uint32_t kind;
-	int32_t status; /* EXIT: as from wait(2) */
-	int32_t pid;	/* READY: the spawner's pid; PIDFD: init's pid, as the spawner sees them */
-	uint32_t size;	/* APPLIED: bytes of text that follow */
+	int32_t status;	    /* EXIT: as from wait(2) */
+	int32_t pid;	    /* READY: the spawner's; PIDFD: init's, as the spawner sees it; STARTED: as seen inside */
+	uint32_t size;	    /* APPLIED: bytes of text that follow */
+	uint32_t timed_out; /* EXIT: the launcher's clock struck */
+	uint32_t reserved;
 	struct sbx_error error;
 	uint64_t clock[5]; /* ns, CLOCK_MONOTONIC */
 	uint64_t utime_us; /* of everything that ran in the sandbox */
@@ -243,6 +309,25 @@ struct sbx_record {
 	uint64_t inblock;
 	uint64_t oublock;
 };
+
+/*
+ * A detached command's life, first page of its journal; behind it the rings of stdout and stderr, `ring`
+ * bytes each. Byte n of a stream lies at n modulo `ring`; the last `keep` are whole.
+ */
+enum { SBX_JOURNAL_MAGIC = 0x4a584253, SBX_JOURNAL_HEAD = 4096, SBX_JOURNAL_SLACK = 65536 };
+enum sbx_journal_state { SBX_JOURNAL_NEW = 0, SBX_JOURNAL_RUNNING, SBX_JOURNAL_ENDED };
+
+struct sbx_journal {
+	uint32_t magic;
+	uint32_t layout;
+	uint64_t keep;
+	uint64_t ring; /* keep + SBX_JOURNAL_SLACK */
+	uint64_t written[2];
+	uint32_t state;
+	int32_t pid;		/* as seen inside */
+	struct sbx_record exit; /* ENDED */
+};
+
 /* Bounds, alignment, known values, terminated strings. No system calls. 0, or -1 and *err filled. */
 int sbx_plan_check(const void *arena, size_t len, struct sbx_error *err);
 int sbx_request_check(const void *arena, size_t len, struct sbx_error *err);

@@ -6,12 +6,16 @@
 
 #include <sys/resource.h>
 
-int sbx_rlimit_set(const struct sbx_plan *p, struct sbx_error *err)
+int sbx_rlimit_set(const struct sbx_box *box, struct sbx_error *err)
 {
-	const struct sbx_rlimit *limit = sbx_at(p, p->rlimits.off);
+	bool own = box->request->rlimits.count != 0;
+	const void *arena = own ? (const void *)box->request : (const void *)box->plan;
+	const struct sbx_span span = own ? box->request->rlimits : box->plan->rlimits;
+	const struct sbx_rlimit *limit = sbx_at(arena, span.off);
 
-	for (uint32_t i = 0; i < p->rlimits.count; i++) {
-		const struct rlimit64 value = { limit[i].soft, limit[i].hard };
+	for (uint32_t i = 0; i < span.count; i++) {
+		unsigned more = limit[i].resource == RLIMIT_NPROC ? box->peers : 0;
+		const struct rlimit64 value = { limit[i].soft + more, limit[i].hard + more };
 		long ret = sbx_sys(SYS_prlimit64, 0, limit[i].resource, &value, NULL);
 		if (ret < 0)
 			return sbx_fail(err, SBX_STAGE_RLIMIT, i, ret);

@@ -58,32 +58,19 @@ static int make_channels(struct sbx_run *run, int *fds, size_t *nfds)
 	return ret;
 }
 
-static int send_request(const struct sbx_run *run, int *fds, size_t *nfds, size_t *made)
+static int send_request(const struct sbx_run *run, int *fds, size_t nfds)
 {
-	struct sbx_message msg = { .magic = SBX_REQUEST_MAGIC, .kind = SBX_MESSAGE_RUN };
-	size_t inline_size = run->request_size;
+	const struct sbx_message msg = { .magic = SBX_REQUEST_MAGIC, .kind = run->kind };
 
-	*made = *nfds;
 	for (uint32_t i = 0; i < run->pass_count; i++)
-		fds[(*nfds)++] = run->pass[i];
-	if (run->request_size > SBX_MAX_INLINE) {
-		int memfd = sbx_wire_memfd(run->request, run->request_size);
-		if (memfd < 0)
-			return memfd;
-		fds[(*nfds)++] = memfd;
-		msg.in_memfd = 1;
-		inline_size = 0;
-	}
-	int ret = sbx_wire_send(run->spawner, &msg, run->request, inline_size, fds, *nfds);
-	if (msg.in_memfd)
-		sbx_close(fds[*nfds - 1]);
-	return ret;
+		fds[nfds++] = run->pass[i];
+	return sbx_send(run->spawner, &msg, run->request, run->request_size, fds, nfds);
 }
 
 static int start(struct sbx_run *run, struct sbx_error *err)
 {
 	int fds[SBX_MAX_PASS + 8];
-	size_t nfds = 0, made = 0;
+	size_t nfds = 0;
 
 	run->began_ns = sbx_now();
 	run->control = run->pidfd = run->stdin_fd = run->out[0].fd = run->out[1].fd = -1;
@@ -93,12 +80,11 @@ static int start(struct sbx_run *run, struct sbx_error *err)
 	if (ret < 0)
 		return -1;
 	ret = make_channels(run, fds, &nfds);
-	made = nfds;
 	if (ret < 0)
 		sbx_fail(err, SBX_STAGE_HOST, 10, ret);
-	else if ((ret = send_request(run, fds, &nfds, &made)) < 0)
+	else if ((ret = send_request(run, fds, nfds)) < 0)
 		sbx_fail(err, ret == -EPIPE || ret == -ECONNRESET ? SBX_STAGE_SPAWNER : SBX_STAGE_HOST, 11, ret);
-	for (size_t i = 0; i < made; i++)
+	for (size_t i = 0; i < nfds; i++)
 		sbx_close(fds[i]);
 	run->state = RUNNING;
 	return ret < 0 ? -1 : 0;
@@ -125,12 +111,16 @@ static int hear(struct sbx_run *run, struct sbx_error *err)
 	struct sbx_record rec;
 	int fd;
 
-	long len = sbx_wire_receive(run->control, &rec, text, sizeof text, &fd);
+	long len = sbx_wire_receive(run->control, &rec, text, sizeof text, 0, &fd);
 	if (len <= 0) { /* nobody holds the other end: init is gone, or never was */
 		drop(&run->control);
-		if (run->pidfd < 0)
+		if (run->kind == SBX_MESSAGE_RUN && run->pidfd < 0)
 			return sbx_fail(err, SBX_STAGE_SPAWNER, 15, len < 0 ? len : -EPIPE);
 		run->lost = 1;
+		if (run->kind == SBX_MESSAGE_EXEC && run->state != KILLED) { /* its launcher was killed, so it was */
+			run->exit.status = SIGKILL;
+			run->state = DRAINING;
+		}
 		return 0;
 	}
 	if (rec.kind == SBX_RECORD_PIDFD) {
@@ -187,13 +177,19 @@ static int refill(struct sbx_run *run)
 
 /* --- the loop ---------------------------------------------------------------------------------- */
 
+/* The init to kill when nothing else helps: the run's own, or that of the sandbox it is in. */
+static int last_resort(const struct sbx_run *run)
+{
+	return run->kind == SBX_MESSAGE_EXEC ? run->sandbox : run->pidfd;
+}
+
 static void watch(const struct sbx_run *run, struct pollfd *p)
 {
 	bool hungry = run->stdin_fd >= 0 && !run->input && run->stdin_offset == run->stdin_size;
 
 	p[CONTROL] = (struct pollfd){ .fd = run->state < DRAINING ? run->control : -1, .events = POLLIN };
 	/* init's end matters only when init can no longer say so itself */
-	p[PIDFD] = (struct pollfd){ .fd = run->control < 0 ? run->pidfd : -1, .events = POLLIN };
+	p[PIDFD] = (struct pollfd){ .fd = run->control < 0 ? last_resort(run) : -1, .events = POLLIN };
 	p[STDIN] = (struct pollfd){ .fd = run->stdin_fd, .events = hungry ? 0 : POLLOUT };
 	p[SOURCE] = (struct pollfd){ .fd = hungry ? run->stdin_relay : -1, .events = POLLIN };
 	for (int i = 0; i < 2; i++) {
@@ -241,8 +237,8 @@ static int escalate(struct sbx_run *run, uint64_t now, struct sbx_error *err)
 	case STOPPING:
 		run->state = KILLED;
 		run->give_up_ns = now + HARD_NS;
-		if (run->pidfd >= 0)
-			(void)syscall(SYS_pidfd_send_signal, run->pidfd, SIGKILL, NULL, 0);
+		if (last_resort(run) >= 0)
+			(void)syscall(SYS_pidfd_send_signal, last_resort(run), SIGKILL, NULL, 0);
 		return 0;
 	default: /* a process in uninterruptible sleep: it dies when the kernel lets it */
 		return sbx_fail(err, SBX_STAGE_INIT, 20, -ETIME);
@@ -358,8 +354,11 @@ static void await_end(struct sbx_run *run)
 	while (run->control >= 0 || run->pidfd >= 0) {
 		uint64_t now = sbx_now();
 		struct pollfd p = { .fd = run->control >= 0 ? run->control : run->pidfd, .events = POLLIN };
-		if (now >= until || poll(&p, 1, (int)((until - now) / 1000000) + 1) == 0)
+		if (now >= until || poll(&p, 1, (int)((until - now) / 1000000) + 1) == 0) {
+			if (run->kind == SBX_MESSAGE_EXEC)
+				(void)syscall(SYS_pidfd_send_signal, run->sandbox, SIGKILL, NULL, 0);
 			return;
+		}
 		if (run->pidfd >= 0 && !killed)
 			killed = syscall(SYS_pidfd_send_signal, run->pidfd, SIGKILL, NULL, 0) == 0;
 		if (run->control >= 0)

@@ -29,7 +29,9 @@ struct sbx_stream {
 
 /* One run: fill the first part, call sbx_run until it does not return 1, read the second. */
 struct sbx_run {
-	int32_t spawner;
+	int32_t spawner;     /* RUN: the spawner's socket; EXEC: the one of the sandbox's launchers */
+	uint32_t kind;	     /* SBX_MESSAGE_RUN or _EXEC */
+	int32_t sandbox;     /* EXEC: init's pidfd, killed when a command does not end otherwise */
 	int32_t stdin_relay; /* where stdin's bytes come from, or -1; stays the caller's */
 	const unsigned char *request;
 	size_t request_size;
@@ -79,6 +81,21 @@ int sbx_run(struct sbx_run *run, struct sbx_error *err);
 /* Kill whatever is left of a run, wait for its end (2 s at the most), free everything. Idempotent. */
 void sbx_run_close(struct sbx_run *run);
 
+/*
+ * One message; a body too large for a datagram travels in a memfd. 0 or -errno: EAGAIN where the socket has
+ * a time limit, or does not block, and is full.
+ */
+int sbx_send(int sock, const struct sbx_message *msg, const void *body, size_t size, const int32_t *fds, size_t nfds);
+
+/*
+ * One record that is there already, at most `size` bytes of text behind it, and the descriptor it brings
+ * (or -1). Returns 1, 0 at end-of-file, or -errno: EAGAIN when there is none.
+ */
+int sbx_receive_record(int sock, struct sbx_record *rec, void *text, size_t size, int32_t *fd);
+
+/* Build and ask one operation of a launcher that serves files: descriptor or -1 in *fd. 0 or -errno. */
+int sbx_file_send(int sock, const struct sbx_file_op *op, const void *paths, size_t size);
+
 const char *sbx_stage_name(int stage);
 
 /* The kernel's Landlock ABI, or 0. */
@@ -88,6 +105,6 @@ int sbx_landlock_abi(void);
 /* wire.c: shared by client.c and run.c */
 int sbx_wire_send(int sock, const struct sbx_message *msg, const void *body, size_t size, const int *fds, size_t nfds);
 int sbx_wire_memfd(const void *data, size_t size);
-long sbx_wire_receive(int sock, struct sbx_record *rec, void *text, size_t size, int *fd);
+long sbx_wire_receive(int sock, struct sbx_record *rec, void *text, size_t size, int flags, int *fd);
 
 #endif

@@ -178,31 +178,11 @@ static struct sbx_template *oldest_template(struct state *st)
 	return oldest;
 }
 
-/* Map a sealed memfd: from here on nobody can change it. Returns NULL with *err filled. */
-static const void *map_sealed(int fd, enum sbx_stage stage, size_t *size, struct sbx_error *err)
-{
-	const int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
-	struct stat st;
-
-	if ((fcntl(fd, F_GET_SEALS) & seals) != seals || fstat(fd, &st) < 0 || st.st_size <= 0 ||
-	    st.st_size > SBX_MAX_ARENA) {
-		sbx_fail(err, stage, 20, -EINVAL);
-		return NULL;
-	}
-	void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-	if (map == MAP_FAILED) {
-		sbx_fail(err, stage, 21, -errno);
-		return NULL;
-	}
-	*size = (size_t)st.st_size;
-	return map;
-}
-
 static int add_plan(struct state *st, uint64_t id, int memfd, struct sbx_error *err)
 {
 	struct sbx_template t = { .id = id, .used = ++st->tick };
 
-	t.plan = map_sealed(memfd, SBX_STAGE_PLAN, &t.size, err);
+	t.plan = sbx_map_sealed(memfd, SBX_STAGE_PLAN, &t.size, err);
 	if (!t.plan)
 		return -1;
 	t.mount_ns = sbx_plan_check(t.plan, t.size, err) < 0 ? -1 : sbx_template_build(&st->s, t.plan, err);
@@ -219,54 +199,24 @@ static int add_plan(struct state *st, uint64_t id, int memfd, struct sbx_error *
 
 /* --- requests --------------------------------------------------------------------------------- */
 
-static int fill_box(struct state *st, const struct sbx_request *r, const int *fds, size_t nfds, struct sbx_error *err)
+static int run(struct state *st, size_t len, const int *fds, size_t nfds, struct sbx_error *err)
 {
-	struct sbx_box *box = &st->box;
-	size_t next = 1;
+	size_t mapped;
+	const struct sbx_request *r = sbx_inbox_request((const void *)st->inbox, len, fds, &nfds, &mapped, err);
 
-	box->request = r;
-	box->spawner = &st->s;
-	box->control = fds[0];
-	box->error = (struct sbx_error){ .stage = SBX_STAGE_NONE };
-	box->applied_size = 0;
-	for (size_t i = 0; i < 3; i++) {
-		box->stdio[i] = -1;
-		if (r->stdio[i] == SBX_STDIO_PASSED) {
-			if (next == nfds)
-				return sbx_fail(err, SBX_STAGE_REQUEST, 22, -EBADF);
-			box->stdio[i] = fds[next++];
-		}
+	if (!r)
+		return -1;
+	st->box.spawner = &st->s;
+	st->box.resident = false;
+	int ret = sbx_box_fill(&st->box, r, fds, nfds, err);
+	const struct sbx_template *t = ret < 0 ? NULL : find_template(st, r->plan);
+	if (t) {
+		st->box.plan = t->plan;
+		ret = sbx_spawn(&st->box, t->mount_ns, err);
+	} else if (ret == 0) {
+		ret = sbx_fail(err, SBX_STAGE_PLAN, 0, -ESTALE);
 	}
-	if (nfds - next != r->pass.count)
-		return sbx_fail(err, SBX_STAGE_REQUEST, 23, -EBADF);
-	for (size_t i = 0; i < r->pass.count; i++)
-		box->pass[i] = fds[next + i];
-	return 0;
-}
-
-static int run(struct state *st, const void *request, size_t size, const int *fds, size_t nfds, struct sbx_error *err)
-{
-	if (sbx_request_check(request, size, err) < 0)
-		return -1;
-	const struct sbx_request *r = request;
-	if (fill_box(st, r, fds, nfds, err) < 0)
-		return -1;
-	const struct sbx_template *t = find_template(st, r->plan);
-	if (!t)
-		return sbx_fail(err, SBX_STAGE_PLAN, 0, -ESTALE);
-	st->box.plan = t->plan;
-	return sbx_spawn(&st->box, t->mount_ns, err);
-}
-
-static int run_memfd(struct state *st, const int *fds, size_t nfds, struct sbx_error *err)
-{
-	size_t size;
-	const void *map = nfds > 1 ? map_sealed(fds[nfds - 1], SBX_STAGE_REQUEST, &size, err) : NULL;
-
-	if (!map)
-		return nfds > 1 ? -1 : sbx_fail(err, SBX_STAGE_REQUEST, 24, -EBADF);
-	int ret = run(st, map, size, fds, nfds - 1, err);
-	(void)munmap((void *)(uintptr_t)map, size);
+	sbx_inbox_release(r, mapped);
 	return ret;
 }
 
@@ -287,7 +237,6 @@ static bool serve(struct state *st)
 			sbx_close(fds[i]);
 		return true; /* nobody to answer: closing the control socket is the answer */
 	}
-	size_t size = (size_t)len - sizeof *msg;
 	if (msg->kind == SBX_MESSAGE_PLAN) {
 		const struct sbx_record ready = { .kind = SBX_RECORD_READY };
 		if (nfds != 2)
@@ -295,10 +244,7 @@ static bool serve(struct state *st)
 		else if (add_plan(st, msg->plan, fds[1], &err) == 0)
 			(void)sbx_send_record(fds[0], &ready, NULL, 0, -1);
 	} else if (msg->kind == SBX_MESSAGE_RUN) {
-		if (msg->in_memfd)
-			(void)run_memfd(st, fds, nfds, &err);
-		else
-			(void)run(st, msg + 1, size, fds, nfds, &err);
+		(void)run(st, (size_t)len, fds, nfds, &err);
 	} else {
 		sbx_fail(&err, SBX_STAGE_SPAWNER, 3, -EPROTO);
 	}

@@ -59,7 +59,7 @@ int sbx_wire_memfd(const void *data, size_t size)
  * Receive one record, at most `size` bytes of text behind it, and the descriptor it may bring.
  * Returns the datagram's length, 0 at end-of-file, or -errno.
  */
-long sbx_wire_receive(int sock, struct sbx_record *rec, void *text, size_t size, int *fd)
+long sbx_wire_receive(int sock, struct sbx_record *rec, void *text, size_t size, int flags, int *fd)
 {
 	struct iovec iov[] = { { rec, sizeof *rec }, { text, size } };
 	union {
@@ -71,7 +71,7 @@ long sbx_wire_receive(int sock, struct sbx_record *rec, void *text, size_t size,
 
 	*fd = -1;
 	head.msg_controllen = sizeof control;
-	while ((len = recvmsg(sock, &head, MSG_CMSG_CLOEXEC)) < 0)
+	while ((len = recvmsg(sock, &head, MSG_CMSG_CLOEXEC | flags)) < 0)
 		if (errno != EINTR)
 			return -errno;
 	struct cmsghdr *cmsg = CMSG_FIRSTHDR(&head);
@@ -82,4 +82,43 @@ long sbx_wire_receive(int sock, struct sbx_record *rec, void *text, size_t size,
 		return -EPROTO;
 	}
 	return len;
+}
+
+int sbx_send(int sock, const struct sbx_message *msg, const void *body, size_t size, const int32_t *fds, size_t nfds)
+{
+	struct sbx_message head = *msg;
+	int all[MAX_FDS];
+
+	if (nfds >= MAX_FDS)
+		return -E2BIG;
+	if (nfds)
+		memcpy(all, fds, nfds * sizeof *all);
+	if (size <= SBX_MAX_INLINE)
+		return sbx_wire_send(sock, &head, body, size, all, nfds);
+	_cleanup_fd_ int memfd = sbx_wire_memfd(body, size);
+	if (memfd < 0)
+		return memfd;
+	head.in_memfd = 1;
+	all[nfds++] = memfd;
+	return sbx_wire_send(sock, &head, NULL, 0, all, nfds);
+}
+
+int sbx_receive_record(int sock, struct sbx_record *rec, void *text, size_t size, int32_t *fd)
+{
+	int got;
+	long len = sbx_wire_receive(sock, rec, text, size, MSG_DONTWAIT, &got);
+
+	*fd = got;
+	return len > 0 ? 1 : (int)len;
+}
+
+int sbx_file_send(int sock, const struct sbx_file_op *op, const void *paths, size_t size)
+{
+	struct iovec iov[] = { { (void *)(uintptr_t)op, sizeof *op }, { (void *)(uintptr_t)paths, size } };
+	const struct msghdr head = { .msg_iov = iov, .msg_iovlen = SBX_COUNT(iov) };
+
+	while (sendmsg(sock, &head, MSG_NOSIGNAL) < 0)
+		if (errno != EINTR)
+			return -errno;
+	return 0;
 }

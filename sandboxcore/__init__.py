@@ -11,21 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sandboxcore.capabilities import SandboxCapabilities
+    from sandboxcore.command import Exit, Process, Stderr, Stdout
     from sandboxcore.errors import (
         CommandFailed,
         ExecError,
+        InvalidTransition,
         ProgramNotExecutable,
         ProgramNotFound,
         ProgramPathInvalid,
         SandboxError,
+        SandboxGone,
+        SandboxNotFound,
         SandboxTimeout,
         SetupError,
         SpecError,
         UnsupportedHost,
     )
+    from sandboxcore.lifecycle import SandboxState
     from sandboxcore.process import run
     from sandboxcore.request import DEVNULL, PIPE, STDOUT
     from sandboxcore.result import Cause, ExecResult, Usage
+    from sandboxcore.sandbox import Sandbox
     from sandboxcore.seccomp import SeccompPolicy
     from sandboxcore.spec import Limits, Mount, SandboxSpec
 
@@ -34,12 +40,16 @@ __version__ = "0.1.0"
 _HOME = {
     "capabilities": ("SandboxCapabilities",),
     "errors": (
-        *("CommandFailed", "ExecError", "ProgramNotExecutable", "ProgramNotFound", "ProgramPathInvalid"),
-        *("SandboxError", "SandboxTimeout", "SetupError", "SpecError", "UnsupportedHost"),
+        *("CommandFailed", "ExecError", "InvalidTransition", "ProgramNotExecutable", "ProgramNotFound"),
+        *("ProgramPathInvalid", "SandboxError", "SandboxGone", "SandboxNotFound", "SandboxTimeout"),
+        *("SetupError", "SpecError", "UnsupportedHost"),
     ),
+    "command": ("Exit", "Process", "Stderr", "Stdout"),
+    "lifecycle": ("SandboxState",),
     "process": ("run",),
     "request": ("DEVNULL", "PIPE", "STDOUT"),
     "result": ("Cause", "ExecResult", "Usage"),
+    "sandbox": ("Sandbox",),
     "seccomp": ("SeccompPolicy",),
     "spec": ("Limits", "Mount", "SandboxSpec"),
 }
@@ -53,18 +63,27 @@ __all__ = [
     "CommandFailed",
     "ExecError",
     "ExecResult",
+    "Exit",
+    "InvalidTransition",
     "Limits",
     "Mount",
+    "Process",
     "ProgramNotExecutable",
     "ProgramNotFound",
     "ProgramPathInvalid",
+    "Sandbox",
     "SandboxCapabilities",
     "SandboxError",
+    "SandboxGone",
+    "SandboxNotFound",
     "SandboxSpec",
+    "SandboxState",
     "SandboxTimeout",
     "SeccompPolicy",
     "SetupError",
     "SpecError",
+    "Stderr",
+    "Stdout",
     "UnsupportedHost",
     "Usage",
     "run",

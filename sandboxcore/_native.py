@@ -7,7 +7,7 @@ renders them with what it knows about the plan.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from sandboxcore._core import ffi, lib  # the compiled module has no types of its own
 
@@ -32,6 +32,13 @@ class NativeFailure(Exception):
         self.errno: int = error.err
         self.syscall: int = error.syscall
         super().__init__(self.stage, self.index, self.errno)
+
+    @classmethod
+    def of(cls, stage: str, index: int, errno: int) -> Self:
+        """One that Python found."""
+        error = ffi.new("struct sbx_error *")
+        error.stage, error.index, error.err = STAGES.index(stage), index, errno
+        return cls(error)
 
 
 class Arena:
@@ -169,12 +176,23 @@ _UNBOUNDED = 1 << 62
 
 
 def run(
-    spawner: int, request: bytes, streams: Streams, timeout: float | None, pass_fds: Sequence[int]
+    socket: int,
+    request: bytes,
+    streams: Streams,
+    timeout: float | None,
+    pass_fds: Sequence[int],
+    *,
+    sandbox: int = -1,
 ) -> NativeResult:
-    """Run one request to its end. Signal handlers of Python run meanwhile and may raise."""
+    """Run one request to its end. Signal handlers of Python run meanwhile and may raise.
+
+    ``socket`` leads to the spawner, for a fresh sandbox; or with ``sandbox``, the pidfd of its init, to the
+    launchers of a living one.
+    """
     error, run = ffi.new("struct sbx_error *"), ffi.new("struct sbx_run *")
     keep: list[Any] = [ffi.from_buffer(request)]
-    run.spawner, run.stdin_relay = spawner, streams.stdin
+    run.spawner, run.stdin_relay, run.sandbox = socket, streams.stdin, sandbox
+    run.kind = lib.SBX_MESSAGE_RUN if sandbox < 0 else lib.SBX_MESSAGE_EXEC
     run.request, run.request_size = keep[0], len(request)
     if streams.input is not None:
         keep.append(ffi.from_buffer(streams.input))
@@ -228,3 +246,79 @@ def _captured(stream: Any) -> bytes:
     if stream.mode != lib.SBX_STREAM_CAPTURE or not stream.size:
         return b""
     return bytes(ffi.buffer(stream.data, stream.size))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What init, a launcher or the spawner said: struct sbx_record. ``fd`` is the receiver's to close."""
+
+    kind: str
+    fd: int
+    pid: int
+    status: int
+    timed_out: bool
+    error: NativeFailure | None
+    text: bytes
+    native: Any
+
+
+_KINDS = {
+    constant(f"RECORD_{name}"): name
+    for name in ("READY", "PIDFD", "ERROR", "APPLIED", "EXIT", "STARTED", "LENT", "DONE")
+}
+
+
+def send(
+    socket: int,
+    kind: str,
+    body: bytes = b"",
+    fds: Sequence[int] = (),
+    *,
+    flags: int = 0,
+    signal: int = 0,
+) -> None:
+    """Send one message of ``enum sbx_message_kind``. Raises OSError."""
+    message = ffi.new("struct sbx_message *")
+    message.magic, message.kind = lib.SBX_REQUEST_MAGIC, constant(f"MESSAGE_{kind}")
+    message.flags, message.signal = flags, signal
+    numbers = ffi.new("int32_t[]", list(fds))
+    code = lib.sbx_send(socket, message, ffi.from_buffer(body), len(body), numbers, len(fds))
+    if code < 0:
+        raise OSError(-code, os.strerror(-code))
+
+
+def receive(socket: int) -> Record | None:
+    """The record that waits on a socket; None at end-of-file. Raises BlockingIOError if there is none."""
+    record, fd = ffi.new("struct sbx_record *"), ffi.new("int32_t *")
+    text = ffi.new("char[]", lib.SBX_MAX_INLINE)
+    code = lib.sbx_receive_record(socket, record, text, lib.SBX_MAX_INLINE, fd)
+    if code < 0:
+        raise OSError(-code, os.strerror(-code))
+    if code == 0:
+        return None
+    kind = _KINDS.get(record.kind, "unknown")
+    failed = kind == "ERROR" or (kind == "DONE" and record.error.err)
+    return Record(
+        kind,
+        fd[0],
+        record.pid,
+        record.status,
+        bool(record.timed_out),
+        NativeFailure(record.error) if failed else None,
+        bytes(ffi.buffer(text, record.size)) if kind == "APPLIED" else b"",
+        record,
+    )
+
+
+def ended_result(record: Record, began: int, finished: int, applied: bytes) -> NativeResult:
+    """The result of a command whose streams went elsewhere, from its EXIT record."""
+    end = record.native
+    return NativeResult(
+        end.status, record.timed_out, False, (b"", b""), (0, 0), tuple(end.clock), began, finished,
+        end.utime_us, end.stime_us, end.maxrss_kib, end.majflt, end.inblock, end.oublock, applied,
+    )  # fmt: skip
+
+
+def lost_result(began: int, finished: int) -> NativeResult:
+    """The result of a command whose launcher ended without a word: somebody killed it, and so the command."""
+    return NativeResult(9, False, True, (b"", b""), (0, 0), (0,) * 5, began, finished, 0, 0, 0, 0, 0, 0, b"")

@@ -10,6 +10,9 @@
     │       ├── ProgramNotFound (FileNotFoundError)
     │       ├── ProgramPathInvalid (NotADirectoryError)
     │       └── ProgramNotExecutable (PermissionError)
+    ├── InvalidTransition (RuntimeError)     not in this state: .state, .wanted
+    ├── SandboxNotFound (LookupError)        no sandbox or command of that name or id
+    ├── SandboxGone (ConnectionError)        its init has ended: killed from outside, or with its host process
     ├── CommandFailed (CalledProcessError)   check=True and a non-zero status
     └── SandboxTimeout (TimeoutError)        check=True and the time was up
 
@@ -86,6 +89,25 @@ class ProgramPathInvalid(ExecError, NotADirectoryError):
 
 class ProgramNotExecutable(ExecError, PermissionError):
     """The program is there, but the payload may not execute it."""
+
+
+class InvalidTransition(SandboxError, RuntimeError):
+    """The sandbox is in a ``state`` that does not allow what was ``wanted``."""
+
+    def __init__(self, name: str, state: str, wanted: str) -> None:
+        super().__init__(f"sandbox {name}: cannot {wanted} while {state}")
+        self.name, self.state, self.wanted = name, state, wanted
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.state, self.wanted)
+
+
+class SandboxNotFound(SandboxError, LookupError):
+    """No sandbox, or no command in it, has this name or id."""
+
+
+class SandboxGone(SandboxError, ConnectionError):
+    """The sandbox was running and is not any more; nothing of it is left."""
 
 
 class CommandFailed(SandboxError, subprocess.CalledProcessError):

@@ -8,13 +8,13 @@ import hashlib
 import os
 import resource
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sandboxcore import _native
-from sandboxcore.errors import SetupError, UnsupportedHost
+from sandboxcore.errors import SetupError, SpecError, UnsupportedHost
 from sandboxcore.host import ID_RANGE, HostFeatures
-from sandboxcore.seccomp import compile_filter, resolve, without_set_id
+from sandboxcore.seccomp import compile_filter, hosts_launcher, resolve, without_set_id
 from sandboxcore.spec import Limits, SandboxSpec
 from sandboxcore.tree import Tree, identity
 
@@ -56,6 +56,9 @@ _RLIMIT_NICE, _RLIMIT_RTPRIO = 13, 14  # the resource module does not name them
 # For the fault walk: the number of the template builder's call that fails, in a helper built for it.
 FAULT = 0
 
+# What a single command can have tighter than its sandbox.
+COMMAND_LIMITS = ("cpu_time", "wall_time", "pids", "open_files", "file_size", "output")
+
 CGROUP_LIMITS = ("memory", "swap", "cpus", "cpu_weight", "io")
 
 
@@ -72,6 +75,7 @@ class Plan:
     host: HostFeatures
     env: Mapping[str, str]
     env_items: tuple[bytes, ...]
+    rlimits: tuple[RLimit, ...]
     names: Mapping[str, tuple[str, ...]]
     omitted: tuple[str, ...]
     lines: tuple[str, ...]
@@ -82,12 +86,11 @@ class Plan:
         """Whether the sandbox stays in the host's network namespace."""
         return self.spec.network == "host"
 
-    @property
-    def outer_ids(self) -> tuple[int, int] | None:
-        """The payload's ids outside, where they are not the caller's own."""
+    def outside(self, ids: tuple[int, int] | None = None) -> tuple[int, int] | None:
+        """A payload's ids outside (default: the spec's), where they are not the caller's own."""
         if self.host.mode != "root":
             return None
-        uid, gid = self.spec.ids()
+        uid, gid = ids or self.spec.ids()
         return self.host.id_base + uid, self.host.id_base + gid
 
     def is_fresh(self) -> bool:
@@ -134,7 +137,7 @@ class _Compiler:
         """Everything that can be refused is refused before the first byte is written."""
         self._check_cgroup_limits()
         self.tree = Tree(self.spec, self.host)
-        self.rlimits = self._rlimits()
+        self.rlimits = _resource_limits(self.spec.limits, self.host, self.uid)
         self.landlock_fs, self.landlock_scoped, self.rules = self._landlock()
         self.policy = resolve(self.spec.seccomp or "standard")
         if any(mount.origin == "spec rw" for mount in self.tree.mounts):
@@ -152,35 +155,6 @@ class _Compiler:
                     "this version applies no cgroup limits; drop it, or list it in optional= to run without",
                 )
             self.omitted.append(f"limits.{name}")
-
-    def _rlimits(self) -> list[RLimit]:
-        limits = self.spec.limits
-        default = Limits()
-        wanted: dict[str, tuple[int, Any, Any]] = {
-            "pids": (resource.RLIMIT_NPROC, limits.pids, default.pids),
-            "open_files": (resource.RLIMIT_NOFILE, limits.open_files, default.open_files),
-            "file_size": (resource.RLIMIT_FSIZE, limits.file_size, None),
-            "cpu_time": (resource.RLIMIT_CPU, limits.cpu_time, None),
-        }
-        # 1, not 0: core(5) pipes to a host program whatever the limit is, except at this value
-        chosen = [("core", resource.RLIMIT_CORE, 1, 1)]
-        # what a privileged caller may have been granted is not for the payload
-        chosen += [("rtprio", _RLIMIT_RTPRIO, 0, 0), ("nice", _RLIMIT_NICE, 0, 0)]
-        for name, (number, value, usual) in wanted.items():
-            if value is None:
-                continue
-            soft = -(-value // 1)  # whole seconds, rounded up
-            if name == "pids" and (self.host.mode == "rootless" or self.uid == 0):
-                soft += 1  # init has the payload's id
-            ceiling = resource.getrlimit(number)[1]
-            if ceiling != resource.RLIM_INFINITY and soft > ceiling:
-                if value != usual:
-                    raise UnsupportedHost(
-                        f"limits.{name}={value}", f"the hard limit here is {ceiling}: raise it"
-                    )
-                soft = ceiling
-            chosen.append((name, number, int(soft), int(soft) + (name == "cpu_time")))
-        return chosen
 
     def _landlock(self) -> tuple[int, int, list[tuple[str, int]]]:
         abi = min(self.host.landlock_abi, LL_NEWEST)
@@ -263,7 +237,8 @@ class _Compiler:
         head, spec = arena.head, self.spec
         net = {"none": "PLAN_POOLED_NET", "private": "PLAN_LOOPBACK"}.get(spec.network)
         uid_map, gid_map, flags = self._id_maps()
-        head.flags = flags | (_native.constant(net) if net else 0)
+        once = _native.constant("PLAN_FILTER_ONCE") if hosts_launcher(self.policy) else 0
+        head.flags = flags | once | (_native.constant(net) if net else 0)
         head.namespaces = sum(NAMESPACES[name] for name in self._namespaces())
         head.uid, head.gid = self.uid, self.gid
         head.uid_map, head.gid_map = arena.data(uid_map.encode()), arena.data(gid_map.encode())
@@ -312,6 +287,7 @@ class _Compiler:
             host=self.host,
             env=env,
             env_items=tuple(os.fsencode(f"{key}={value}") for key, value in env.items()),
+            rlimits=tuple(self.rlimits),
             names=self._names(),
             omitted=tuple(self.omitted),
             lines=tuple(self._describe()),
@@ -343,6 +319,54 @@ class _Compiler:
         yield f"seccomp: {self.policy.name}, {len(self.filter) // 8} instructions"
         yield "capabilities: none; no_new_privs; new session and keyring; no further namespaces"
         yield from (f"left out: {name}" for name in self.omitted)
+
+
+def _resource_limits(limits: Limits, host: HostFeatures, uid: int) -> list[RLimit]:
+    default = Limits()
+    wanted: dict[str, tuple[int, Any, Any]] = {
+        "pids": (resource.RLIMIT_NPROC, limits.pids, default.pids),
+        "open_files": (resource.RLIMIT_NOFILE, limits.open_files, default.open_files),
+        "file_size": (resource.RLIMIT_FSIZE, limits.file_size, None),
+        "cpu_time": (resource.RLIMIT_CPU, limits.cpu_time, None),
+    }
+    # 1, not 0: core(5) pipes to a host program whatever the limit is, except at this value
+    chosen = [("core", resource.RLIMIT_CORE, 1, 1)]
+    # what a privileged caller may have been granted is not for the payload
+    chosen += [("rtprio", _RLIMIT_RTPRIO, 0, 0), ("nice", _RLIMIT_NICE, 0, 0)]
+    for name, (number, value, usual) in wanted.items():
+        if value is None:
+            continue
+        soft = -(-value // 1)  # whole seconds, rounded up
+        if name == "pids" and (host.mode == "rootless" or uid == 0):
+            soft += 1  # init has the payload's id
+        ceiling = resource.getrlimit(number)[1]
+        if ceiling != resource.RLIM_INFINITY and soft > ceiling:
+            if value != usual:
+                raise UnsupportedHost(f"limits.{name}={value}", f"the hard limit here is {ceiling}: raise it")
+            soft = ceiling
+        chosen.append((name, number, int(soft), int(soft) + (name == "cpu_time")))
+    return chosen
+
+
+def command_limits(plan: Plan, limits: Limits) -> tuple[RLimit, ...]:
+    """The resource limits of one command in a living sandbox: the spec's, but for what ``limits`` names.
+
+    Raises :class:`SpecError` for a limit that is wider than the sandbox's or concerns the sandbox as a whole.
+    """
+    own, usual = plan.spec.limits, Limits()
+    changed: dict[str, Any] = {}
+    for name in Limits.__dataclass_fields__:
+        value, bound = getattr(limits, name), getattr(own, name)
+        if value in (getattr(usual, name), bound):
+            continue
+        if name not in COMMAND_LIMITS:
+            raise SpecError(f"limits.{name}: belongs to the sandbox, not to one command")
+        if value is None or (bound is not None and value > bound):
+            raise SpecError(f"limits.{name}: {value} is more than the sandbox's {bound}")
+        changed[name] = value
+    if not changed:
+        return ()
+    return tuple(_resource_limits(replace(own, **changed), plan.host, plan.spec.ids()[0]))
 
 
 def _around(own: int) -> str:

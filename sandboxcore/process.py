@@ -2,7 +2,8 @@
 
 import errno as E
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from sandboxcore import _native, host, spawner
 from sandboxcore.errors import (
@@ -18,6 +19,8 @@ from sandboxcore.plan import Plan, compile_plan
 from sandboxcore.request import PIPE, File, FileContent, Program, Request, StrOrBytes, make_streams
 from sandboxcore.result import Decoder, ExecResult, make_result
 from sandboxcore.spec import SandboxSpec
+
+Done = TypeVar("Done")
 
 _DEFAULT_SPEC = SandboxSpec()
 _ATTEMPTS = 8  # a template may be evicted between its making and its use, by 64 others
@@ -91,15 +94,23 @@ _NEVER_RAN = {("spawner", 11), ("spawner", 13), ("spawner", 14), ("idmap", 1)}
 def _execute(
     plan: Plan, request: Request, streams: _native.Streams, timeout: float | None
 ) -> _native.NativeResult:
-    """Run it; a spawner that has died or has forgotten the plan is helped once, before anything ran."""
+    def action(connection: spawner.Spawner) -> _native.NativeResult:
+        return _native.run(connection.fd, request.data, streams, timeout, request.pass_fds)
+
+    return with_spawner(plan, request, action)
+
+
+def with_spawner(plan: Plan, request: Request | None, action: Callable[[spawner.Spawner], Done]) -> Done:
+    """Do something with a spawner that knows the plan. One that has died or has forgotten it is helped, as
+    long as nothing ran; every other failure is rendered."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             connection = spawner.get_spawner(plan)
         except _native.NativeFailure as failure:
-            raise _render(plan, request, failure) from None
+            raise render(plan, request, failure) from None
         try:
             connection.teach(plan)
-            return _native.run(connection.fd, request.data, streams, timeout, request.pass_fds)
+            return action(connection)
         except _native.NativeFailure as failure:
             again = attempt < _ATTEMPTS
             if again and failure.stage == "plan" and failure.errno == E.ESTALE:
@@ -109,7 +120,7 @@ def _execute(
             else:
                 if failure.stage == "spawner":
                     spawner.drop_spawner(connection)
-                raise _render(plan, request, failure) from None
+                raise render(plan, request, failure) from None
     raise AssertionError("unreachable")
 
 
@@ -128,6 +139,9 @@ _HINTS = {
     ("mount", E.ELOOP): "the mount point is, or lies behind, a symbolic link",
     ("source", E.ELOOP): "a part of the path became a symbolic link",
     ("source", E.EACCES): "not readable for this user",
+    ("launcher", E.EAGAIN): "the sandbox takes no more commands: too many wait already, or it is stopped",
+    ("pty", E.ENOSPC): "no more terminals in this sandbox",
+    ("cred", E.EINVAL): "as an ordinary user without subordinate ids there is one identity: drop user=",
     ("node", E.ENOSPC): "the template's root is full: fewer or smaller files in /etc",
 }
 _HINTS_ANYWHERE = {
@@ -153,10 +167,10 @@ _EXEC_ERRORS: dict[int, type[ExecError]] = {
 }
 
 
-def _render(plan: Plan, request: Request, failure: _native.NativeFailure) -> SandboxError:
+def render(plan: Plan, request: Request | None, failure: _native.NativeFailure) -> SandboxError:
     """The exception for a failure that C reports."""
     stage, code = failure.stage, failure.errno
-    subject = request.subject(failure) or plan.subject(stage, failure.index)
+    subject = (request and request.subject(failure)) or plan.subject(stage, failure.index)
     unsupported = _UNSUPPORTED.get((stage, code))
     if (stage, code) == ("mount", E.EPERM) and " on /proc " in subject:
         unsupported = ("a new /proc in a user namespace", "proc")

@@ -4,12 +4,13 @@ import errno
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 from sandboxcore import _native
 from sandboxcore.errors import ExecError, SpecError
-from sandboxcore.plan import PATH, Plan
-from sandboxcore.spec import check_env
+from sandboxcore.plan import PATH, Plan, RLimit
+from sandboxcore.spec import Limits, check_env
 
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 
@@ -31,6 +32,9 @@ def make_streams(
     input: StrOrBytes | None,
     files: tuple[File, File, File],
     encoding: str | None,
+    *,
+    owner: tuple[int, int] | None = None,
+    limits: Limits | None = None,
 ) -> tuple[_native.Streams, tuple[int, int, int]]:
     """Which pipes there are, and the request's word for each of stdin, stdout and stderr."""
     stdin, stdout, stderr = files
@@ -55,14 +59,14 @@ def make_streams(
         elif target != DEVNULL:
             relay.append((number, _open_descriptor(number if target is None else target)))
     data = input.encode(encoding or "utf-8") if isinstance(input, str) else input
-    limit = plan.spec.limits.output
+    limit = (limits or plan.spec.limits).output
     streams = _native.Streams(
         input=data,
         stdin=source,
         capture=tuple(capture),
         relay=tuple(relay),
         limit=limit if isinstance(limit, int) else None,
-        owner=plan.outer_ids,
+        owner=owner or plan.outside(),
     )
     return streams, (stdio[0], stdio[1], stdio[2])
 
@@ -72,6 +76,27 @@ def _open_descriptor(file: int | IO[Any]) -> int:
     number = file if isinstance(file, int) else file.fileno()
     os.fstat(number)
     return number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extras:
+    """What only a living sandbox's commands have. ``flags`` are names of ``enum sbx_request_flags``."""
+
+    flags: tuple[str, ...] = ()
+    ids: tuple[int, int] | None = None
+    rlimits: tuple[RLimit, ...] = ()
+    timeout: float | None = None
+    size: tuple[int, int] = (24, 80)
+
+
+def sandbox_request(plan: Plan, *, persistent: bool) -> bytes:
+    """The request for a sandbox that stays, without a command."""
+    arena = _native.Arena("struct sbx_request", {})
+    arena.head.plan = plan.id
+    names = ("SANDBOX", "PERSISTENT") if persistent else ("SANDBOX",)
+    arena.head.flags = sum(_native.constant(f"REQUEST_{name}") for name in names)
+    arena.head.fault_at, arena.head.fault_errno = FAULT
+    return arena.finish(_native.constant("REQUEST_MAGIC"))
 
 
 class Request:
@@ -87,7 +112,8 @@ class Request:
         files: Mapping[str, FileContent] | None,
         pass_fds: Sequence[int],
         stdio: tuple[int, int, int],
-        record: bool,
+        record: bool = False,
+        extras: Extras = Extras(),
     ) -> None:
         if isinstance(argv, str | bytes) or not argv:
             raise SpecError(f"argv: {argv!r} is not a non-empty sequence of arguments")
@@ -104,7 +130,9 @@ class Request:
             check_env(env, "env")
             items = tuple(os.fsencode(f"{key}={value}") for key, value in env.items())
         path = (plan.env if env is None else env).get("PATH", PATH)
-        self.data = self._encode(plan, items, path, stdio, record=record)
+        if record:
+            extras = replace(extras, flags=("RECORD", *extras.flags))
+        self.data = self._encode(plan, items, path, stdio, extras)
 
     def _encode(
         self,
@@ -112,14 +140,14 @@ class Request:
         env: tuple[bytes, ...],
         path: str,
         stdio: tuple[int, int, int],
-        *,
-        record: bool,
+        extras: Extras,
     ) -> bytes:
         arena = _native.Arena(
             "struct sbx_request",
             {
                 "files": ("struct sbx_file", len(self.files)),
                 "pass": ("int32_t", len(self.pass_fds)),
+                "rlimits": ("struct sbx_rlimit", len(extras.rlimits)),
             },
         )
         head = arena.head
@@ -132,8 +160,14 @@ class Request:
         arena.strings("env", env)
         arena.strings("paths", _candidates(args[0], path))
         head.plan, head.cwd, head.umask = plan.id, arena.data(os.fsencode(self.cwd)), 0o022
-        head.flags = _native.constant("REQUEST_RECORD") if record else 0
+        head.flags = sum(_native.constant(f"REQUEST_{name}") for name in extras.flags)
         head.stdio = stdio
+        head.uid, head.gid = extras.ids or plan.spec.ids()
+        head.rows, head.columns = extras.size
+        head.timeout_ns = max(1, int(extras.timeout * 1e9)) if extras.timeout is not None else 0
+        for index, (_, number, soft, hard) in enumerate(extras.rlimits):
+            limit = arena.record("rlimits", index)
+            limit.resource, limit.soft, limit.hard = number, soft, hard
         head.fault_at, head.fault_errno = FAULT
         for index, (name, data, mode) in enumerate(self.files):
             file = arena.record("files", index)

@@ -45,6 +45,7 @@ __all__ = [
     "ArgTest",
     "SeccompPolicy",
     "compile_filter",
+    "hosts_launcher",
     "resolve",
     "without_set_id",
 ]
@@ -254,6 +255,13 @@ def _socket(*inet: ArgTest) -> ArgRule:
     # the answer of a kernel built without them.
     when = ((_arg(0, 1),), (_arg(0, 2, 10), *inet), (_arg(0, 16), _arg(2, 0)))
     return ArgRule(call="socket", when=when, errno="EAFNOSUPPORT")
+
+
+def hosts_launcher(policy: SeccompPolicy) -> bool:
+    """Whether init and the launchers of a living sandbox can do their work behind this policy."""
+    known = {rule for profile in PROFILES.values() for rule in profile.rules}
+    ruled = {rule.call for rule in policy.rules if rule in known} | policy.allow
+    return policy.allow >= set(calls.LAUNCHER.split()) and ruled >= set(calls.LAUNCHER_RULES.split())
 
 
 # O_CREAT, __O_TMPFILE: only with one of them has open() a mode to look at.

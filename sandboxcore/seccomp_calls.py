@@ -104,6 +104,16 @@ FULL = """
     ustat sysfs
 """
 
+# What init and the launchers of a living sandbox call themselves, from csrc/. A policy that allows all of it
+# is loaded once and inherited by every command; another is loaded by each command.
+LAUNCHER = """
+    chdir clock_gettime close close_range dup3 eventfd2 execve exit_group fchdir fchmod fchmodat fcntl fstat
+    getcwd getdents64 getpid kill mkdirat mmap munmap newfstatat openat openat2 pidfd_open pipe2 ppoll
+    pread64 preadv2 pwrite64 pwritev2 read readlinkat recvmsg renameat2 rt_sigprocmask sendmsg sendto
+    setfsgid setfsuid setresgid setresuid setsid symlinkat umask unlinkat vfork wait4 write
+"""
+LAUNCHER_RULES = "clone ioctl prctl prlimit64"
+
 # Options of prctl, in the order of linux/prctl.h.
 PRCTL_MINIMAL = (
     *(1, 2, 3, 4),  # SET, GET_PDEATHSIG; GET, SET_DUMPABLE

@@ -311,14 +311,7 @@ class SandboxSpec:
 
     def ids(self) -> tuple[int, int]:
         """uid and gid of the payload, as seen inside."""
-        text = str(DEFAULT_ID if self.user is None else self.user)
-        uid, colon, gid = text.partition(":")
-        if not uid.isdecimal() or (colon and not gid.isdecimal()):
-            raise SpecError(f"user: {self.user!r} is not a uid or 'uid:gid'")
-        pair = int(uid), int(gid) if colon else int(uid)
-        if max(pair) >= ID_RANGE:
-            raise SpecError(f"user: {self.user!r} is not below {ID_RANGE}")
-        return pair
+        return parse_user(DEFAULT_ID if self.user is None else self.user, "user")
 
     def all_mounts(self) -> tuple[Mount, ...]:
         """``mounts``, ``ro``, ``rw`` and ``tmpfs`` in one form, parents first whatever their order."""
@@ -386,6 +379,17 @@ class SandboxSpec:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).from_dict, (self.to_dict(),)
+
+
+def parse_user(user: int | str, name: str) -> tuple[int, int]:
+    """A uid or "uid:gid" as a pair. ``name`` is for the error."""
+    uid, colon, gid = str(user).partition(":")
+    if not uid.isdecimal() or (colon and not gid.isdecimal()):
+        raise SpecError(f"{name}: {user!r} is not a uid or 'uid:gid'")
+    pair = int(uid), int(gid) if colon else int(uid)
+    if max(pair) >= ID_RANGE:
+        raise SpecError(f"{name}: {user!r} is not below {ID_RANGE}")
+    return pair
 
 
 def check_env(env: Mapping[str, str], name: str) -> None:

@@ -94,14 +94,14 @@ def drop_spawners() -> None:
 def faulty(fault_helper: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_native.NativeFailure]]:
     """Runs go through the fault helper; every bare failure is collected."""
     failures: list[_native.NativeFailure] = []
-    render = process._render
+    render = process.render
 
     def collect(*args: object) -> sandboxcore.SandboxError:
         failures.append(args[-1])  # type: ignore[arg-type]
         return render(*args)  # type: ignore[arg-type]
 
     monkeypatch.setenv("SANDBOXCORE_SPAWNER", str(fault_helper))
-    monkeypatch.setattr(process, "_render", collect)
+    monkeypatch.setattr(process, "render", collect)
     drop_spawners()
     yield failures
     drop_spawners()

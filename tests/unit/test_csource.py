@@ -12,10 +12,11 @@ CSRC = Path(__file__).parents[2] / "csrc"
 # What runs between clone3 and exec, or as PID 1.
 AFTER_CLONE = (
     *("path", "mount", "root", "idmap", "session", "fds", "rlimit", "cred", "file", "landlock"),
-    *("seccomp", "record", "child", "init"),
+    *("seccomp", "record", "child", "init", "inbox", "message", "resident", "launcher", "command"),
+    *("stdio", "pump", "pty", "proc", "files"),
 )
 HOST = ("plan", "error", "wire", "client", "stream", "run")
-HELPER_ONLY = ("template", "net", "message", "spawn", "spawner", "probe")
+HELPER_ONLY = ("template", "net", "spawn", "spawner", "probe")
 
 # Neither locks nor heap nor stdio behind any of these. memcpy and friends may be emitted by the compiler.
 SAFE = {"syscall", "vfork", "clock_gettime", "__errno_location", "__stack_chk_fail", "_exit"}

@@ -17,7 +17,9 @@ LAYERS = (
     ("tree",),
     ("plan",),
     ("request", "result", "spawner"),
-    ("process",),
+    ("process", "lifecycle"),
+    ("command",),
+    ("sandbox",),
     ("cli",),
     ("__init__", "__main__"),
 )

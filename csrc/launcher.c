@@ -1,0 +1,105 @@
+/*
+ * launcher.c - the process from which a living sandbox's commands are started: takes a request from the
+ * socket that all launchers of the sandbox share, serves it to its end, takes the next.
+ *
+ * It was forked from init and never execs: root of the sandbox's own namespace without any power but to
+ * become the payload and to kill it (cred.c), behind Landlock and the filter, not dumpable. A command is a
+ * vfork away and inherits all of that. As the command's subreaper (prctl(2)) it knows everything that is
+ * below it, and nothing below it outlives it.
+ */
+#include "box.h"
+
+#include <linux/prctl.h>
+
+enum { SPARE = 2 }; /* so many idle ones are enough */
+
+static unsigned count_idle(const struct sbx_pool *pool)
+{
+	unsigned idle = 0;
+
+	for (unsigned i = 0; i < pool->used; i++)
+		idle += pool->state[i] == SBX_LAUNCHER_IDLE;
+	return idle;
+}
+
+static unsigned count_all(const struct sbx_pool *pool)
+{
+	unsigned all = 0;
+
+	for (unsigned i = 0; i < pool->used; i++)
+		all += pool->state[i] != SBX_LAUNCHER_NONE;
+	return all;
+}
+
+static void execute(struct sbx_box *box, const struct sbx_message *msg, size_t len, int *fds, size_t nfds,
+		    struct sbx_error *err)
+{
+	size_t mapped, own = nfds;
+	const struct sbx_request *r = sbx_inbox_request(msg, len, fds, &own, &mapped, err);
+
+	if (!r)
+		return;
+	SBX_FAULT_ARM(r->fault_at, r->fault_errno);
+	if (r->flags & (SBX_REQUEST_SANDBOX | SBX_REQUEST_PERSISTENT))
+		sbx_fail(err, SBX_STAGE_REQUEST, 26, -EINVAL);
+	else if (sbx_box_fill(box, r, fds, own, err) == 0)
+		sbx_command_run(box, fds, nfds, err);
+	SBX_FAULT_ARM(0, 0);
+	sbx_inbox_release(r, mapped);
+}
+
+static void dispatch(const struct sbx_launcher *l, size_t len, int *fds, size_t nfds)
+{
+	const struct sbx_message *msg = (const void *)l->inbox->bytes;
+	struct sbx_error err = { .stage = SBX_STAGE_NONE };
+	struct sbx_box *box = l->box;
+
+	if (len < sizeof *msg || msg->magic != SBX_REQUEST_MAGIC || nfds == 0)
+		return; /* nobody to answer: closing what came is the answer */
+	box->peers = box->plan->flags & SBX_PLAN_NO_ROOT_ID ? count_all(l->pool) : 0;
+	if (msg->kind == SBX_MESSAGE_EXEC)
+		execute(box, msg, len, fds, nfds, &err);
+	else if (msg->kind == SBX_MESSAGE_FILES)
+		sbx_files_serve(box, fds[0]);
+	else
+		sbx_fail(&err, SBX_STAGE_LAUNCHER, 3, -EPROTO);
+	if (err.stage != SBX_STAGE_NONE)
+		sbx_send_error(fds[0], &err);
+}
+
+/* One request. Returns false when there will be no more. */
+static bool serve(const struct sbx_launcher *l)
+{
+	int fds[SBX_MAX_PASS + 8];
+	size_t nfds = SBX_COUNT(fds);
+	const uint64_t one = 1;
+
+	long len = sbx_receive(l->box->work, l->inbox->bytes, sizeof l->inbox->bytes, fds, &nfds);
+	if (len == 0 || len == -ECONNRESET)
+		return false;
+	l->box->clock[SBX_CLOCK_RECEIVED] = l->box->clock[SBX_CLOCK_STARTED] = sbx_now();
+	l->pool->state[l->slot] = SBX_LAUNCHER_BUSY;
+	if (count_idle(l->pool) == 0)
+		(void)sbx_sys(SYS_write, l->poke, &one, sizeof one);
+	dispatch(l, len < 0 ? 0 : (size_t)len, fds, nfds);
+	for (size_t i = 0; i < nfds; i++)
+		sbx_close(fds[i]);
+	if (count_idle(l->pool) >= SPARE)
+		return false;
+	l->pool->state[l->slot] = SBX_LAUNCHER_IDLE;
+	return true;
+}
+
+_Noreturn void sbx_launcher_run(const struct sbx_launcher *l)
+{
+	int keep[] = { 0, 1, 2, l->box->work, l->poke, l->box->spawner->children };
+
+	long ret = sbx_sys(SYS_prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+	if (ret >= 0)
+		ret = sbx_fds_close_except(keep, SBX_COUNT(keep));
+	l->box->control = l->box->keeper = -1;
+	while (ret >= 0 && serve(l))
+		;
+	(void)syscall(SYS_exit_group, 0);
+	__builtin_unreachable();
+}

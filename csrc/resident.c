@@ -1,0 +1,227 @@
+/*
+ * resident.c - PID 1 of a sandbox that stays. It keeps launchers ready, which do everything about
+ * commands; it reaps, and it ends when the host lets go, and with it, by the kernel, everything else.
+ *
+ * By the time it runs it has given up whatever a payload may not have (child.c, lock_down), stands behind
+ * the same Landlock domain and, where the policy lets it live there, the same filter. It is not dumpable,
+ * so a payload of the same id cannot read or trace it; a signal from inside does not reach it
+ * (pid_namespaces(7)); its sockets have names nowhere inside.
+ *
+ * A launcher is the subreaper of its command, so nothing but launchers is ever a child of init: whatever
+ * else arrives here was below a launcher that died by force, and dies too.
+ */
+#include "box.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+
+struct resident {
+	struct sbx_box *box;
+	struct sbx_pool *pool;
+	struct sbx_inbox *inbox; /* each launcher has its own copy */
+	int poke;		 /* eventfd: no launcher is idle */
+	bool stopped;		 /* by the host's will */
+	pid_t pids[SBX_MAX_LAUNCHERS];
+};
+
+static bool any_idle(const struct sbx_pool *pool)
+{
+	for (unsigned i = 0; i < pool->used; i++)
+		if (pool->state[i] == SBX_LAUNCHER_IDLE)
+			return true;
+	return false;
+}
+
+static unsigned free_slot(const struct sbx_pool *pool)
+{
+	unsigned i = 0;
+
+	while (i < pool->used && pool->state[i] != SBX_LAUNCHER_NONE)
+		i++;
+	return i;
+}
+
+/* One more launcher, unless there are as many as may be. 0 or -errno. */
+static long add_launcher(struct resident *r)
+{
+	unsigned slot = free_slot(r->pool);
+
+	if (slot == SBX_MAX_LAUNCHERS)
+		return 0;
+	r->pool->state[slot] = SBX_LAUNCHER_IDLE;
+	if (slot == r->pool->used)
+		r->pool->used = slot + 1;
+	/* the old call, whose flags a filter can see */
+	long pid = sbx_sys(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+	if (pid == 0)
+		sbx_launcher_run(&(struct sbx_launcher){ r->box, r->pool, r->inbox, slot, r->poke });
+	if (pid < 0)
+		r->pool->state[slot] = SBX_LAUNCHER_NONE;
+	r->pids[slot] = pid < 0 ? 0 : (pid_t)pid;
+	return pid < 0 ? pid : 0;
+}
+
+static void forget(struct resident *r, pid_t pid)
+{
+	for (unsigned i = 0; i < r->pool->used; i++)
+		if (r->pids[i] == pid) {
+			r->pids[i] = 0;
+			r->pool->state[i] = SBX_LAUNCHER_NONE;
+		}
+}
+
+static bool is_launcher(const struct resident *r, pid_t pid)
+{
+	for (unsigned i = 0; i < r->pool->used; i++)
+		if (r->pids[i] == pid)
+			return true;
+	return false;
+}
+
+/* Reap what has ended; kill what a dead launcher left behind. */
+static long reap(struct resident *r)
+{
+	bool strays = false;
+	int status;
+
+	for (;;) {
+		long pid = sbx_sys(SYS_wait4, -1, &status, WNOHANG | WUNTRACED, NULL);
+		if (pid == -EINTR)
+			continue;
+		if (pid < 0 && pid != -ECHILD)
+			return pid;
+		if (pid <= 0)
+			break;
+		if (WIFSTOPPED(status)) { /* where there is one id only, a payload can do that to a launcher */
+			if (!r->stopped)
+				(void)sbx_sys(SYS_kill, pid, SIGCONT);
+			continue;
+		}
+		strays |= !is_launcher(r, (pid_t)pid) || !WIFEXITED(status);
+		forget(r, (pid_t)pid);
+	}
+	if (strays)
+		(void)sbx_proc_signal(1, r->pids, r->pool->used, SIGKILL);
+	return any_idle(r->pool) ? 0 : add_launcher(r);
+}
+
+/*
+ * SIGNAL for every command. Stopping and continuing concerns the launchers as well and is one call, which
+ * no process can slip through; so does nothing else.
+ */
+static long signal_all(struct resident *r, int sig)
+{
+	if (sig == SIGSTOP || sig == SIGCONT) {
+		r->stopped = sig == SIGSTOP;
+		long ret = sbx_sys(SYS_kill, -1, sig);
+		return ret == -ESRCH ? 0 : ret;
+	}
+	return sbx_proc_signal(0, r->pids, r->pool->used, sig);
+}
+
+/* A message from the host. Returns false when there will be no more. */
+static bool hear(struct resident *r)
+{
+	struct sbx_record done = { .kind = SBX_RECORD_DONE };
+	struct sbx_message msg;
+	size_t nfds = 1;
+	int answer = -1;
+
+	long len = sbx_receive(r->box->keeper, &msg, sizeof msg, &answer, &nfds);
+	if (len == 0 || len == -ECONNRESET)
+		return false;
+	long ret = -EPROTO;
+	if (len == sizeof msg && msg.magic == SBX_REQUEST_MAGIC && msg.kind == SBX_MESSAGE_SIGNAL && msg.signal >= 0 &&
+	    msg.signal <= 64)
+		ret = signal_all(r, msg.signal);
+	if (nfds == 0)
+		return true;
+	done.error.err = ret < 0 ? (int32_t)-ret : 0;
+	(void)sbx_send_record(answer, &done, NULL, 0, -1);
+	sbx_close(answer);
+	return true;
+}
+
+static long serve(struct resident *r)
+{
+	bool persistent = r->box->request->flags & SBX_REQUEST_PERSISTENT;
+	struct pollfd fds[] = {
+		{ .fd = r->box->spawner->children, .events = POLLIN },
+		{ .fd = r->poke, .events = POLLIN },
+		{ .fd = r->box->keeper, .events = POLLIN | POLLRDHUP },
+		{ .fd = persistent ? -1 : r->box->spawner->host_pidfd, .events = POLLIN },
+	};
+	char drop[256];
+
+	for (;;) {
+		long ret = sbx_sys(SYS_ppoll, fds, SBX_COUNT(fds), NULL, NULL, 0);
+		if (ret < 0 && ret != -EINTR)
+			return ret;
+		if (ret < 0)
+			continue;
+		if (fds[3].revents || fds[2].revents & (POLLRDHUP | POLLHUP | POLLERR))
+			return 0;
+		if (fds[2].revents && !hear(r))
+			return 0;
+		for (int i = 0; i < 2; i++)
+			if (fds[i].revents)
+				(void)sbx_sys(SYS_read, fds[i].fd, drop, sizeof drop);
+		ret = reap(r);
+		if (ret < 0 && ret != -EAGAIN && ret != -ENOMEM) /* too many processes: later, perhaps */
+			return ret;
+	}
+}
+
+/* Descriptors 0 to 2 must not become those of a request: the payload's are put there. */
+static long fill_stdio(void)
+{
+	for (int i = 0; i < 3; i++) {
+		int null = sbx_openat2(AT_FDCWD, "/dev/null", O_RDWR, 0, RESOLVE_NO_SYMLINKS);
+		if (null != i)
+			return null < 0 ? null : -EBADF;
+	}
+	return 0;
+}
+
+static void *map_memory(size_t size, int how, struct sbx_error *err)
+{
+	long map = sbx_sys(SYS_mmap, NULL, size, PROT_READ | PROT_WRITE, how | MAP_ANONYMOUS, -1, 0);
+
+	if (map >= 0 || map <= -4096)
+		return (void *)map;
+	sbx_fail(err, SBX_STAGE_LAUNCHER, 0, map);
+	return NULL;
+}
+
+int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
+{
+	const struct sbx_record ready = { .kind = SBX_RECORD_READY };
+	static const uint64_t all = ~0ULL; /* the kernel's sigset_t; a command gets an empty one */
+	struct resident r = { .box = box };
+
+	(void)sbx_sys(SYS_rt_sigprocmask, SIG_SETMASK, &all, NULL, sizeof all);
+
+	r.pool = map_memory(sizeof *r.pool, MAP_SHARED, err);
+	r.inbox = r.pool ? map_memory(sizeof *r.inbox, MAP_PRIVATE, err) : NULL;
+	if (!r.inbox)
+		return -1;
+	r.poke = (int)sbx_sys(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (r.poke < 0)
+		return sbx_fail(err, SBX_STAGE_LAUNCHER, 1, r.poke);
+	int keep[] = { box->control, box->keeper, box->work, box->spawner->host_pidfd, box->spawner->children, r.poke };
+	long ret = sbx_fds_close_except(keep, SBX_COUNT(keep));
+	if (ret >= 0)
+		ret = fill_stdio();
+	if (ret >= 0)
+		ret = add_launcher(&r);
+	if (ret < 0)
+		return sbx_fail(err, SBX_STAGE_LAUNCHER, 2, ret);
+	ret = sbx_send_record(box->control, &ready, NULL, 0, -1);
+	sbx_close(box->control);
+	box->control = -1;
+	if (ret >= 0)
+		(void)serve(&r);
+	return 0; /* nobody is there to hear of an error any more: the end is the answer */
+}

@@ -1,0 +1,534 @@
+"""A sandbox that stays: :class:`Sandbox`. Created once, then as many commands as one likes, each as cheap as
+a fork and an exec."""
+
+import contextlib
+import errno as E
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from sandboxcore import _native, host
+from sandboxcore.capabilities import SandboxCapabilities
+from sandboxcore.command import Ending, Pipes, Process
+from sandboxcore.errors import InvalidTransition, SandboxGone, SandboxTimeout, UnsupportedHost
+from sandboxcore.lifecycle import SandboxState, check_move, new_id
+from sandboxcore.plan import Plan, command_limits, compile_plan
+from sandboxcore.process import render, with_spawner
+from sandboxcore.request import (
+    DEVNULL,
+    PIPE,
+    Extras,
+    File,
+    FileContent,
+    Program,
+    Request,
+    StrOrBytes,
+    make_streams,
+    sandbox_request,
+)
+from sandboxcore.result import Decoder, ExecResult, make_result
+from sandboxcore.spawner import Spawner
+from sandboxcore.spec import Limits, SandboxSpec, parse_user
+
+START_PATIENCE = 30.0  # seconds for a sandbox, or a program in it, to start
+ANSWER_PATIENCE = 5.0  # seconds for init to do what it was told
+
+
+class Link:
+    """The way to a running sandbox: init's pidfd and the two sockets, of init and of the launchers."""
+
+    def __init__(self, keeper: socket.socket, work: socket.socket, pidfd: int) -> None:
+        self.keeper, self.work, self.pidfd = keeper, work, pidfd
+        # A sandbox that takes nothing, because it is stopped from outside, must not hold its caller for ever.
+        patience = struct.pack("ll", int(ANSWER_PATIENCE), 0)
+        work.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+
+    def alive(self) -> bool:
+        """Whether init still runs."""
+        return self.pidfd >= 0 and not _poll(self.pidfd, 0)
+
+    def tell_init(self, number: int) -> None:
+        """Have init send a signal to every command. Raises TimeoutError, OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            with theirs:
+                _native.send(self.keeper.fileno(), "SIGNAL", fds=[theirs.fileno()], signal=number)
+            if not _poll(ours.fileno(), ANSWER_PATIENCE):
+                raise TimeoutError(f"init does not answer within {ANSWER_PATIENCE} s")
+            record = _native.receive(ours.fileno())
+        if record is None or record.error:
+            code = record.error.errno if record and record.error else E.EPIPE
+            raise OSError(code, os.strerror(code))
+
+    def kill(self, *, wait: float) -> None:
+        """End init and with it everything. Idempotent."""
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            if wait and not _poll(self.pidfd, wait):
+                raise TimeoutError("a process in uninterruptible sleep cannot be killed yet")
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the descriptors. A sandbox that is not persistent ends by that."""
+        self.keeper.close()
+        self.work.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+def _poll(fd: int, seconds: float) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))
+
+
+class Birth:
+    """A sandbox on its way: the request is sent, the answer may be waited for in any manner."""
+
+    def __init__(self, plan: Plan, keeper: socket.socket, work: socket.socket, answer: socket.socket) -> None:
+        self.plan, self.keeper, self.work, self.answer = plan, keeper, work, answer
+        self.pidfd = -1
+
+    @classmethod
+    def send(cls, plan: Plan, connection: Spawner) -> Self:
+        """Ask a spawner for a sandbox. Raises NativeFailure, OSError."""
+        pairs = []
+        try:
+            for _ in range(3):
+                pairs.append(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            answer, keeper, work = (pair[0] for pair in pairs)
+            theirs = [pair[1].fileno() for pair in pairs]
+            request = sandbox_request(plan, persistent=False)
+            _native.send(connection.fd, "RUN", request, theirs)
+        except BaseException:
+            for pair in pairs:
+                pair[0].close()
+            raise
+        finally:
+            for pair in pairs:
+                pair[1].close()
+        return cls(plan, keeper, work, answer)
+
+    def hear(self) -> Link | None:
+        """Take one record; the link when the sandbox stands. Raises BlockingIOError, NativeFailure."""
+        try:
+            record = _native.receive(self.answer.fileno())
+        except ConnectionResetError:
+            record = None
+        if record is None:
+            raise _native.NativeFailure.of("spawner", 15, E.EPIPE)
+        if record.error:
+            raise record.error
+        if record.kind == "PIDFD":
+            self.pidfd = record.fd
+        if record.kind != "READY":
+            return None
+        self.answer.close()
+        link = Link(self.keeper, self.work, self.pidfd)
+        self.pidfd = -1
+        return link
+
+    def abandon(self) -> None:
+        """Give up: whatever there is of it dies."""
+        self.answer.close()
+        Link(self.keeper, self.work, self.pidfd).kill(wait=0)
+
+    def wait(self) -> Link:
+        """Block until it stands. Raises NativeFailure, SandboxTimeout."""
+        deadline = time.monotonic() + START_PATIENCE
+        try:
+            while True:
+                if not _poll(self.answer.fileno(), max(0.0, deadline - time.monotonic())):
+                    raise _native.NativeFailure.of("init", 20, E.ETIME)
+                with contextlib.suppress(BlockingIOError):
+                    if link := self.hear():
+                        return link
+        except BaseException:
+            self.abandon()
+            raise
+
+
+class Sandbox:
+    """A sandbox that stays until it is closed, or until this process ends.
+
+    ``with Sandbox() as sandbox`` starts it; :meth:`create` makes a started one; else :meth:`start` does.
+    Any thread may use it, and many at once.
+
+    Parameters
+    ----------
+    spec: how it is built; default :class:`SandboxSpec`.
+    name, labels, description, metadata, owner: yours, for finding it again; the spec's labels are included.
+
+    Raises
+    ------
+    SpecError, UnsupportedHost: here, before anything starts. SetupError: from ``start``.
+    """
+
+    def __init__(
+        self,
+        spec: SandboxSpec | None = None,
+        *,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        description: str = "",
+        metadata: Mapping[str, Any] | None = None,
+        owner: str | None = None,
+    ) -> None:
+        self.spec = spec or SandboxSpec()
+        self.id = new_id("sbx")
+        self.name = name or self.id
+        self.labels = {**self.spec.labels, **(labels or {})}
+        self.description = description
+        self.metadata = dict(metadata or {})
+        self.owner = owner
+        self.created_at = time.time()
+        self.started_at: float | None = None
+        self.stopped_at: float | None = None
+        self.last_active_at = self.created_at
+        self._state = SandboxState.CREATED
+        self._lock = threading.RLock()
+        self._plan = compile_plan(self.spec, host.features())
+        self._link: Link | None = None
+        self._capabilities: SandboxCapabilities | None = None
+        self._running: weakref.WeakSet[Process] = weakref.WeakSet()
+        self._pid = os.getpid()
+
+    @classmethod
+    def create(cls, spec: SandboxSpec | None = None, **about: Any) -> Self:
+        """Make one and start it."""
+        sandbox = cls(spec, **about)
+        sandbox.start()
+        return sandbox
+
+    # --- states ---------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> SandboxState:
+        """A :class:`SandboxState`. One that was killed from outside is stopped."""
+        with self._lock:
+            if self._link is not None and not self._link.alive():
+                self._end(SandboxState.STOPPED)
+            return self._state
+
+    @property
+    def pid(self) -> int:
+        """The number of its init, as this process sees it; 0 when it does not run."""
+        with self._lock:
+            if self._link is None:
+                return 0
+            with open(f"/proc/self/fdinfo/{self._link.pidfd}") as lines:
+                numbers = dict(line.split(":", 1) for line in lines)
+            return max(0, int(numbers["Pid"]))
+
+    def start(self) -> None:
+        """Start it, also again after :meth:`stop`; then everything private in it is new and empty."""
+        with self._lock:
+            check_move(self.name, self.state, SandboxState.RUNNING, "start")
+            if self._state is SandboxState.PAUSED:
+                raise InvalidTransition(self.name, "paused", "start; resume it")
+            self._plan = compile_plan(self.spec, host.features())
+            self._link = self._begin()
+            self._state = SandboxState.RUNNING
+            self.started_at = self.last_active_at = time.time()
+            self.stopped_at = None
+
+    def _begin(self) -> Link:
+        def action(connection: Spawner) -> Link:
+            try:
+                return Birth.send(self._plan, connection).wait()
+            except OSError as error:
+                code = error.errno or 0
+                stage = "spawner" if code in (E.EPIPE, E.ECONNRESET) else "host"
+                raise _native.NativeFailure.of(stage, 11, code) from error
+
+        return with_spawner(self._plan, None, action)
+
+    def suspend(self) -> None:
+        """Stop every process in it (SIGSTOP, all at once) until :meth:`resume`."""
+        with self._lock:
+            check_move(self.name, self.state, SandboxState.PAUSED, "suspend")
+            self._link_now().tell_init(signal.SIGSTOP)
+            self._state = SandboxState.PAUSED
+
+    def resume(self) -> None:
+        """Let it go on after :meth:`suspend`."""
+        with self._lock:
+            if self.state is not SandboxState.PAUSED:
+                raise InvalidTransition(self.name, self._state.value, "resume")
+            self._link_now().tell_init(signal.SIGCONT)
+            self._state = SandboxState.RUNNING
+
+    def stop(self) -> None:
+        """Kill everything in it, wait until it is gone. What is private in it is lost; it can start again."""
+        with self._lock:
+            check_move(self.name, self.state, SandboxState.STOPPED, "stop")
+            self._end(SandboxState.STOPPED, wait=ANSWER_PATIENCE)
+
+    def close(self) -> None:
+        """End it for good. Waits for commands that run, at most 5 s, and for nothing if there are none.
+        Idempotent."""
+        with self._lock:
+            if self._state is not SandboxState.DESTROYED:
+                busy = any(process.returncode is None for process in list(self._running))
+                self._end(SandboxState.DESTROYED, wait=ANSWER_PATIENCE if busy else 0)
+
+    def _end(self, state: SandboxState, *, wait: float = 0) -> None:
+        link, self._link = self._link, None
+        self._state = state
+        self.stopped_at = self.stopped_at or time.time()
+        if link is not None:
+            if os.getpid() == self._pid:
+                link.kill(wait=wait)
+            else:  # a forked child: the sandbox is its parent's
+                link.close()
+
+    def __enter__(self) -> Self:
+        if self.state is SandboxState.CREATED:
+            self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_link", None) is not None:
+            with contextlib.suppress(Exception):
+                self._end(SandboxState.DESTROYED)
+
+    def __repr__(self) -> str:
+        return f"<Sandbox {self.name} {self._state.value}>"
+
+    def _link_now(self) -> Link:
+        if self._link is None:
+            raise SandboxGone(f"sandbox {self.name}: it is {self._state.value}")
+        return self._link
+
+    def _ready(self, wanted: str) -> Link:
+        """The link, if it takes commands now."""
+        with self._lock:
+            if self._state is not SandboxState.RUNNING:
+                raise InvalidTransition(self.name, self._state.value, wanted)
+            self.last_active_at = time.time()
+            return self._link_now()
+
+    # --- commands -------------------------------------------------------------------------------
+
+    def exec(
+        self,
+        argv: Sequence[Program],
+        *,
+        input: StrOrBytes | None = None,
+        stdin: File = None,
+        stdout: File = PIPE,
+        stderr: File = PIPE,
+        timeout: float | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        user: int | str | None = None,
+        limits: Limits | None = None,
+        text: bool = False,
+        encoding: str | None = None,
+        errors: str | None = None,
+        check: bool = False,
+        files: Mapping[str, FileContent] | None = None,
+        pass_fds: Sequence[int] = (),
+        record: bool = False,
+    ) -> ExecResult:
+        """Run a command in the sandbox and wait until nothing of it is left; the sandbox stays.
+
+        The parameters are those of :func:`sandboxcore.run`, and:
+
+        user: uid or "uid:gid" inside, default the spec's. As an ordinary user without subordinate ids there
+            is only one.
+        limits: tighter than the sandbox's, for this command: cpu_time, wall_time, pids, open_files,
+            file_size, output.
+
+        A command is its process and everything below it. When the process ends, the rest is killed, also
+        what daemonised; what should stay belongs to :meth:`popen` or :meth:`detach`.
+        """
+        link = self._ready("exec")
+        plan, bounds = self._plan, limits or self.spec.limits
+        extras = self._extras(user, limits)
+        owner = self._owner(extras.ids)
+        streams, stdio = make_streams(
+            plan, input, (stdin, stdout, stderr), encoding, owner=owner, limits=bounds
+        )
+        request = Request(
+            plan,
+            argv,
+            cwd=cwd,
+            env=env,
+            files=files,
+            pass_fds=pass_fds,
+            stdio=stdio,
+            record=record,
+            extras=extras,
+        )
+        seconds = self._deadline(timeout, bounds)
+        try:
+            done = _native.run(
+                link.work.fileno(), request.data, streams, seconds, request.pass_fds, sandbox=link.pidfd
+            )
+        except _native.NativeFailure as failure:
+            raise self._rendered(request, failure) from None
+        result = make_result(plan, request.args, streams, done, Decoder(text, encoding, errors))
+        self.last_active_at = time.time()
+        if check:
+            result.check_returncode()
+        return result
+
+    def shell(self, script: str, **options: Any) -> ExecResult:
+        """:meth:`exec` of ``/bin/sh -c script``."""
+        return self.exec(["/bin/sh", "-c", script], **options)
+
+    def popen(
+        self,
+        argv: Sequence[Program],
+        *,
+        stdin: File = None,
+        stdout: File = PIPE,
+        stderr: File = PIPE,
+        pty: bool | tuple[int, int] = False,
+        timeout: float | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        user: int | str | None = None,
+        limits: Limits | None = None,
+        text: bool = False,
+        encoding: str | None = None,
+        errors: str | None = None,
+        bufsize: int = -1,
+        files: Mapping[str, FileContent] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> Process:
+        """Start a command and return when it runs.
+
+        As for :meth:`exec`; PIPE makes a pipe whose other end is an attribute of the :class:`Process`;
+        another file or descriptor is copied to and from by the sandbox's launcher, so the command never
+        holds it. stdin is the null device unless told otherwise.
+
+        pty: True or (rows, columns): the command gets a terminal of its own, as its controlling one;
+            :class:`Process` has the other side as stdin and stdout.
+        timeout: seconds; then the command and everything below it is killed, with cause ``timeout``.
+        """
+        link = self._ready("popen")
+        flags: tuple[str, ...] = ("NOTIFY",)
+        size: tuple[int, int] = (24, 80)
+        if pty:
+            flags, size = ("NOTIFY", "PTY"), pty if isinstance(pty, tuple) else size
+            stdin = stdout = stderr = DEVNULL
+        seconds = self._deadline(timeout, limits or self.spec.limits)
+        extras = self._extras(user, limits, flags=flags, timeout=seconds, size=size)
+        pipes = Pipes((DEVNULL if stdin is None else stdin, stdout, stderr), self._owner(extras.ids))
+        try:
+            request = Request(
+                self._plan,
+                argv,
+                cwd=cwd,
+                env=env,
+                files=files,
+                pass_fds=pass_fds,
+                stdio=pipes.stdio,
+                extras=extras,
+            )
+            ending = Ending(self._plan, request, self._submit(link, request, pipes.theirs))
+        except BaseException:
+            pipes.close()
+            raise
+        pipes.sent()
+        process = Process(
+            ending, pipes, text=text, encoding=encoding, errors=errors, bufsize=bufsize, timeout=timeout
+        )
+        self._running.add(process)
+        process._await_start(START_PATIENCE)
+        return process
+
+    def _submit(self, link: Link, request: Request, fds: Sequence[int]) -> socket.socket:
+        """Send a request to the launchers; returns the command's socket."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                _native.send(
+                    link.work.fileno(), "EXEC", request.data, [theirs.fileno(), *fds, *request.pass_fds]
+                )
+            except OSError as error:
+                ours.close()
+                failure = _native.NativeFailure.of("launcher", 11, error.errno or 0)
+                raise self._rendered(request, failure) from None
+        return ours
+
+    def _rendered(self, request: Request | None, failure: _native.NativeFailure) -> Exception:
+        """The exception for a failure, which may be that the sandbox is no more."""
+        if (
+            failure.errno in (E.EPIPE, E.ECONNRESET, E.ECONNREFUSED, E.ETIME)
+            and self.state is not SandboxState.RUNNING
+        ):
+            return SandboxGone(f"sandbox {self.name}: its init has ended")
+        return render(self._plan, request, failure)
+
+    def _extras(self, user: int | str | None, limits: Limits | None, **more: Any) -> Extras:
+        ids = None
+        if user is not None:
+            ids = parse_user(user, "user")
+            if ids != self.spec.ids() and self._plan.host.mode == "rootless":
+                raise UnsupportedHost(
+                    f"user={user!r}",
+                    "subordinate ids for this user: newuidmap and /etc/subuid, or run as root",
+                )
+        rlimits = command_limits(self._plan, limits) if limits else ()
+        return Extras(ids=ids, rlimits=rlimits, **more)
+
+    def _owner(self, ids: tuple[int, int] | None) -> tuple[int, int] | None:
+        """The payload's ids outside, where they are not this process's own."""
+        return self._plan.outside(ids or self.spec.ids())
+
+    @staticmethod
+    def _deadline(timeout: float | None, limits: Limits) -> float | None:
+        every = [seconds for seconds in (timeout, limits.wall_time) if seconds is not None]
+        return max(0.0, min(every)) if every else None
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every process of every command. After SIGKILL it is empty, and still runs."""
+        if number in (signal.SIGSTOP, signal.SIGCONT):
+            raise ValueError("use suspend() and resume()")
+        self._ready("signal").tell_init(number)
+
+    @property
+    def capabilities(self) -> SandboxCapabilities:
+        """What was applied, read back from the kernel by a command that does everything but the exec."""
+        if self._capabilities is None:
+            link = self._ready("look")
+            extras = self._extras(None, None, flags=("DRY",))
+            streams, stdio = make_streams(self._plan, None, (None, DEVNULL, DEVNULL), None)
+            request = Request(
+                self._plan,
+                ["/"],
+                cwd=None,
+                env=None,
+                files=None,
+                pass_fds=(),
+                stdio=stdio,
+                record=True,
+                extras=extras,
+            )
+            try:
+                done = _native.run(link.work.fileno(), request.data, streams, 10, (), sandbox=link.pidfd)
+            except _native.NativeFailure as failure:
+                raise self._rendered(request, failure) from None
+            result = make_result(self._plan, request.args, streams, done, Decoder(False, None, None))
+            if result.capabilities is None:
+                raise SandboxTimeout(result)
+            self._capabilities = result.capabilities
+        return self._capabilities
