@@ -50,12 +50,13 @@ struct sbx_box {
 	char applied[SBX_MAX_APPLIED]; /* SBX_REQUEST_RECORD: text read back from the kernel */
 	uint32_t applied_size;
 	/* a living sandbox's: */
-	bool resident;	/* its commands inherit what init has given up already */
-	int keeper;	/* socket of init: end-of-file: die; SIGNAL for every command */
-	int work;	/* socket of the launchers: EXEC, FILES */
-	unsigned peers; /* processes of ours that count against the payload's limit of processes */
-	int later;	/* detached: what comes after the start */
-	int journal;	/* detached */
+	bool resident;	 /* its commands inherit what init has given up already */
+	bool persistent; /* its sockets have names in the file system of the host, and no end-of-file */
+	int keeper;	 /* socket of init: end-of-file: die; SIGNAL for every command */
+	int work;	 /* socket of the launchers: EXEC, FILES */
+	unsigned peers;	 /* processes of ours that count against the payload's limit of processes */
+	int later;	 /* detached: what comes after the start */
+	int journal;	 /* detached */
 };
 
 /* The launchers of a sandbox, shared between them and init. */

@@ -22,7 +22,8 @@ struct command {
 	int status;
 	bool ended;  /* the process; its children may still be there */
 	bool gone;   /* all of it */
-	bool killed; /* by us */
+	bool killed; /* by us: all of it has to go */
+	bool asked;  /* it was to be killed by somebody's wish */
 	bool timed_out;
 	struct sbx_streams streams;
 	struct sbx_usage usage;
@@ -127,6 +128,7 @@ static void reap(struct command *c)
 
 static void send_signal(struct command *c, uint32_t scope, int sig)
 {
+	c->asked |= sig == SIGKILL && !c->ended;
 	if (scope == SBX_SCOPE_TREE && sig == SIGKILL)
 		c->killed = true;
 	if (scope == SBX_SCOPE_TREE)
@@ -258,6 +260,7 @@ static void watch(struct command *c)
 		if (fds[CHILDREN].revents)
 			(void)sbx_sys(SYS_read, fds[CHILDREN].fd, drop, sizeof drop);
 		if (fds[LISTEN].revents & (POLLRDHUP | POLLHUP)) {
+			c->asked |= !c->ended;
 			c->killed = true;
 			c->listen = -1; /* closed with the other descriptors of the request */
 		} else if (fds[LISTEN].revents) {
@@ -277,6 +280,7 @@ static void report(struct command *c)
 		.status = c->status,
 		.pid = c->pid,
 		.timed_out = c->timed_out,
+		.killed = c->asked,
 		.utime_us = u->utime_us,
 		.stime_us = u->stime_us,
 		.majflt = u->majflt,

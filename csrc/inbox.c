@@ -92,6 +92,7 @@ int sbx_box_fill(struct sbx_box *box, const struct sbx_request *r, const int *fd
 	box->later = box->journal = -1;
 	box->resident = r->flags & SBX_REQUEST_SANDBOX || box->resident;
 	if (r->flags & SBX_REQUEST_SANDBOX) {
+		box->persistent = r->flags & SBX_REQUEST_PERSISTENT;
 		if (nfds != 3)
 			return sbx_fail(err, SBX_STAGE_REQUEST, 22, -EBADF);
 		box->keeper = fds[1];

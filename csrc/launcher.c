@@ -75,8 +75,10 @@ static bool serve(const struct sbx_launcher *l)
 	const uint64_t one = 1;
 
 	long len = sbx_receive(l->box->work, l->inbox->bytes, sizeof l->inbox->bytes, fds, &nfds);
-	if (len == 0 || len == -ECONNRESET)
+	if (len == 0 && !l->box->persistent) { /* the host has let go: init knows, too */
+		(void)sbx_sys(SYS_ppoll, NULL, 0, NULL, NULL, 0);
 		return false;
+	}
 	l->box->clock[SBX_CLOCK_RECEIVED] = l->box->clock[SBX_CLOCK_STARTED] = sbx_now();
 	l->pool->state[l->slot] = SBX_LAUNCHER_BUSY;
 	if (count_idle(l->pool) == 0)

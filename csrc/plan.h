@@ -236,6 +236,8 @@ enum sbx_message_kind {
 	SBX_MESSAGE_SIGNAL, /* to a command's launcher, or to init: for every command */
 	SBX_MESSAGE_FOLLOW, /* to a detached command's launcher: a byte on the socket that came per news */
 	SBX_MESSAGE_INPUT,  /* to a detached command's launcher: lend out its terminal or its stdin */
+	SBX_MESSAGE_STAY,   /* to a persistent sandbox's init, on the answer's socket: its owner has it on record */
+	SBX_MESSAGE_END,    /* to init: end, and everything with you */
 };
 
 enum sbx_scope { SBX_SCOPE_PROCESS, SBX_SCOPE_GROUP, SBX_SCOPE_TREE };
@@ -299,7 +301,7 @@ struct sbx_record {
 	int32_t pid;	    /* READY: the spawner's; PIDFD: init's, as the spawner sees it; STARTED: as seen inside */
 	uint32_t size;	    /* APPLIED: bytes of text that follow */
 	uint32_t timed_out; /* EXIT: the launcher's clock struck */
-	uint32_t reserved;
+	uint32_t killed;    /* EXIT: SIGKILL was asked for, or whoever started it let go */
 	struct sbx_error error;
 	uint64_t clock[5]; /* ns, CLOCK_MONOTONIC */
 	uint64_t utime_us; /* of everything that ran in the sandbox */

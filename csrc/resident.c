@@ -129,13 +129,13 @@ static bool hear(struct resident *r)
 	size_t nfds = 1;
 	int answer = -1;
 
-	long len = sbx_receive(r->box->keeper, &msg, sizeof msg, &answer, &nfds);
-	if (len == 0 || len == -ECONNRESET)
-		return false;
-	long ret = -EPROTO;
-	if (len == sizeof msg && msg.magic == SBX_REQUEST_MAGIC && msg.kind == SBX_MESSAGE_SIGNAL && msg.signal >= 0 &&
-	    msg.signal <= 64)
-		ret = signal_all(r, msg.signal);
+	long len = sbx_receive(r->box->keeper, &msg, sizeof msg, &answer, &nfds), ret = -EPROTO;
+	if (len == sizeof msg && msg.magic == SBX_REQUEST_MAGIC) {
+		if (msg.kind == SBX_MESSAGE_END)
+			return false;
+		if (msg.kind == SBX_MESSAGE_SIGNAL && msg.signal >= 0 && msg.signal <= 64)
+			ret = signal_all(r, msg.signal);
+	}
 	if (nfds == 0)
 		return true;
 	done.error.err = ret < 0 ? (int32_t)-ret : 0;
@@ -144,14 +144,29 @@ static bool hear(struct resident *r)
 	return true;
 }
 
+/*
+ * A persistent sandbox is its owner's like any other, until the owner says that it is on record; so there
+ * is none that nobody knows of, whenever the owner dies.
+ */
+static bool may_stay(const struct sbx_box *box)
+{
+	struct sbx_message msg;
+	size_t nfds = 0;
+
+	return sbx_receive(box->control, &msg, sizeof msg, NULL, &nfds) == sizeof msg &&
+	       msg.magic == SBX_REQUEST_MAGIC && msg.kind == SBX_MESSAGE_STAY;
+}
+
 static long serve(struct resident *r)
 {
-	bool persistent = r->box->request->flags & SBX_REQUEST_PERSISTENT;
+	const short gone = POLLRDHUP | POLLHUP | POLLERR;
+	struct sbx_box *box = r->box;
 	struct pollfd fds[] = {
-		{ .fd = r->box->spawner->children, .events = POLLIN },
+		{ .fd = box->spawner->children, .events = POLLIN },
 		{ .fd = r->poke, .events = POLLIN },
-		{ .fd = r->box->keeper, .events = POLLIN | POLLRDHUP },
-		{ .fd = persistent ? -1 : r->box->spawner->host_pidfd, .events = POLLIN },
+		{ .fd = box->keeper, .events = POLLIN | POLLRDHUP },
+		{ .fd = box->spawner->host_pidfd, .events = POLLIN },
+		{ .fd = box->control, .events = POLLIN | POLLRDHUP },
 	};
 	char drop[256];
 
@@ -161,9 +176,14 @@ static long serve(struct resident *r)
 			return ret;
 		if (ret < 0)
 			continue;
-		if (fds[3].revents || fds[2].revents & (POLLRDHUP | POLLHUP | POLLERR))
-			return 0;
-		if (fds[2].revents && !hear(r))
+		if (fds[4].revents) {
+			if (!may_stay(box))
+				return 0;
+			sbx_close(sbx_steal_fd(&box->control));
+			fds[3].fd = fds[4].fd = -1;
+			continue;
+		}
+		if (fds[3].revents || fds[2].revents & gone || (fds[2].revents && !hear(r)))
 			return 0;
 		for (int i = 0; i < 2; i++)
 			if (fds[i].revents)
@@ -219,8 +239,8 @@ int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_LAUNCHER, 2, ret);
 	ret = sbx_send_record(box->control, &ready, NULL, 0, -1);
-	sbx_close(box->control);
-	box->control = -1;
+	if (!box->persistent)
+		sbx_close(sbx_steal_fd(&box->control));
 	if (ret >= 0)
 		(void)serve(&r);
 	return 0; /* nobody is there to hear of an error any more: the end is the answer */

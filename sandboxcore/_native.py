@@ -257,6 +257,7 @@ class Record:
     pid: int
     status: int
     timed_out: bool
+    killed: bool
     error: NativeFailure | None
     text: bytes
     native: Any
@@ -304,6 +305,7 @@ def receive(socket: int) -> Record | None:
         record.pid,
         record.status,
         bool(record.timed_out),
+        bool(record.killed),
         NativeFailure(record.error) if failed else None,
         bytes(ffi.buffer(text, record.size)) if kind == "APPLIED" else b"",
         record,
@@ -313,8 +315,9 @@ def receive(socket: int) -> Record | None:
 def ended_result(record: Record, began: int, finished: int, applied: bytes) -> NativeResult:
     """The result of a command whose streams went elsewhere, from its EXIT record."""
     end = record.native
+    lost = record.killed and end.status == 9
     return NativeResult(
-        end.status, record.timed_out, False, (b"", b""), (0, 0), tuple(end.clock), began, finished,
+        end.status, record.timed_out, lost, (b"", b""), (0, 0), tuple(end.clock), began, finished,
         end.utime_us, end.stime_us, end.maxrss_kib, end.majflt, end.inblock, end.oublock, applied,
     )  # fmt: skip
 
@@ -322,3 +325,48 @@ def ended_result(record: Record, began: int, finished: int, applied: bytes) -> N
 def lost_result(began: int, finished: int) -> NativeResult:
     """The result of a command whose launcher ended without a word: somebody killed it, and so the command."""
     return NativeResult(9, False, True, (b"", b""), (0, 0), (0,) * 5, began, finished, 0, 0, 0, 0, 0, 0, b"")
+
+
+# --- journals -------------------------------------------------------------------------------------
+
+JOURNAL_HEAD = cast(int, lib.SBX_JOURNAL_HEAD)
+JOURNAL_SIZE = cast(int, ffi.sizeof("struct sbx_journal"))
+_JOURNAL_STATES = {constant(f"JOURNAL_{name}"): name for name in ("NEW", "RUNNING", "ENDED")}
+
+
+@dataclass(frozen=True, slots=True)
+class JournalHead:
+    """How far a detached command has come: struct sbx_journal."""
+
+    keep: int
+    ring: int
+    written: tuple[int, int]
+    state: str
+    pid: int
+    exit: Record
+
+
+def journal_head(keep: int) -> tuple[bytes, int]:
+    """The first bytes of a new journal, and the whole file's size."""
+    head = ffi.new("struct sbx_journal *")
+    head.magic, head.layout = lib.SBX_JOURNAL_MAGIC, lib.SBX_LAYOUT
+    head.keep, head.ring = keep, keep + lib.SBX_JOURNAL_SLACK
+    return bytes(ffi.buffer(head)), JOURNAL_HEAD + 2 * head.ring
+
+
+def parse_journal(data: bytes) -> JournalHead:
+    """The first page of a journal. Raises ValueError where it is none."""
+    if len(data) < JOURNAL_SIZE:
+        raise ValueError("not a journal")
+    head = ffi.new("struct sbx_journal *")
+    ffi.memmove(head, data, JOURNAL_SIZE)
+    if (
+        head.magic != lib.SBX_JOURNAL_MAGIC
+        or head.layout != lib.SBX_LAYOUT
+        or head.state not in _JOURNAL_STATES
+    ):
+        raise ValueError("not a journal of this version")
+    end = ffi.new("struct sbx_record *", head.exit)
+    record = Record("EXIT", -1, end.pid, end.status, bool(end.timed_out), bool(end.killed), None, b"", end)
+    written = head.written[0], head.written[1]
+    return JournalHead(head.keep, head.ring, written, _JOURNAL_STATES[head.state], head.pid, record)

@@ -16,10 +16,11 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 from sandboxcore import _native
+from sandboxcore.link import pid_of
 from sandboxcore.plan import Plan
 from sandboxcore.process import render
 from sandboxcore.request import DEVNULL, PIPE, STDOUT, File, Request, StrOrBytes
-from sandboxcore.result import Cause, Decoder, ExecResult, make_result
+from sandboxcore.result import Decoder, ExecResult, make_result
 
 Scope = Literal["process", "group", "tree"]
 CHUNK = 65536
@@ -175,7 +176,6 @@ class Ending:
         self.pid_inside = 0
         self.master = -1
         self._applied = b""
-        self.asked_to_die = False
 
     def hear(self) -> bool:
         """Take one record. Returns whether the command has ended. Raises BlockingIOError, SetupError."""
@@ -200,6 +200,22 @@ class Ending:
             self._finish(record)
         return self.result is not None
 
+    def await_start(self, patience: float) -> None:
+        """Block until the program runs. Raises what kept it from that; then it is killed."""
+        try:
+            poller = select.poll()
+            poller.register(self.sock, select.POLLIN)
+            deadline = time.monotonic() + patience
+            while not self.started and self.result is None:
+                left = deadline - time.monotonic()
+                if left <= 0 or not poller.poll(left * 1000):
+                    raise TimeoutError(f"{self.request.args[0]!r} did not start within {patience} s")
+                with contextlib.suppress(BlockingIOError):
+                    self.hear()
+        except BaseException:
+            self.close()
+            raise
+
     def _finish(self, record: _native.Record | None) -> None:
         """An end without a record: its launcher was killed, so it was, too."""
         now = time.monotonic_ns()
@@ -209,8 +225,6 @@ class Ending:
             done = _native.ended_result(record, self.began, now, self._applied)
         streams = _native.Streams(capture=())
         result = make_result(self.plan, self.request.args, streams, done, Decoder(False, None, None))
-        if self.asked_to_die and result.cause is Cause.SIGNALED:
-            result = _with_cause(result, Cause.KILLED)
         self.result = result
         self.sock.close()
 
@@ -218,16 +232,13 @@ class Ending:
         """Send a signal, unless it has ended."""
         if self.result is None and self.sock.fileno() >= 0:
             scopes = {"process": "PROCESS", "group": "GROUP", "tree": "TREE"}
-            self.asked_to_die = self.asked_to_die or number == signal.SIGKILL
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 flags = _native.constant(f"SCOPE_{scopes[scope]}")
                 _native.send(self.sock.fileno(), "SIGNAL", flags=flags, signal=number)
 
     def host_pid(self) -> int:
         """The number by which this process knows the command, or 0 when it is gone: proc(5), fdinfo."""
-        with open(f"/proc/self/fdinfo/{self.pidfd}") as lines:
-            numbers = dict(line.split(":", 1) for line in lines)
-        return max(0, int(numbers["Pid"]))
+        return pid_of(self.pidfd)
 
     def close(self) -> None:
         """Let go. Kills the command if it still runs. Idempotent."""
@@ -236,12 +247,6 @@ class Ending:
             if fd >= 0:
                 os.close(fd)
         self.pidfd = self.master = -1
-
-
-def _with_cause(result: ExecResult, cause: Cause) -> ExecResult:
-    from dataclasses import replace
-
-    return replace(result, cause=cause)
 
 
 class Process:
@@ -291,15 +296,7 @@ class Process:
     def _await_start(self, patience: float) -> None:
         """Return when the program runs. Raises what kept it from that."""
         try:
-            poller = select.poll()
-            poller.register(self._ending.sock, select.POLLIN)
-            deadline = time.monotonic() + patience
-            while not self._ending.started and self._ending.result is None:
-                left = deadline - time.monotonic()
-                if left <= 0 or not poller.poll(left * 1000):
-                    raise TimeoutError(f"{self.args[0]!r} did not start within {patience} s")
-                with contextlib.suppress(BlockingIOError):
-                    self._ending.hear()
+            self._ending.await_start(patience)
         except BaseException:
             self.close()
             raise

@@ -122,6 +122,24 @@ def compile_plan(spec: SandboxSpec, host: HostFeatures) -> Plan:
     return plan
 
 
+def reopened_plan(spec: SandboxSpec, host: HostFeatures, omitted: tuple[str, ...]) -> Plan:
+    """What is needed of the plan of a sandbox that stands already: its commands' side of it, no template."""
+    env = _environment(spec)
+    return Plan(
+        id=0,
+        data=b"",
+        spec=spec,
+        host=host,
+        env=env,
+        env_items=_environment_items(env),
+        rlimits=tuple(_resource_limits(spec.limits, host, spec.ids()[0])),
+        names={},
+        omitted=omitted,
+        lines=(),
+        watched=(),
+    )
+
+
 _cache: dict[tuple[str, HostFeatures], Plan] = {}
 
 
@@ -276,8 +294,7 @@ class _Compiler:
     # --- for people ---------------------------------------------------------------------------
 
     def _plan(self, data: bytes) -> Plan:
-        home = {"HOME": self.spec.workdir, "USER": "sandbox", "LOGNAME": "sandbox"}
-        env = {"PATH": PATH, "LANG": "C.UTF-8", **home, **self.spec.env}
+        env = _environment(self.spec)
         watched = self.tree.identities()
         digest = hashlib.sha256(data + repr(watched).encode()).digest()
         return Plan(
@@ -286,7 +303,7 @@ class _Compiler:
             spec=self.spec,
             host=self.host,
             env=env,
-            env_items=tuple(os.fsencode(f"{key}={value}") for key, value in env.items()),
+            env_items=_environment_items(env),
             rlimits=tuple(self.rlimits),
             names=self._names(),
             omitted=tuple(self.omitted),
@@ -367,6 +384,15 @@ def command_limits(plan: Plan, limits: Limits) -> tuple[RLimit, ...]:
     if not changed:
         return ()
     return tuple(_resource_limits(replace(own, **changed), plan.host, plan.spec.ids()[0]))
+
+
+def _environment(spec: SandboxSpec) -> dict[str, str]:
+    home = {"HOME": spec.workdir, "USER": "sandbox", "LOGNAME": "sandbox"}
+    return {"PATH": PATH, "LANG": "C.UTF-8", **home, **spec.env}
+
+
+def _environment_items(env: Mapping[str, str]) -> tuple[bytes, ...]:
+    return tuple(os.fsencode(f"{key}={value}") for key, value in env.items())
 
 
 def _around(own: int) -> str:

@@ -23,7 +23,7 @@ from sandboxcore.spec import SandboxSpec
 Done = TypeVar("Done")
 
 _DEFAULT_SPEC = SandboxSpec()
-_ATTEMPTS = 8  # a template may be evicted between its making and its use, by 64 others
+ATTEMPTS = 8  # a template may be evicted between its making and its use, by 64 others
 
 
 def run(
@@ -103,25 +103,40 @@ def _execute(
 def with_spawner(plan: Plan, request: Request | None, action: Callable[[spawner.Spawner], Done]) -> Done:
     """Do something with a spawner that knows the plan. One that has died or has forgotten it is helped, as
     long as nothing ran; every other failure is rendered."""
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            connection = spawner.get_spawner(plan)
-        except _native.NativeFailure as failure:
-            raise render(plan, request, failure) from None
+    for attempt in range(ATTEMPTS):
+        connection = reach_spawner(plan, request)
         try:
             connection.teach(plan)
             return action(connection)
         except _native.NativeFailure as failure:
-            again = attempt < _ATTEMPTS
-            if again and failure.stage == "plan" and failure.errno == E.ESTALE:
-                connection.known.discard(plan.id)
-            elif again and (failure.stage, failure.index) in _NEVER_RAN:
-                spawner.drop_spawner(connection)
-            else:
-                if failure.stage == "spawner":
-                    spawner.drop_spawner(connection)
-                raise render(plan, request, failure) from None
+            help_spawner(plan, request, connection, failure, last=attempt == ATTEMPTS - 1)
     raise AssertionError("unreachable")
+
+
+def reach_spawner(plan: Plan, request: Request | None) -> spawner.Spawner:
+    """The spawner for a plan, started if need be. Raises what :func:`render` makes of a failure."""
+    try:
+        return spawner.get_spawner(plan)
+    except _native.NativeFailure as failure:
+        raise render(plan, request, failure) from None
+
+
+def help_spawner(
+    plan: Plan,
+    request: Request | None,
+    connection: spawner.Spawner,
+    failure: _native.NativeFailure,
+    *,
+    last: bool,
+) -> None:
+    """Make another attempt possible after a failure with which nothing ran; render every other one."""
+    if not last and failure.stage == "plan" and failure.errno == E.ESTALE:
+        connection.known.discard(plan.id)
+        return
+    if failure.stage == "spawner" or (failure.stage, failure.index) in _NEVER_RAN:
+        spawner.drop_spawner(connection)
+    if last or (failure.stage, failure.index) not in _NEVER_RAN:
+        raise render(plan, request, failure) from None
 
 
 _HINTS = {

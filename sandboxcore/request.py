@@ -87,6 +87,8 @@ class Extras:
     rlimits: tuple[RLimit, ...] = ()
     timeout: float | None = None
     size: tuple[int, int] = (24, 80)
+    executable: Program | None = None
+    umask: int | None = None
 
 
 def sandbox_request(plan: Plan, *, persistent: bool) -> bytes:
@@ -118,7 +120,11 @@ class Request:
         if isinstance(argv, str | bytes) or not argv:
             raise SpecError(f"argv: {argv!r} is not a non-empty sequence of arguments")
         self.args = tuple(argv)
-        self.cwd = plan.spec.workdir if cwd is None else os.path.join(plan.spec.workdir, os.fspath(cwd))
+        self.program = self.args[0] if extras.executable is None else extras.executable
+        self.umask = 0o022 if extras.umask is None else extras.umask
+        if not 0 <= self.umask <= 0o777:
+            raise SpecError(f"umask: {self.umask!r} is not between 0 and 0o777")
+        self.cwd = plan.spec.workdir if cwd is None else os.path.join(plan.spec.workdir, os.fsdecode(cwd))
         self.files = [_file(self.cwd, path, content) for path, content in (files or {}).items()]
         self.pass_fds = sorted(set(pass_fds))
         if len(self.pass_fds) > _native.MAX_PASS or (self.pass_fds and self.pass_fds[0] < 3):
@@ -128,7 +134,7 @@ class Request:
         items = plan.env_items
         if env is not None:
             check_env(env, "env")
-            items = tuple(os.fsencode(f"{key}={value}") for key, value in env.items())
+            items = tuple(os.fsencode(key) + b"=" + os.fsencode(value) for key, value in env.items())
         path = (plan.env if env is None else env).get("PATH", PATH)
         if record:
             extras = replace(extras, flags=("RECORD", *extras.flags))
@@ -152,14 +158,15 @@ class Request:
         )
         head = arena.head
         args = [os.fsencode(arg) for arg in self.args]
-        if any(b"\0" in arg for arg in args) or "\0" in self.cwd:
+        program = os.fsencode(self.program)
+        if any(b"\0" in arg for arg in (*args, program)) or "\0" in self.cwd:
             raise ValueError("embedded null byte")  # as subprocess says it
         if too_long := next((arg for arg in (*args, *env) if len(arg) >= ARG_MAX), None):
             raise ExecError("exec", errno.E2BIG, subject=f"an argument of {len(too_long)} bytes")
         arena.strings("argv", args)
         arena.strings("env", env)
-        arena.strings("paths", _candidates(args[0], path))
-        head.plan, head.cwd, head.umask = plan.id, arena.data(os.fsencode(self.cwd)), 0o022
+        arena.strings("paths", _candidates(program, path))
+        head.plan, head.cwd, head.umask = plan.id, arena.data(os.fsencode(self.cwd)), self.umask
         head.flags = sum(_native.constant(f"REQUEST_{name}") for name in extras.flags)
         head.stdio = stdio
         head.uid, head.gid = extras.ids or plan.spec.ids()
@@ -180,7 +187,7 @@ class Request:
     def subject(self, failure: _native.NativeFailure) -> str:
         """What an error of this request is about."""
         if failure.stage == "exec":
-            return os.fsdecode(self.args[0])
+            return os.fsdecode(self.program)
         if failure.stage == "cwd":
             return self.cwd
         if failure.stage == "file" and failure.index < len(self.files):

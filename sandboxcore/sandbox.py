@@ -4,10 +4,8 @@ a fork and an exec."""
 import contextlib
 import errno as E
 import os
-import select
 import signal
 import socket
-import struct
 import threading
 import time
 import weakref
@@ -18,9 +16,18 @@ from typing import Any, Self
 from sandboxcore import _native, host
 from sandboxcore.capabilities import SandboxCapabilities
 from sandboxcore.command import Ending, Pipes, Process
-from sandboxcore.errors import InvalidTransition, SandboxGone, SandboxTimeout, UnsupportedHost
+from sandboxcore.detached import DEFAULT_KEEP, DetachedCommand, Journal
+from sandboxcore.errors import (
+    InvalidTransition,
+    SandboxGone,
+    SandboxNotFound,
+    SandboxTimeout,
+    SpecError,
+    UnsupportedHost,
+)
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
-from sandboxcore.plan import Plan, command_limits, compile_plan
+from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Birth, Home, Link, pid_of
+from sandboxcore.plan import command_limits, compile_plan
 from sandboxcore.process import render, with_spawner
 from sandboxcore.request import (
     DEVNULL,
@@ -32,130 +39,10 @@ from sandboxcore.request import (
     Request,
     StrOrBytes,
     make_streams,
-    sandbox_request,
 )
 from sandboxcore.result import Decoder, ExecResult, make_result
 from sandboxcore.spawner import Spawner
-from sandboxcore.spec import Limits, SandboxSpec, parse_user
-
-START_PATIENCE = 30.0  # seconds for a sandbox, or a program in it, to start
-ANSWER_PATIENCE = 5.0  # seconds for init to do what it was told
-
-
-class Link:
-    """The way to a running sandbox: init's pidfd and the two sockets, of init and of the launchers."""
-
-    def __init__(self, keeper: socket.socket, work: socket.socket, pidfd: int) -> None:
-        self.keeper, self.work, self.pidfd = keeper, work, pidfd
-        # A sandbox that takes nothing, because it is stopped from outside, must not hold its caller for ever.
-        patience = struct.pack("ll", int(ANSWER_PATIENCE), 0)
-        work.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
-
-    def alive(self) -> bool:
-        """Whether init still runs."""
-        return self.pidfd >= 0 and not _poll(self.pidfd, 0)
-
-    def tell_init(self, number: int) -> None:
-        """Have init send a signal to every command. Raises TimeoutError, OSError."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours:
-            with theirs:
-                _native.send(self.keeper.fileno(), "SIGNAL", fds=[theirs.fileno()], signal=number)
-            if not _poll(ours.fileno(), ANSWER_PATIENCE):
-                raise TimeoutError(f"init does not answer within {ANSWER_PATIENCE} s")
-            record = _native.receive(ours.fileno())
-        if record is None or record.error:
-            code = record.error.errno if record and record.error else E.EPIPE
-            raise OSError(code, os.strerror(code))
-
-    def kill(self, *, wait: float) -> None:
-        """End init and with it everything. Idempotent."""
-        if self.pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            if wait and not _poll(self.pidfd, wait):
-                raise TimeoutError("a process in uninterruptible sleep cannot be killed yet")
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the descriptors. A sandbox that is not persistent ends by that."""
-        self.keeper.close()
-        self.work.close()
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
-
-
-def _poll(fd: int, seconds: float) -> bool:
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return bool(poller.poll(seconds * 1000))
-
-
-class Birth:
-    """A sandbox on its way: the request is sent, the answer may be waited for in any manner."""
-
-    def __init__(self, plan: Plan, keeper: socket.socket, work: socket.socket, answer: socket.socket) -> None:
-        self.plan, self.keeper, self.work, self.answer = plan, keeper, work, answer
-        self.pidfd = -1
-
-    @classmethod
-    def send(cls, plan: Plan, connection: Spawner) -> Self:
-        """Ask a spawner for a sandbox. Raises NativeFailure, OSError."""
-        pairs = []
-        try:
-            for _ in range(3):
-                pairs.append(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            answer, keeper, work = (pair[0] for pair in pairs)
-            theirs = [pair[1].fileno() for pair in pairs]
-            request = sandbox_request(plan, persistent=False)
-            _native.send(connection.fd, "RUN", request, theirs)
-        except BaseException:
-            for pair in pairs:
-                pair[0].close()
-            raise
-        finally:
-            for pair in pairs:
-                pair[1].close()
-        return cls(plan, keeper, work, answer)
-
-    def hear(self) -> Link | None:
-        """Take one record; the link when the sandbox stands. Raises BlockingIOError, NativeFailure."""
-        try:
-            record = _native.receive(self.answer.fileno())
-        except ConnectionResetError:
-            record = None
-        if record is None:
-            raise _native.NativeFailure.of("spawner", 15, E.EPIPE)
-        if record.error:
-            raise record.error
-        if record.kind == "PIDFD":
-            self.pidfd = record.fd
-        if record.kind != "READY":
-            return None
-        self.answer.close()
-        link = Link(self.keeper, self.work, self.pidfd)
-        self.pidfd = -1
-        return link
-
-    def abandon(self) -> None:
-        """Give up: whatever there is of it dies."""
-        self.answer.close()
-        Link(self.keeper, self.work, self.pidfd).kill(wait=0)
-
-    def wait(self) -> Link:
-        """Block until it stands. Raises NativeFailure, SandboxTimeout."""
-        deadline = time.monotonic() + START_PATIENCE
-        try:
-            while True:
-                if not _poll(self.answer.fileno(), max(0.0, deadline - time.monotonic())):
-                    raise _native.NativeFailure.of("init", 20, E.ETIME)
-                with contextlib.suppress(BlockingIOError):
-                    if link := self.hear():
-                        return link
-        except BaseException:
-            self.abandon()
-            raise
+from sandboxcore.spec import Limits, SandboxSpec, parse_size, parse_user
 
 
 class Sandbox:
@@ -201,6 +88,7 @@ class Sandbox:
         self._link: Link | None = None
         self._capabilities: SandboxCapabilities | None = None
         self._running: weakref.WeakSet[Process] = weakref.WeakSet()
+        self._detached: dict[str, DetachedCommand] = {}
         self._pid = os.getpid()
 
     @classmethod
@@ -224,11 +112,7 @@ class Sandbox:
     def pid(self) -> int:
         """The number of its init, as this process sees it; 0 when it does not run."""
         with self._lock:
-            if self._link is None:
-                return 0
-            with open(f"/proc/self/fdinfo/{self._link.pidfd}") as lines:
-                numbers = dict(line.split(":", 1) for line in lines)
-            return max(0, int(numbers["Pid"]))
+            return 0 if self._link is None else pid_of(self._link.pidfd)
 
     def start(self) -> None:
         """Start it, also again after :meth:`stop`; then everything private in it is new and empty."""
@@ -237,15 +121,15 @@ class Sandbox:
             if self._state is SandboxState.PAUSED:
                 raise InvalidTransition(self.name, "paused", "start; resume it")
             self._plan = compile_plan(self.spec, host.features())
-            self._link = self._begin()
+            self._link = self._begin(None)
             self._state = SandboxState.RUNNING
             self.started_at = self.last_active_at = time.time()
             self.stopped_at = None
 
-    def _begin(self) -> Link:
+    def _begin(self, home: Home | None) -> Link:
         def action(connection: Spawner) -> Link:
             try:
-                return Birth.send(self._plan, connection).wait()
+                return Birth.send(self._plan, connection, home).wait()
             except OSError as error:
                 code = error.errno or 0
                 stage = "spawner" if code in (E.EPIPE, E.ECONNRESET) else "host"
@@ -280,7 +164,12 @@ class Sandbox:
         with self._lock:
             if self._state is not SandboxState.DESTROYED:
                 busy = any(process.returncode is None for process in list(self._running))
+                busy = busy or any(command.returncode is None for command in self._detached.values())
                 self._end(SandboxState.DESTROYED, wait=ANSWER_PATIENCE if busy else 0)
+
+    def destroy(self) -> None:
+        """The same as :meth:`close`."""
+        self.close()
 
     def _end(self, state: SandboxState, *, wait: float = 0) -> None:
         link, self._link = self._link, None
@@ -338,6 +227,8 @@ class Sandbox:
         env: Mapping[str, str] | None = None,
         user: int | str | None = None,
         limits: Limits | None = None,
+        executable: Program | None = None,
+        umask: int | None = None,
         text: bool = False,
         encoding: str | None = None,
         errors: str | None = None,
@@ -354,13 +245,15 @@ class Sandbox:
             is only one.
         limits: tighter than the sandbox's, for this command: cpu_time, wall_time, pids, open_files,
             file_size, output.
+        executable: the program, where it is not the first of ``argv``.
+        umask: default 0o022.
 
         A command is its process and everything below it. When the process ends, the rest is killed, also
         what daemonised; what should stay belongs to :meth:`popen` or :meth:`detach`.
         """
         link = self._ready("exec")
         plan, bounds = self._plan, limits or self.spec.limits
-        extras = self._extras(user, limits)
+        extras = self._extras(user, limits, executable=executable, umask=umask)
         owner = self._owner(extras.ids)
         streams, stdio = make_streams(
             plan, input, (stdin, stdout, stderr), encoding, owner=owner, limits=bounds
@@ -406,6 +299,8 @@ class Sandbox:
         env: Mapping[str, str] | None = None,
         user: int | str | None = None,
         limits: Limits | None = None,
+        executable: Program | None = None,
+        umask: int | None = None,
         text: bool = False,
         encoding: str | None = None,
         errors: str | None = None,
@@ -430,7 +325,9 @@ class Sandbox:
             flags, size = ("NOTIFY", "PTY"), pty if isinstance(pty, tuple) else size
             stdin = stdout = stderr = DEVNULL
         seconds = self._deadline(timeout, limits or self.spec.limits)
-        extras = self._extras(user, limits, flags=flags, timeout=seconds, size=size)
+        extras = self._extras(
+            user, limits, flags=flags, timeout=seconds, size=size, executable=executable, umask=umask
+        )
         pipes = Pipes((DEVNULL if stdin is None else stdin, stdout, stderr), self._owner(extras.ids))
         try:
             request = Request(
@@ -454,6 +351,91 @@ class Sandbox:
         self._running.add(process)
         process._await_start(START_PATIENCE)
         return process
+
+    def detach(
+        self,
+        argv: Sequence[Program],
+        *,
+        stdin: File = None,
+        pty: bool | tuple[int, int] = False,
+        keep: int | str = DEFAULT_KEEP,
+        timeout: float | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        user: int | str | None = None,
+        limits: Limits | None = None,
+        files: Mapping[str, FileContent] | None = None,
+    ) -> DetachedCommand:
+        """Start a command that nobody needs to hold: it ends by itself, by its timeout, by :meth:`kill
+        <DetachedCommand.kill>`, or with the sandbox.
+
+        As for :meth:`popen`, and:
+
+        stdin: DEVNULL (default), or PIPE: somebody may write to it by :meth:`DetachedCommand.input`.
+        keep: the last so many bytes of stdout and of stderr are kept; default 1 MiB.
+        """
+        link = self._ready("detach")
+        flags, size = ["DETACHED"], (24, 80)
+        if pty:
+            flags, size = [*flags, "PTY"], pty if isinstance(pty, tuple) else size
+        elif stdin == PIPE:
+            flags.append("KEEP_STDIN")
+        elif stdin not in (None, DEVNULL):
+            raise ValueError("stdin is DEVNULL or PIPE: whoever holds another file may be gone first")
+        kept = parse_size(keep, "keep")
+        if not 4096 <= kept <= 1 << 30:
+            raise SpecError(f"keep: {keep!r} is not between 4K and 1G")
+        seconds = self._deadline(timeout, limits or self.spec.limits)
+        extras = self._extras(user, limits, flags=tuple(flags), timeout=seconds, size=size)
+        null, log = _native.constant("STDIO_NULL"), _native.constant("STDIO_LOG")
+        request = Request(
+            self._plan,
+            argv,
+            cwd=cwd,
+            env=env,
+            files=files,
+            pass_fds=(),
+            stdio=(null, log, log),
+            extras=extras,
+        )
+        command, later = self._new_command(request, kept, pty=bool(pty))
+        try:
+            with later:
+                fds = [later.fileno(), command._journal.fd]
+                ending = Ending(self._plan, request, self._submit(link, request, fds))
+            ending.await_start(START_PATIENCE)
+            ending.close()
+        except BaseException:
+            self._forget_command(command)
+            raise
+        return command
+
+    def _new_command(
+        self, request: Request, keep: int, *, pty: bool
+    ) -> tuple[DetachedCommand, socket.socket]:
+        """A command on record that is yet to start, and the socket by which its launcher will hear."""
+        journal = Journal.create(None, keep)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        command = DetachedCommand(
+            new_id("cmd"), request.args, self._plan, journal, ours.dup, pty=pty, started_at=time.time()
+        )
+        self._detached[command.id] = command
+        return command, theirs
+
+    def _forget_command(self, command: DetachedCommand) -> None:
+        self._detached.pop(command.id, None)
+        command.close()
+
+    def commands(self) -> list[DetachedCommand]:
+        """The detached commands, oldest first, ended ones too."""
+        return list(self._detached.values())
+
+    def command(self, command_id: str) -> DetachedCommand:
+        """A detached command by its id. Raises :class:`SandboxNotFound`."""
+        for command in self.commands():
+            if command.id == command_id:
+                return command
+        raise SandboxNotFound(f"no command {command_id!r} in sandbox {self.name}")
 
     def _submit(self, link: Link, request: Request, fds: Sequence[int]) -> socket.socket:
         """Send a request to the launchers; returns the command's socket."""

@@ -17,9 +17,11 @@ LAYERS = (
     ("tree",),
     ("plan",),
     ("request", "result", "spawner"),
-    ("process", "lifecycle"),
-    ("command",),
+    ("process", "lifecycle", "link"),
+    ("command", "store"),
+    ("detached",),
     ("sandbox",),
+    ("persistent",),
     ("cli",),
     ("__init__", "__main__"),
 )

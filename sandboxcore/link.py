@@ -1,0 +1,243 @@
+"""The way to a living sandbox: how one is asked for, and what its owner holds of it."""
+
+import contextlib
+import errno as E
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from sandboxcore import _native
+from sandboxcore.plan import Plan
+from sandboxcore.request import sandbox_request
+from sandboxcore.spawner import Spawner
+
+START_PATIENCE = 30.0  # seconds for a sandbox, or a program in it, to start
+ANSWER_PATIENCE = 5.0  # seconds for init to do what it was told
+
+
+class Home:
+    """The directory of a persistent sandbox: the names of its sockets, the journals of its commands."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def bind(self, name: str) -> socket.socket:
+        """A new socket under a name that is free."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with self._near(sock, name) as address:
+            sock.bind(address)
+        return sock
+
+    def connect(self, name: str) -> socket.socket:
+        """A socket that sends to a name. Raises ConnectionRefusedError, FileNotFoundError."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with self._near(sock, name) as address:
+            sock.connect(address)
+        return sock
+
+    @contextlib.contextmanager
+    def _near(self, sock: socket.socket, name: str) -> Iterator[str]:
+        """A short address, whatever the directory's name: unix(7) has room for 107 bytes."""
+        directory = os.open(self.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield f"/proc/self/fd/{directory}/{name}"
+        except BaseException:
+            sock.close()
+            raise
+        finally:
+            os.close(directory)
+
+    def end(self) -> None:
+        """Tell whoever listens here as init to end."""
+        with contextlib.suppress(OSError), self.connect("keeper") as keeper:
+            _native.send(keeper.fileno(), "END")
+
+    def remove(self, *names: str) -> None:
+        """Remove files of it, those that exist."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+
+def start_ticks(pid: int) -> int:
+    """When a process began, in clock ticks since boot; 0 if there is none: proc(5), stat."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(stat.rpartition(b")")[2].split()[19])
+
+
+def boot_id() -> str:
+    """Changes with every boot: random(4)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def pid_of(pidfd: int) -> int:
+    """The number behind a pidfd, as this process sees it; 0 when the process is gone: proc(5), fdinfo."""
+    lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
+    return max(0, int(next(line for line in lines if line.startswith("Pid:")).split()[1]))
+
+
+class Link:
+    """The way to a running sandbox: init's pidfd and the two sockets, of init and of the launchers."""
+
+    def __init__(
+        self, keeper: socket.socket, work: socket.socket, pidfd: int, answer: socket.socket | None = None
+    ) -> None:
+        self.keeper, self.work, self.pidfd = keeper, work, pidfd
+        self._answer = answer
+        # A sandbox that takes nothing, because it is stopped from outside, must not hold its caller for ever.
+        patience = struct.pack("ll", int(ANSWER_PATIENCE), 0)
+        work.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+
+    @classmethod
+    def reopen(cls, home: Home, pid: int, ticks: int, boot: str) -> Self | None:
+        """The way to a persistent sandbox that was on record as this process; None if that is gone."""
+        if not pid or boot != boot_id():
+            return None
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return None
+        socks: list[socket.socket] = []
+        try:
+            if start_ticks(pid) == ticks and not _poll(pidfd, 0):  # else the number is somebody else's now
+                socks = [home.connect("keeper"), home.connect("work")]
+        except (ConnectionRefusedError, FileNotFoundError):
+            pass
+        if len(socks) < 2:
+            os.close(pidfd)
+            for sock in socks:
+                sock.close()
+            return None
+        return cls(socks[0], socks[1], pidfd)
+
+    def stay(self) -> None:
+        """A persistent sandbox is on record now: from here on it does not end with this process."""
+        if self._answer is not None:
+            with self._answer:
+                _native.send(self._answer.fileno(), "STAY")
+            self._answer = None
+
+    def alive(self) -> bool:
+        """Whether init still runs."""
+        return self.pidfd >= 0 and not _poll(self.pidfd, 0)
+
+    def tell_init(self, number: int) -> None:
+        """Have init send a signal to every command. Raises TimeoutError, OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            with theirs:
+                _native.send(self.keeper.fileno(), "SIGNAL", fds=[theirs.fileno()], signal=number)
+            if not _poll(ours.fileno(), ANSWER_PATIENCE):
+                raise TimeoutError(f"init does not answer within {ANSWER_PATIENCE} s")
+            record = _native.receive(ours.fileno())
+        if record is None or record.error:
+            code = record.error.errno if record and record.error else E.EPIPE
+            raise OSError(code, os.strerror(code))
+
+    def kill(self, *, wait: float) -> None:
+        """End init and with it everything. Idempotent."""
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            if wait and not _poll(self.pidfd, wait):
+                raise TimeoutError("a process in uninterruptible sleep cannot be killed yet")
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the descriptors. A sandbox that is not persistent ends by that."""
+        if self._answer is not None:
+            self._answer.close()
+        self.keeper.close()
+        self.work.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+def _poll(fd: int, seconds: float) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))
+
+
+class Birth:
+    """A sandbox on its way: the request is sent, the answer may be waited for in any manner."""
+
+    def __init__(
+        self, answer: socket.socket, keeper: socket.socket, work: socket.socket, *, stays: bool
+    ) -> None:
+        self.answer, self.keeper, self.work, self.stays = answer, keeper, work, stays
+        self.pidfd = -1
+
+    @classmethod
+    def send(cls, plan: Plan, connection: Spawner, home: Home | None = None) -> Self:
+        """Ask a spawner for a sandbox; with ``home``, a persistent one. Raises NativeFailure, OSError."""
+        ours: list[socket.socket] = []
+        theirs: list[socket.socket] = []
+        try:
+            for name in ("answer", "keeper", "work"):
+                if home and name != "answer":
+                    home.remove(name)
+                    theirs.append(home.bind(name))
+                    ours.append(home.connect(name))
+                else:
+                    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                    ours.append(pair[0])
+                    theirs.append(pair[1])
+            request = sandbox_request(plan, persistent=home is not None)
+            _native.send(connection.fd, "RUN", request, [sock.fileno() for sock in theirs])
+        except BaseException:
+            for sock in ours:
+                sock.close()
+            raise
+        finally:
+            for sock in theirs:
+                sock.close()
+        return cls(*ours, stays=home is not None)
+
+    def hear(self) -> Link | None:
+        """Take one record; the link when the sandbox stands. Raises BlockingIOError, NativeFailure."""
+        try:
+            record = _native.receive(self.answer.fileno())
+        except ConnectionResetError:
+            record = None
+        if record is None:
+            raise _native.NativeFailure.of("spawner", 15, E.EPIPE)
+        if record.error:
+            raise record.error
+        if record.kind == "PIDFD":
+            self.pidfd = record.fd
+        if record.kind != "READY":
+            return None
+        if not self.stays:
+            self.answer.close()
+        link = Link(self.keeper, self.work, self.pidfd, self.answer if self.stays else None)
+        self.pidfd = -1
+        return link
+
+    def abandon(self) -> None:
+        """Give up: whatever there is of it dies."""
+        self.answer.close()
+        Link(self.keeper, self.work, self.pidfd).kill(wait=0)
+
+    def wait(self) -> Link:
+        """Block until it stands. Raises NativeFailure, SandboxTimeout."""
+        deadline = time.monotonic() + START_PATIENCE
+        try:
+            while True:
+                if not _poll(self.answer.fileno(), max(0.0, deadline - time.monotonic())):
+                    raise _native.NativeFailure.of("init", 20, E.ETIME)
+                with contextlib.suppress(BlockingIOError):
+                    if link := self.hear():
+                        return link
+        except BaseException:
+            self.abandon()
+            raise

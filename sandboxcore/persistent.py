@@ -1,0 +1,354 @@
+"""Sandboxes that outlive the process which made them: :class:`PersistentSandbox`."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from typing import Any, Self
+
+from sandboxcore import host
+from sandboxcore.detached import DetachedCommand, Journal
+from sandboxcore.errors import InvalidTransition, SandboxNotFound, SpecError
+from sandboxcore.lifecycle import SandboxState, check_move, new_id
+from sandboxcore.link import ANSWER_PATIENCE, Link, boot_id, pid_of, start_ticks
+from sandboxcore.plan import Plan, compile_plan, reopened_plan
+from sandboxcore.request import Request
+from sandboxcore.sandbox import Sandbox
+from sandboxcore.spec import SandboxSpec
+from sandboxcore.store import CommandRecord, SandboxRecord, Store
+
+StatePath = str | os.PathLike[str] | None
+_TOUCH = 1.0  # seconds between two notes of activity
+
+
+class PersistentSandbox(Sandbox):
+    """A sandbox with a name that stays until it is destroyed, whoever made it.
+
+    Any process of the same user finds it again with :meth:`connect`. Leaving a ``with`` block, and
+    :meth:`close`, let go of the handle; :meth:`stop` and :meth:`destroy` end the sandbox. It survives its
+    maker, also a killed one, but not a reboot: then it is stopped.
+
+    Parameters
+    ----------
+    state_dir: where it is on record; default ``$SANDBOXCORE_STATE_DIR``, else ``sandboxcore`` in
+        ``$XDG_STATE_HOME`` or ``~/.local/state``.
+    The others are those of :class:`Sandbox`. Raises :class:`SpecError` where the name is taken.
+    """
+
+    def __init__(
+        self,
+        spec: SandboxSpec | None = None,
+        *,
+        name: str | None = None,
+        state_dir: StatePath = None,
+        **about: Any,
+    ) -> None:
+        if name is not None:
+            check_name(name)
+        super().__init__(spec, name=name, **about)
+        self._store = Store(state_dir)
+        record = SandboxRecord(
+            id=self.id, name=self.name, state=self._state.value, spec=self.spec.to_dict(), labels=self.labels,
+            description=self.description, metadata=self.metadata, owner=self.owner,
+            created_at=self.created_at, last_active_at=self.created_at,
+        )  # fmt: skip
+        try:
+            with self._store.locked(self.id):  # or gc() would take the directory for a stray
+                self._store.home(self.id).path.mkdir(mode=0o700)
+                self._store.add(record)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._store.home(self.id).path.rmdir()
+            self._store.close()
+            raise
+        self._record = record
+
+    @classmethod
+    def create(cls, spec: SandboxSpec | None = None, **about: Any) -> Self:
+        """Make one and start it. One that cannot start leaves no record."""
+        sandbox = cls(spec, **about)
+        try:
+            sandbox.start()
+        except BaseException:
+            sandbox.destroy()
+            raise
+        return sandbox
+
+    @classmethod
+    def connect(cls, key: str, *, state_dir: StatePath = None) -> Self:
+        """The sandbox of a name or id. Raises :class:`SandboxNotFound`."""
+        store = Store(state_dir)
+        try:
+            return cls._of(store, store.find(key))
+        except BaseException:
+            store.close()
+            raise
+
+    @classmethod
+    def _of(cls, store: Store, record: SandboxRecord) -> Self:
+        self = cls.__new__(cls)
+        self._store, self._record = store, record
+        self.spec = SandboxSpec.from_dict(record.spec)
+        self.id, self.name, self.labels = record.id, record.name, dict(record.labels)
+        self.description, self.metadata, self.owner = record.description, dict(record.metadata), record.owner
+        self._lock = threading.RLock()
+        self._plan = reopened_plan(self.spec, host.features(), tuple(record.omitted))
+        self._link = None
+        self._capabilities = None
+        self._running = weakref.WeakSet()
+        self._detached = {}
+        self._pid = os.getpid()
+        self._adopt(record)
+        self._look()
+        return self
+
+    def _adopt(self, record: SandboxRecord) -> None:
+        self._record, self._state = record, SandboxState(record.state)
+        self.created_at, self.started_at = record.created_at, record.started_at
+        self.stopped_at, self.last_active_at = record.stopped_at, record.last_active_at
+
+    # --- states ---------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Go by what is on record, which other processes change, and by what is really there."""
+        with self._lock:
+            if self._state is SandboxState.DESTROYED:
+                return
+            record = self._store.get(self.id)
+            if record is None:
+                self._let_go()
+                self._state = SandboxState.DESTROYED
+                return
+            if (record.pid, record.ticks) != (self._record.pid, self._record.ticks):
+                self._let_go()
+            self._adopt(record)
+            if self._state not in (SandboxState.RUNNING, SandboxState.PAUSED):
+                self._let_go()
+                return
+            if self._link is None:
+                home = self._store.home(self.id)
+                self._link = Link.reopen(home, record.pid, record.ticks, record.boot)
+            if self._link is None or not self._link.alive():
+                self._let_go()
+                self._note_end(record)
+
+    def _note_end(self, record: SandboxRecord) -> None:
+        """It was killed, or the machine was restarted: put that on record, unless somebody did meanwhile."""
+        now = time.time()
+        self._store.end(record, now)
+        self._state, self.stopped_at = SandboxState.STOPPED, now
+
+    def _let_go(self) -> None:
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    @property
+    def state(self) -> SandboxState:
+        """A :class:`SandboxState`, as it is now, whichever process changed it."""
+        self._look()
+        return self._state
+
+    @property
+    def record(self) -> SandboxRecord:
+        """What is on record now, as plain data."""
+        self._look()
+        return dataclasses.replace(self._record, state=self._state.value, stopped_at=self.stopped_at)
+
+    def start(self) -> None:
+        """Start it, also again after :meth:`stop`; then everything private in it is new and empty."""
+        with self._lock, self._store.locked(self.id):
+            check_move(self.name, self.state, SandboxState.RUNNING, "start")
+            if self._state is SandboxState.PAUSED:
+                raise InvalidTransition(self.name, "paused", "start; resume it")
+            self._plan = compile_plan(self.spec, host.features())
+            link = self._begin(self._store.home(self.id))
+            try:
+                self._on_record(link, self._plan)
+                link.stay()
+            except BaseException:
+                link.kill(wait=0)
+                raise
+            self._link = link
+            self._look()
+
+    def _on_record(self, link: Link, plan: Plan) -> None:
+        pid, now = pid_of(link.pidfd), time.time()
+        self._store.change(
+            self.id, state=SandboxState.RUNNING.value, started_at=now, stopped_at=None, last_active_at=now,
+            pid=pid, ticks=start_ticks(pid), boot=boot_id(), omitted=list(plan.omitted),
+        )  # fmt: skip
+        record = self._store.get(self.id)
+        if record is None:
+            raise SandboxNotFound(f"sandbox {self.name} was removed while it started")
+        self._adopt(record)
+
+    def suspend(self) -> None:
+        """Stop every process in it (SIGSTOP, all at once) until :meth:`resume`."""
+        with self._lock, self._store.locked(self.id):
+            check_move(self.name, self.state, SandboxState.PAUSED, "suspend")
+            self._link_now().tell_init(signal.SIGSTOP)
+            self._store.change(self.id, state=SandboxState.PAUSED.value)
+            self._look()
+
+    def resume(self) -> None:
+        """Let it go on after :meth:`suspend`."""
+        with self._lock, self._store.locked(self.id):
+            if self.state is not SandboxState.PAUSED:
+                raise InvalidTransition(self.name, self._state.value, "resume")
+            self._link_now().tell_init(signal.SIGCONT)
+            self._store.change(self.id, state=SandboxState.RUNNING.value)
+            self._look()
+
+    def stop(self) -> None:
+        """Kill everything in it, wait until it is gone. What is private in it is lost; it can start again."""
+        with self._lock, self._store.locked(self.id):
+            check_move(self.name, self.state, SandboxState.STOPPED, "stop")
+            self._link_now().kill(wait=ANSWER_PATIENCE)
+            self._let_go()
+            self._note_end(self._record)
+
+    def close(self) -> None:
+        """Let go of the handle; the sandbox stays. Commands of this handle that are not detached end.
+        Idempotent."""
+        with self._lock:
+            for process in list(self._running):
+                process.close()
+            self._let_go()
+            self._store.close()
+
+    def destroy(self) -> None:
+        """End it for good and forget it, with the journals of its commands. Idempotent."""
+        with self._lock:
+            if self._state is not SandboxState.DESTROYED:
+                with self._store.locked(self.id):
+                    self._look()
+                    if self._link is not None:
+                        self._link.kill(wait=ANSWER_PATIENCE)
+                    self._let_go()
+                    self._store.remove(self.id)
+                    self._state = SandboxState.DESTROYED
+            self.close()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self._let_go()
+            self._store.close()
+
+    def _ready(self, wanted: str) -> Link:
+        with self._lock:
+            self._look()
+            link = super()._ready(wanted)
+            if self.last_active_at - self._record.last_active_at > _TOUCH:
+                self._store.change(self.id, last_active_at=self.last_active_at)
+            return link
+
+    # --- detached commands ----------------------------------------------------------------------
+
+    def _new_command(
+        self, request: Request, keep: int, *, pty: bool
+    ) -> tuple[DetachedCommand, socket.socket]:
+        home, command_id, now = self._store.home(self.id), new_id("cmd"), time.time()
+        args = [os.fsdecode(arg) for arg in request.args]
+        record = CommandRecord(id=command_id, sandbox=self.id, args=args, pty=pty, started_at=now)
+        journal = Journal.create(home.path / f"{command_id}.journal", keep)
+        try:
+            later = home.bind(command_id)
+            self._store.add(record)
+        except BaseException:
+            journal.close()
+            home.remove(command_id, f"{command_id}.journal")
+            raise
+        return self._command(record, journal), later
+
+    def _command(self, record: CommandRecord, journal: Journal) -> DetachedCommand:
+        home, name = self._store.home(self.id), record.id
+        return DetachedCommand(
+            name, record.args, self._plan, journal, lambda: home.connect(name),
+            pty=record.pty, started_at=record.started_at,
+        )  # fmt: skip
+
+    def _forget_command(self, command: DetachedCommand) -> None:
+        command.close()
+        self._store.remove_command(command.id)
+        self._store.home(self.id).remove(command.id, f"{command.id}.journal")
+
+    def commands(self) -> list[DetachedCommand]:
+        """The detached commands, oldest first, ended ones too, whoever started them."""
+        found = []
+        for record in self._store.commands(self.id):
+            path = self._store.home(self.id).path / f"{record.id}.journal"
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                found.append(self._command(record, Journal.open(path)))
+        return found
+
+
+def check_name(name: str) -> None:
+    """Raise :class:`SpecError` unless it is 1 to 64 letters, digits, ``_``, ``.`` or ``-``, no dot or dash
+    first."""
+    known = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+    if not isinstance(name, str) or not 1 <= len(name) <= 64 or not set(name) <= known or name[0] in ".-":
+        raise SpecError(
+            f"name: {name!r} is not 1 to 64 letters, digits, '_', '.' or '-' (these two not first)"
+        )
+
+
+def list_sandboxes(
+    state_dir: StatePath = None, *, labels: Mapping[str, str] | None = None
+) -> list[SandboxRecord]:
+    """What is on record, oldest first, corrected by what is really there. ``labels``: only those with all of
+    these."""
+    wanted = (labels or {}).items()
+    with Store(state_dir) as store:
+        every = [_true_record(store, record) for record in store.all()]
+    return [record for record in every if record is not None and wanted <= record.labels.items()]
+
+
+def _true_record(store: Store, record: SandboxRecord) -> SandboxRecord | None:
+    if record.state in (SandboxState.RUNNING, SandboxState.PAUSED):
+        link = Link.reopen(store.home(record.id), record.pid, record.ticks, record.boot)
+        if link is None:
+            store.end(record, time.time())
+            return store.get(record.id)
+        link.close()
+    return record
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Collected:
+    """What :func:`gc` did: ids of sandboxes found dead, and of directories without a record."""
+
+    ended: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+def gc(state_dir: StatePath = None, *, dry_run: bool = False) -> Collected:
+    """Set the records right after crashes: sandboxes whose processes are gone are put down as stopped, and
+    directories that no record knows are removed (what may still run there is ended first)."""
+    ended, removed = [], []
+    with Store(state_dir) as store:
+        for record in store.all():
+            if record.state in (SandboxState.RUNNING, SandboxState.PAUSED):
+                link = Link.reopen(store.home(record.id), record.pid, record.ticks, record.boot)
+                if link is not None:
+                    link.close()
+                    continue
+                ended.append(record.id)
+                if not dry_run:
+                    store.end(record, time.time())
+        for stray in store.strays():
+            with contextlib.suppress(BlockingIOError), store.locked(stray, wait=False):
+                if store.get(stray) is None:
+                    removed.append(stray)
+                    if not dry_run:
+                        store.home(stray).end()
+                        store.remove(stray)
+    return Collected(tuple(ended), tuple(removed))

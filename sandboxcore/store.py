@@ -1,0 +1,272 @@
+"""What persistent sandboxes are remembered by: one SQLite database and one directory each, below the state
+directory.
+
+Everybody who may write the directory is the same owner; several processes may use it at once. SQLite
+(WAL) makes each change atomic; what takes longer than one change, such as starting a sandbox, holds the
+sandbox's own file lock. A record is written before the thing it describes is let loose, so after a crash
+there may be a record without a sandbox, which the next look corrects, but no sandbox without a record.
+"""
+
+import contextlib
+import dataclasses
+import errno as E
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from sandboxcore.errors import SandboxError, SandboxNotFound, SpecError
+from sandboxcore.link import Home
+
+SCHEMA = 1
+_TABLES = """
+CREATE TABLE sandboxes (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, state TEXT NOT NULL, spec TEXT NOT NULL,
+    labels TEXT NOT NULL, description TEXT NOT NULL, metadata TEXT NOT NULL, owner TEXT,
+    created_at REAL NOT NULL, started_at REAL, stopped_at REAL, last_active_at REAL NOT NULL,
+    pid INTEGER NOT NULL, ticks INTEGER NOT NULL, boot TEXT NOT NULL, omitted TEXT NOT NULL
+) STRICT;
+CREATE TABLE commands (
+    id TEXT PRIMARY KEY, sandbox TEXT NOT NULL REFERENCES sandboxes (id) ON DELETE CASCADE,
+    args TEXT NOT NULL, pty INTEGER NOT NULL, started_at REAL NOT NULL
+) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxRecord:
+    """One persistent sandbox. ``pid``, ``ticks`` and ``boot`` together name its init, whatever became of the
+    number since."""
+
+    id: str
+    name: str
+    state: str
+    spec: dict[str, Any]
+    labels: dict[str, str] = field(default_factory=dict)
+    description: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    owner: str | None = None
+    created_at: float = 0.0
+    started_at: float | None = None
+    stopped_at: float | None = None
+    last_active_at: float = 0.0
+    pid: int = 0
+    ticks: int = 0
+    boot: str = ""
+    omitted: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandRecord:
+    """One detached command of a persistent sandbox. How it ended is in its journal."""
+
+    id: str
+    sandbox: str
+    args: list[str]
+    pty: bool
+    started_at: float
+
+
+_JSON = {"spec", "labels", "metadata", "omitted", "args"}
+Record = SandboxRecord | CommandRecord
+
+
+def default_state_dir() -> Path:
+    """``$SANDBOXCORE_STATE_DIR``; else ``sandboxcore`` in ``$XDG_STATE_HOME``, default ``~/.local/state``."""
+    if own := os.environ.get("SANDBOXCORE_STATE_DIR"):
+        return Path(own)
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "sandboxcore"
+
+
+class Store:
+    """The state directory. Any thread may use it. Raises :class:`SandboxError` where it cannot be used."""
+
+    def __init__(self, state_dir: str | os.PathLike[str] | None = None) -> None:
+        self.path = Path(state_dir) if state_dir is not None else default_state_dir()
+        self._lock = threading.RLock()
+        try:
+            (self.path / "sandboxes").mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.path.stat().st_uid != os.geteuid():
+                raise SandboxError(
+                    f"{self.path}: belongs to uid {self.path.stat().st_uid}; use another state directory"
+                )
+            self.path.chmod(0o700)
+            self._db = self._open()
+        except (OSError, sqlite3.Error) as error:
+            raise SandboxError(f"{self.path}: {error}") from error
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(
+            self.path / "state.db", timeout=10, isolation_level=None, check_same_thread=False
+        )
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA foreign_keys = ON")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            with _immediate(db):
+                if db.execute("PRAGMA user_version").fetchone()[0] == 0:  # nobody was faster
+                    for statement in filter(str.strip, _TABLES.split(";")):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA user_version = {SCHEMA}")
+        elif version != SCHEMA:
+            db.close()
+            raise SandboxError(f"{self.path}: schema {version}, but this version knows {SCHEMA}")
+        return db
+
+    def close(self) -> None:
+        """Let go of the database. Idempotent."""
+        with self._lock:
+            self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- records --------------------------------------------------------------------------------
+
+    def add(self, record: Record) -> None:
+        """Remember something new. Raises :class:`SpecError` where the name is taken."""
+        values = _row(record)
+        table = "commands" if isinstance(record, CommandRecord) else "sandboxes"
+        marks = ", ".join("?" * len(values))
+        with self._lock:
+            try:
+                self._db.execute(
+                    f"INSERT INTO {table} ({', '.join(values)}) VALUES ({marks})", list(values.values())
+                )
+            except sqlite3.IntegrityError as error:
+                if isinstance(record, SandboxRecord) and "name" in str(error):
+                    raise SpecError(f"name: {record.name!r} is the name of another sandbox") from None
+                raise SandboxNotFound(f"the sandbox of {record.id} is not on record any more") from None
+
+    def change(self, sandbox: str, **values: Any) -> None:
+        """Change fields of a sandbox's record, all at once."""
+        plain = {name: json.dumps(value) if name in _JSON else value for name, value in values.items()}
+        sets = ", ".join(f"{name} = ?" for name in plain)
+        with self._lock:
+            self._db.execute(f"UPDATE sandboxes SET {sets} WHERE id = ?", [*plain.values(), sandbox])
+
+    def end(self, record: SandboxRecord, when: float) -> None:
+        """Put a sandbox down as stopped, unless its record has changed since this one was read."""
+        with self._lock:
+            self._db.execute(
+                "UPDATE sandboxes SET state = 'stopped', stopped_at = ?, pid = 0, ticks = 0"
+                " WHERE id = ? AND pid = ? AND ticks = ? AND state IN ('running', 'paused')",
+                (when, record.id, record.pid, record.ticks),
+            )
+
+    def get(self, key: str) -> SandboxRecord | None:
+        """The sandbox of a name or id."""
+        with self._lock:
+            rows = self._db.execute("SELECT * FROM sandboxes WHERE id = ? OR name = ?", (key, key)).fetchall()
+        return _sandbox(rows[0]) if rows else None
+
+    def find(self, key: str) -> SandboxRecord:
+        """The same. Raises :class:`SandboxNotFound`."""
+        record = self.get(key)
+        if record is None:
+            raise SandboxNotFound(f"no sandbox has the name or id {key!r} in {self.path}")
+        return record
+
+    def all(self) -> list[SandboxRecord]:
+        """Every sandbox, oldest first."""
+        with self._lock:
+            rows = self._db.execute("SELECT * FROM sandboxes ORDER BY created_at, id").fetchall()
+        return [_sandbox(row) for row in rows]
+
+    def commands(self, sandbox: str) -> list[CommandRecord]:
+        """A sandbox's detached commands, oldest first."""
+        query = "SELECT * FROM commands WHERE sandbox = ? ORDER BY started_at, id"
+        with self._lock:
+            rows = self._db.execute(query, (sandbox,)).fetchall()
+        return [_command(row) for row in rows]
+
+    def remove(self, sandbox: str) -> None:
+        """Forget a sandbox with its commands, then its directory."""
+        with self._lock:
+            self._db.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox,))
+        shutil.rmtree(self.home(sandbox).path, ignore_errors=True)
+        self._lock_path(sandbox).unlink(missing_ok=True)
+
+    def remove_command(self, command: str) -> None:
+        """Forget a detached command."""
+        with self._lock:
+            self._db.execute("DELETE FROM commands WHERE id = ?", (command,))
+
+    # --- directories and locks ------------------------------------------------------------------
+
+    def home(self, sandbox: str) -> Home:
+        """A sandbox's directory, which need not exist."""
+        return Home(self.path / "sandboxes" / sandbox)
+
+    def strays(self) -> list[str]:
+        """Ids of directories without a record."""
+        known = {record.id for record in self.all()}
+        found = {path.name for path in (self.path / "sandboxes").iterdir() if path.is_dir()}
+        return sorted(found - known)
+
+    def _lock_path(self, sandbox: str) -> Path:
+        return self.path / "sandboxes" / f"{sandbox}.lock"
+
+    @contextlib.contextmanager
+    def locked(self, sandbox: str, *, wait: bool = True) -> Iterator[None]:
+        """Hold a sandbox's lock: whoever starts, stops or removes it does. Released by the kernel when the
+        holder dies. Raises BlockingIOError with ``wait=False`` if somebody else holds it."""
+        path = self._lock_path(sandbox)
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if _same_file(fd, path):  # else it was removed while we waited
+                    yield
+                    return
+            finally:
+                os.close(fd)
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError as error:
+        if error.errno == E.ENOENT:
+            return False
+        raise
+
+
+@contextlib.contextmanager
+def _immediate(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+
+
+def _row(record: Record) -> dict[str, Any]:
+    values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
+    return {name: json.dumps(value) if name in _JSON else value for name, value in values.items()}
+
+
+def _values(row: sqlite3.Row) -> dict[str, Any]:
+    return {name: json.loads(value) if name in _JSON else value for name, value in dict(row).items()}
+
+
+def _sandbox(row: sqlite3.Row) -> SandboxRecord:
+    return SandboxRecord(**_values(row))
+
+
+def _command(row: sqlite3.Row) -> CommandRecord:
+    values = _values(row)
+    return CommandRecord(**{**values, "pty": bool(values["pty"])})
