@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench import machine, report
 from bench.floors import Floors
+from bench.living import living_subjects
 from bench.peers import peer_subjects
 from bench.runner import FULL, QUICK, Series, take
 from bench.subjects import Refused, Subject, library_subjects, python_subjects
@@ -81,8 +82,9 @@ def _subjects(directory: Path, stack: ExitStack) -> tuple[list[Subject], dict[st
     subjects += python_subjects()
     try:
         subjects += library_subjects(names)
+        subjects += living_subjects(stack)
     except Refused as error:
-        missing["cold.*, cli.*"] = str(error)
+        missing["cold.*, living.*, cli.*"] = str(error)
     return subjects + peers, missing
 
 

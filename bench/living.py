@@ -1,0 +1,151 @@
+"""Living sandboxes: what a command in one costs, and its birth, end and terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import termios
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from bench.subjects import MEBIBYTE, Refused, Subject, below_usr, timed
+
+Block = Callable[[int, float], list[float]]
+
+
+def living_subjects(stack: ExitStack) -> list[Subject]:
+    """What needs a sandbox that stays; `stack` closes it."""
+    try:
+        import sandboxcore
+    except ImportError as error:
+        raise Refused(f"cannot import sandboxcore: {error}") from error
+
+    sandbox = stack.enter_context(sandboxcore.Sandbox())
+
+    def run(argv: Sequence[str]) -> Block:
+        return timed(lambda: sandbox.exec(argv, check=True))
+
+    def popen() -> None:
+        with sandbox.popen(["true"], stderr=sandboxcore.DEVNULL) as process:
+            process.communicate()
+
+    script = "stty -icanon; echo ready; exec cat >/dev/null"
+    terminal = stack.enter_context(sandbox.popen(["/bin/sh", "-c", script], pty=True))
+    stack.callback(terminal.kill)
+    seen = b""
+    while not seen.endswith(b"ready\r\n"):
+        seen += os.read(terminal.stdout.fileno(), 100)
+    return [
+        Subject(
+            name="living.exec",
+            block=run(["true"]),
+            does="`true` in a living sandbox, output captured: as isolated as cold.run",
+            ratio_to=("subprocess.run", "cold.run", "floor.vfork_exec"),
+            paced=10,
+        ),
+        Subject(
+            name="living.exec.python",
+            block=run([below_usr("python3"), "-I", "-c", "pass"]),
+            does="the same, `python3 -I -c pass`",
+            ratio_to=("subprocess.run.python",),
+        ),
+        Subject(
+            name="living.exec.1MiB",
+            block=run(["head", "-c", str(MEBIBYTE), "/dev/zero"]),
+            does="the same, 1 MiB of output from `head`",
+            ratio_to=("subprocess.run.1MiB",),
+        ),
+        Subject(
+            name="living.popen",
+            block=timed(popen),
+            does="popen of `true`, communicate, wait",
+            ratio_to=("subprocess.run",),
+        ),
+        Subject(
+            name="living.create",
+            block=_create(sandboxcore.Sandbox),
+            does="a sandbox that is ready for its first command",
+            ratio_to=("subprocess.run", "floor.clone.all"),
+            paced=10,
+        ),
+        Subject(
+            name="living.close",
+            block=_close(sandboxcore.Sandbox),
+            does="close() of an idle sandbox, as its caller sees it",
+            ratio_to=("subprocess.run",),
+            paced=10,
+        ),
+        Subject(
+            name="floor.pty_echo",
+            block=_local_terminal(stack),
+            does="one byte to a terminal in this process and its echo",
+        ),
+        Subject(
+            name="living.pty_echo",
+            block=_echo(terminal.stdout.fileno(), lambda: None),
+            does="one byte to a command's terminal and its echo",
+            ratio_to=("floor.pty_echo",),
+            paced=10,
+        ),
+    ]
+
+
+def _create(kind: Any) -> Block:
+    """Times the making only; the end of each is not part of it."""
+
+    def block(count: int, gap_s: float) -> list[float]:
+        samples = []
+        for _ in range(count):
+            time.sleep(gap_s)
+            start = time.perf_counter_ns()
+            sandbox = kind.create()
+            samples.append((time.perf_counter_ns() - start) / 1000)
+            sandbox.close()
+        return samples
+
+    return block
+
+
+def _close(kind: Any) -> Block:
+    def block(count: int, gap_s: float) -> list[float]:
+        samples = []
+        for _ in range(count):
+            sandbox = kind.create()
+            time.sleep(gap_s)
+            start = time.perf_counter_ns()
+            sandbox.close()
+            samples.append((time.perf_counter_ns() - start) / 1000)
+        return samples
+
+    return block
+
+
+def _local_terminal(stack: ExitStack) -> Block:
+    """A terminal without a program: whoever times it also reads what was typed."""
+    master, slave = pty.openpty()
+    stack.callback(os.close, master)
+    stack.callback(os.close, slave)
+    attributes = termios.tcgetattr(slave)
+    attributes[3] &= ~termios.ICANON
+    termios.tcsetattr(slave, termios.TCSANOW, attributes)
+    return _echo(master, lambda: os.read(slave, 100))
+
+
+def _echo(master: int, after: Callable[[], object]) -> Block:
+    """One character there and back, by the terminal's own echo."""
+
+    def block(count: int, gap_s: float) -> list[float]:
+        samples = []
+        for _ in range(count):
+            time.sleep(gap_s)
+            start = time.perf_counter_ns()
+            os.write(master, b"x")
+            if os.read(master, 100) != b"x":
+                raise RuntimeError("the terminal did not echo")
+            samples.append((time.perf_counter_ns() - start) / 1000)
+            after()
+        return samples
+
+    return block
