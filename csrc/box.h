@@ -115,6 +115,8 @@ struct sbx_pump {
 	int to;		 /* -1: the journal */
 	uint32_t stream; /* journal: 0 stdout, 1 stderr */
 	bool inward;	 /* `from` is the host's: never block on it, never change it */
+	bool last;	 /* its writers have ended: */
+	uint32_t left;	 /* this much may still be there */
 	uint32_t size, offset;
 	char *room; /* SBX_PUMP_ROOM bytes */
 };
@@ -139,11 +141,15 @@ int sbx_pump_pipe(const struct sbx_box *box, int ends[2]);
 long sbx_pump_fill(struct sbx_pump *pump);
 long sbx_pump_drain(struct sbx_pump *pump, struct sbx_log *log);
 void sbx_pump_end(struct sbx_pump *pump);
+bool sbx_pump_last(struct sbx_pump *pump, bool gone);
 long sbx_log_open(struct sbx_log *log, int file);
 long sbx_log_save(const struct sbx_log *log);
 
 /* files.c: file operations as the payload's identity, inside. */
 void sbx_files_serve(const struct sbx_box *box, int sock);
+
+/* remove.c */
+long sbx_remove_tree(int dir, const char *name);
 
 /* proc.c: who is below whom, as /proc tells. */
 long sbx_proc_signal(pid_t ancestor, const pid_t *spare, size_t count, int sig);

@@ -48,15 +48,17 @@ static long send_applied(const struct sbx_box *box)
 }
 
 /* What the host wants to know before the end. */
-static long announce(const struct command *c)
+static long announce(struct command *c)
 {
 	const struct sbx_record lent = { .kind = SBX_RECORD_LENT };
 	struct sbx_record started = { .kind = SBX_RECORD_STARTED, .pid = c->pid };
 	uint32_t flags = c->box->request->flags;
 	long ret = send_applied(c->box);
 
-	if (ret >= 0 && c->streams.master >= 0 && !(flags & SBX_REQUEST_DETACHED))
+	if (ret >= 0 && c->streams.master >= 0 && !(flags & SBX_REQUEST_DETACHED)) {
 		ret = sbx_send_record(c->box->control, &lent, NULL, 0, c->streams.master);
+		sbx_close(sbx_steal_fd(&c->streams.master)); /* a copy here would keep it from hanging up */
+	}
 	if (ret >= 0 && flags & (SBX_REQUEST_NOTIFY | SBX_REQUEST_DETACHED)) {
 		_cleanup_fd_ int pidfd = (int)sbx_sys(SYS_pidfd_open, c->pid, 0);
 		memcpy(started.clock, c->box->clock, sizeof started.clock);
@@ -208,7 +210,8 @@ static void pump(struct command *c, const struct pollfd *fds)
 		const struct pollfd *ready = &fds[FIRST_PUMP + i];
 		if (p->from < 0)
 			continue;
-		if (c->gone && (p->inward || (!ready->revents && (!p->size || c->killed))))
+		bool over = ready->revents ? !p->size && sbx_pump_last(p, c->gone) : !p->size || c->killed;
+		if (c->gone && (p->inward || over))
 			sbx_pump_end(p); /* nobody is left to read it; to write more; to wait for */
 		else if (!p->size && ready->revents)
 			news |= sbx_pump_fill(p) > 0;
@@ -294,7 +297,8 @@ static void report(struct command *c)
 		(void)sbx_send_record(c->box->control, &rec, NULL, 0, -1);
 		return;
 	}
-	c->streams.log.head.exit = rec;
+	c->streams.log.head.exit = rec; /* whole before it counts: readers take no lock */
+	(void)sbx_log_save(&c->streams.log);
 	c->streams.log.head.state = SBX_JOURNAL_ENDED;
 	(void)sbx_log_save(&c->streams.log);
 	tell_followers(c);

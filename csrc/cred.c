@@ -91,7 +91,7 @@ int sbx_cred_drop(const struct sbx_plan *p, struct sbx_error *err)
 /*
  * Init and the launchers of a living sandbox: what a payload must not have, they have not either, but for
  * three capabilities in their own namespace: to become the payload, and to kill it. Where there is only
- * one id they need none of them.
+ * one id they need none of them; but whoever has less than they may not trace them or change their priority.
  */
 int sbx_cred_lock_down(const struct sbx_plan *p, struct sbx_error *err)
 {
@@ -99,7 +99,7 @@ int sbx_cred_lock_down(const struct sbx_plan *p, struct sbx_error *err)
 
 	if (drop_bounding_set(err) < 0 || drop_groups(p, err) < 0)
 		return -1;
-	return keep_only(p->flags & SBX_PLAN_NO_ROOT_ID ? 0 : needed, err);
+	return keep_only(p->flags & SBX_PLAN_NO_ROOT_ID ? 1ULL << CAP_KILL : needed, err);
 }
 
 /*
@@ -110,11 +110,11 @@ int sbx_cred_switch(const struct sbx_box *box, struct sbx_error *err)
 {
 	const struct sbx_request *r = box->request;
 
-	if (box->plan->flags & SBX_PLAN_NO_ROOT_ID)
-		return r->uid == box->plan->uid && r->gid == box->plan->gid ? 0 :
-									      sbx_fail(err, SBX_STAGE_CRED, 2, -EINVAL);
-	long ret = set_ids(r->uid, r->gid);
-	if (ret >= 0 && r->uid == 0)
+	bool only = box->plan->flags & SBX_PLAN_NO_ROOT_ID;
+	if (only && (r->uid != box->plan->uid || r->gid != box->plan->gid))
+		return sbx_fail(err, SBX_STAGE_CRED, 2, -EINVAL);
+	long ret = only ? 0 : set_ids(r->uid, r->gid);
+	if (ret >= 0 && (only || r->uid == 0))
 		ret = set_capabilities(0);
 	return ret < 0 ? sbx_fail(err, SBX_STAGE_CRED, 2, ret) : 0;
 }

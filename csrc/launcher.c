@@ -97,6 +97,7 @@ _Noreturn void sbx_launcher_run(const struct sbx_launcher *l)
 	int keep[] = { 0, 1, 2, l->box->work, l->poke, l->box->spawner->children };
 
 	long ret = sbx_sys(SYS_prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+	(void)sbx_sys(SYS_prctl, PR_SET_NAME, "sbx-launcher", 0, 0, 0);
 	if (ret >= 0)
 		ret = sbx_fds_close_except(keep, SBX_COUNT(keep));
 	l->box->control = l->box->keeper = -1;

@@ -263,13 +263,18 @@ struct sbx_message {
 	int32_t reserved;
 };
 
-/* To a launcher that serves files: this, then the path and perhaps a second one, NUL-terminated. */
+/*
+ * To a launcher that serves files: this, then the path and perhaps a second one, NUL-terminated. A directory
+ * may come with it: paths then begin there. CHMOD of an empty path is of what came.
+ */
 struct sbx_file_op {
 	uint32_t magic; /* SBX_REQUEST_MAGIC */
 	uint32_t op;
-	uint32_t flags; /* OPEN: of open(2) */
+	uint32_t flags; /* OPEN: of open(2); MKDIR: enum sbx_file_flags */
 	uint32_t mode;
 };
+
+enum sbx_file_flags { SBX_FILE_PARENTS = 1 }; /* MKDIR: and what is missing on the way, with 0755 */
 
 enum sbx_file_ops {
 	SBX_FILE_OPEN = 1,

@@ -19,7 +19,7 @@ struct dirent64 {
 
 struct who {
 	pid_t pid, parent, group;
-	char state;
+	bool dead; /* has ended and waits for its parent */
 };
 
 static const char *number(const char *text, pid_t *value)
@@ -30,7 +30,28 @@ static const char *number(const char *text, pid_t *value)
 	return text;
 }
 
-/* "pid (name) S parent group ...", where the name may hold anything, parentheses too. */
+/*
+ * "(name) S parent group ...", where the name may hold anything, parentheses too. A zombie with threads is
+ * none: only its first one has ended (field 20, num_threads).
+ */
+static bool parse(const char *stat, size_t len, struct who *who)
+{
+	pid_t threads = 0;
+
+	while (len > 0 && stat[len] != ')')
+		len--;
+	const char *at = stat + len;
+	if (strlen(at) < 6)
+		return false;
+	char state = at[2];
+	(void)number(number(at + 4, &who->parent) + 1, &who->group);
+	for (int field = 2; field < 20 && *at; at++)
+		field += *at == ' ';
+	(void)number(at, &threads);
+	who->dead = (state == ZOMBIE && threads <= 1) || state == DEAD;
+	return true;
+}
+
 static bool look(int proc, const char *name, struct who *who)
 {
 	char path[32], stat[512];
@@ -43,13 +64,7 @@ static bool look(int proc, const char *name, struct who *who)
 	if (len <= 0) /* gone meanwhile */
 		return false;
 	stat[len] = '\0';
-	while (len > 0 && stat[len] != ')')
-		len--;
-	if (strlen(stat + len) < 6)
-		return false;
-	who->state = stat[len + 2];
-	(void)number(number(stat + len + 4, &who->parent) + 1, &who->group);
-	return true;
+	return parse(stat, (size_t)len, who);
 }
 
 static bool listed(pid_t pid, const pid_t *list, size_t count)
@@ -102,9 +117,8 @@ static long signal_once(pid_t ancestor, const pid_t *spare, size_t count, int si
 			const struct dirent64 *entry = (const void *)(entries + at);
 			struct who who;
 			at += entry->len;
-			if (!look(proc, entry->name, &who) || who.pid <= 1 || who.state == ZOMBIE ||
-			    who.state == DEAD || listed(who.pid, spare, count) ||
-			    !below(proc, who, ancestor, spare, count))
+			if (!look(proc, entry->name, &who) || who.pid <= 1 || who.dead ||
+			    listed(who.pid, spare, count) || !below(proc, who, ancestor, spare, count))
 				continue;
 			signal_one(&who, sig);
 			found++;

@@ -9,6 +9,7 @@
  */
 #include "box.h"
 
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 
@@ -101,6 +102,22 @@ void sbx_pump_end(struct sbx_pump *p)
 	p->size = p->offset = 0;
 }
 
+/*
+ * Whether all is read, once those who wrote have ended. Another command of the sandbox may have the pipe, too
+ * (SCM_RIGHTS), and never stop: what is there at the end is what counts.
+ */
+bool sbx_pump_last(struct sbx_pump *p, bool gone)
+{
+	int there = 0;
+
+	if (gone && !p->last) {
+		long ret = sbx_sys(SYS_ioctl, p->from, FIONREAD, &there);
+		p->left = ret < 0 ? SBX_PUMP_ROOM : (uint32_t)there;
+		p->last = true;
+	}
+	return p->last && p->left == 0;
+}
+
 /* Read the next piece. 1: there is one; 0: none now, or this was the end. */
 long sbx_pump_fill(struct sbx_pump *p)
 {
@@ -114,6 +131,7 @@ long sbx_pump_fill(struct sbx_pump *p)
 	}
 	p->size = (uint32_t)ret;
 	p->offset = 0;
+	p->left = p->left > p->size ? p->left - p->size : 0;
 	return 1;
 }
 

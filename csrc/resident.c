@@ -12,6 +12,7 @@
  */
 #include "box.h"
 
+#include <linux/prctl.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -222,6 +223,7 @@ int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 	struct resident r = { .box = box };
 
 	(void)sbx_sys(SYS_rt_sigprocmask, SIG_SETMASK, &all, NULL, sizeof all);
+	(void)sbx_sys(SYS_prctl, PR_SET_NAME, "sbx-init", 0, 0, 0);
 
 	r.pool = map_memory(sizeof *r.pool, MAP_SHARED, err);
 	r.inbox = r.pool ? map_memory(sizeof *r.inbox, MAP_PRIVATE, err) : NULL;

@@ -104,6 +104,17 @@ static int keep_applied(struct sbx_run *run, const void *text, size_t size)
 	return 0;
 }
 
+/*
+ * Nothing of the tree is left to write: what is in the pipes is all there will ever be; unless another
+ * command of a living sandbox was given the pipe (SCM_RIGHTS). So what counts is what is there now.
+ */
+static void drain(struct sbx_run *run)
+{
+	for (int i = 0; i < 2; i++)
+		sbx_stream_mark(&run->out[i]);
+	run->state = DRAINING;
+}
+
 /* Read what init or the spawner says. 0, or -1 with *err filled. */
 static int hear(struct sbx_run *run, struct sbx_error *err)
 {
@@ -119,7 +130,7 @@ static int hear(struct sbx_run *run, struct sbx_error *err)
 		run->lost = 1;
 		if (run->kind == SBX_MESSAGE_EXEC && run->state != KILLED) { /* its launcher was killed, so it was */
 			run->exit.status = SIGKILL;
-			run->state = DRAINING;
+			drain(run);
 		}
 		return 0;
 	}
@@ -140,7 +151,7 @@ static int hear(struct sbx_run *run, struct sbx_error *err)
 		return sbx_fail(err, SBX_STAGE_SPAWNER, 16, -EPROTO);
 	run->exit = rec;
 	run->timed_out = run->timed_out && rec.status == SIGKILL; /* else it ended just in time */
-	run->state = DRAINING;
+	drain(run);
 	return 0;
 }
 
@@ -254,15 +265,13 @@ static uint64_t next_deadline(const struct sbx_run *run)
 	return UINT64_MAX;
 }
 
-/*
- * Nothing of the tree is left to write: what is in the pipes is all there will ever be. A pipe that was
- * not asked this time, because its last piece was still pending, may hold more.
- */
+/* A pipe that was not asked this time, because its last piece was still pending, may hold more. */
 static bool drained(const struct sbx_run *run, const struct pollfd *p)
 {
 	for (int i = 0; i < 2; i++) {
 		const struct sbx_stream *s = &run->out[i];
-		if (s->pending || (s->fd >= 0 && (p[OUT + i].fd < 0 || p[OUT + i].revents)))
+		bool more = s->fd >= 0 && s->total < s->last && (p[OUT + i].fd < 0 || p[OUT + i].revents);
+		if (s->pending || more)
 			return false;
 	}
 	return true;
@@ -289,13 +298,14 @@ static int step(struct sbx_run *run, struct sbx_error *err)
 	uint64_t wait = deadline - now < 1000000000 ? deadline - now : 1000000000;
 	struct timespec limit = { .tv_sec = (time_t)(wait / 1000000000), .tv_nsec = (long)(wait % 1000000000) };
 	if (run->state == DRAINING)
-		limit = (struct timespec){ .tv_sec = run->out[0].pending || run->out[1].pending };
+		limit = (struct timespec){ .tv_nsec = run->out[0].pending || run->out[1].pending ? 200000000 : 0 };
 	int ready = ppoll(p, SLOTS, &limit, NULL);
 	if (ready < 0)
 		return errno == EINTR ? 1 : sbx_fail(err, SBX_STAGE_HOST, 17, -errno);
 	if (ready == 0 && run->state == RUNNING)
 		return sbx_now() < deadline;
-	if (ready == 0 && run->state == DRAINING && run->timed_out) /* its reader had its time, too */
+	if (ready == 0 && run->state == DRAINING && run->timeout_ns >= 0 &&
+	    now >= run->began_ns + (uint64_t)run->timeout_ns) /* its reader had its time, too */
 		abandon_relays(run);
 	if (serve_streams(run, p, err) < 0)
 		return -1;
@@ -305,7 +315,7 @@ static int step(struct sbx_run *run, struct sbx_error *err)
 		return -1;
 	if (p[PIDFD].revents && run->lost && run->state < DRAINING) {
 		run->exit.status = SIGKILL; /* its init was killed, so everything was */
-		run->state = DRAINING;
+		drain(run);
 	}
 	return 0;
 }

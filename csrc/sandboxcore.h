@@ -19,6 +19,7 @@ struct sbx_stream {
 	int32_t relay;	     /* RELAY: where the bytes go; the descriptor stays the caller's */
 	uint64_t limit;	     /* CAPTURE: at most so many bytes are kept, half head, half tail */
 	uint64_t total;	     /* bytes the payload wrote */
+	uint64_t last;	     /* after its end: where the stream ends */
 	unsigned char *data; /* CAPTURE: owned by the run, freed by sbx_run_close */
 	size_t size;
 	size_t room;
@@ -93,8 +94,8 @@ int sbx_send(int sock, const struct sbx_message *msg, const void *body, size_t s
  */
 int sbx_receive_record(int sock, struct sbx_record *rec, void *text, size_t size, int32_t *fd);
 
-/* Build and ask one operation of a launcher that serves files: descriptor or -1 in *fd. 0 or -errno. */
-int sbx_file_send(int sock, const struct sbx_file_op *op, const void *paths, size_t size);
+/* Ask a launcher that serves files for one operation, relative to the directory `fd` unless -1. 0 or -errno. */
+int sbx_file_send(int sock, const struct sbx_file_op *op, const void *paths, size_t size, int fd);
 
 const char *sbx_stage_name(int stage);
 

@@ -18,10 +18,13 @@ static int finish_birth(const struct sbx_box *box, pid_t pid, int pidfd, int go,
 				  p->flags & SBX_PLAN_DENY_SETGROUPS);
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_IDMAP, 0, ret);
+	/* A host that stopped listening closed the control socket too; init will notice. */
+	if (box->resident) /* before its init can say READY, which completes the answer */
+		(void)sbx_send_record(box->control, &born, NULL, 0, pidfd);
 	if (write(go, "", 1) < 0)
 		return sbx_fail(err, SBX_STAGE_INIT, 2, -errno);
-	/* A host that stopped listening closed the control socket too; init will notice. */
-	(void)sbx_send_record(box->control, &born, NULL, 0, pidfd);
+	if (!box->resident)
+		(void)sbx_send_record(box->control, &born, NULL, 0, pidfd);
 	return 0;
 }
 

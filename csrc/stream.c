@@ -9,6 +9,7 @@
 #include "util.h"
 
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 
@@ -150,6 +151,15 @@ static void reverse(unsigned char *from, unsigned char *to)
 		*from++ = *to;
 		*to = swap;
 	}
+}
+
+/* Who wrote has ended: the stream ends behind what is in the pipe now. */
+void sbx_stream_mark(struct sbx_stream *s)
+{
+	int there = 0;
+
+	if (s->fd >= 0 && ioctl(s->fd, FIONREAD, &there) == 0)
+		s->last = s->total + (uint64_t)there;
 }
 
 /* Turn the ring so that the tail reads in order. */

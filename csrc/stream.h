@@ -19,6 +19,7 @@ struct sbx_shield {
 ssize_t sbx_read_some(int fd, void *buf, size_t size);
 int sbx_stream_read(struct sbx_stream *s);
 int sbx_stream_flush(struct sbx_stream *s);
+void sbx_stream_mark(struct sbx_stream *s);
 void sbx_stream_finish(struct sbx_stream *s);
 void sbx_shield_raise(struct sbx_shield *sh);
 void sbx_shield_lower(const struct sbx_shield *sh);

@@ -112,11 +112,24 @@ int sbx_receive_record(int sock, struct sbx_record *rec, void *text, size_t size
 	return len > 0 ? 1 : (int)len;
 }
 
-int sbx_file_send(int sock, const struct sbx_file_op *op, const void *paths, size_t size)
+int sbx_file_send(int sock, const struct sbx_file_op *op, const void *paths, size_t size, int fd)
 {
 	struct iovec iov[] = { { (void *)(uintptr_t)op, sizeof *op }, { (void *)(uintptr_t)paths, size } };
-	const struct msghdr head = { .msg_iov = iov, .msg_iovlen = SBX_COUNT(iov) };
+	union {
+		struct cmsghdr align;
+		char space[CMSG_SPACE(sizeof(int))];
+	} control = { 0 };
+	struct msghdr head = { .msg_iov = iov, .msg_iovlen = SBX_COUNT(iov) };
 
+	if (fd >= 0) {
+		head.msg_control = &control;
+		head.msg_controllen = sizeof control;
+		struct cmsghdr *cmsg = CMSG_FIRSTHDR(&head);
+		cmsg->cmsg_level = SOL_SOCKET;
+		cmsg->cmsg_type = SCM_RIGHTS;
+		cmsg->cmsg_len = CMSG_LEN(sizeof fd);
+		memcpy(CMSG_DATA(cmsg), &fd, sizeof fd);
+	}
 	while (sendmsg(sock, &head, MSG_NOSIGNAL) < 0)
 		if (errno != EINTR)
 			return -errno;

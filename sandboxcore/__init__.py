@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from sandboxcore.command import Exit, Process, Stderr, Stdout
     from sandboxcore.errors import (
         CommandFailed,
+        CwdNotFound,
+        CwdNotPermitted,
+        CwdPathInvalid,
         ExecError,
         InvalidTransition,
         ProgramNotExecutable,
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
         SpecError,
         UnsupportedHost,
     )
+    from sandboxcore.fileops import FileInfo
+    from sandboxcore.files import Files
     from sandboxcore.lifecycle import SandboxState
     from sandboxcore.process import run
     from sandboxcore.request import DEVNULL, PIPE, STDOUT
@@ -40,11 +45,14 @@ __version__ = "0.1.0"
 _HOME = {
     "capabilities": ("SandboxCapabilities",),
     "errors": (
+        *("CwdNotFound", "CwdNotPermitted", "CwdPathInvalid"),
         *("CommandFailed", "ExecError", "InvalidTransition", "ProgramNotExecutable", "ProgramNotFound"),
         *("ProgramPathInvalid", "SandboxError", "SandboxGone", "SandboxNotFound", "SandboxTimeout"),
         *("SetupError", "SpecError", "UnsupportedHost"),
     ),
     "command": ("Exit", "Process", "Stderr", "Stdout"),
+    "fileops": ("FileInfo",),
+    "files": ("Files",),
     "lifecycle": ("SandboxState",),
     "process": ("run",),
     "request": ("DEVNULL", "PIPE", "STDOUT"),
@@ -61,9 +69,14 @@ __all__ = [
     "STDOUT",
     "Cause",
     "CommandFailed",
+    "CwdNotFound",
+    "CwdNotPermitted",
+    "CwdPathInvalid",
     "ExecError",
     "ExecResult",
     "Exit",
+    "FileInfo",
+    "Files",
     "InvalidTransition",
     "Limits",
     "Mount",
@@ -92,6 +105,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     module = _MODULES.get(name)
+    if name == "aio":
+        import importlib
+
+        return importlib.import_module("sandboxcore.aio")
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -277,13 +277,24 @@ def send(
     *,
     flags: int = 0,
     signal: int = 0,
+    plan: int = 0,
 ) -> None:
     """Send one message of ``enum sbx_message_kind``. Raises OSError."""
     message = ffi.new("struct sbx_message *")
     message.magic, message.kind = lib.SBX_REQUEST_MAGIC, constant(f"MESSAGE_{kind}")
-    message.flags, message.signal = flags, signal
+    message.flags, message.signal, message.plan = flags, signal, plan
     numbers = ffi.new("int32_t[]", list(fds))
     code = lib.sbx_send(socket, message, ffi.from_buffer(body), len(body), numbers, len(fds))
+    if code < 0:
+        raise OSError(-code, os.strerror(-code))
+
+
+def send_file_op(socket: int, op: str, paths: bytes, *, flags: int = 0, mode: int = 0, at: int = -1) -> None:
+    """Ask a launcher that serves files for one operation of ``enum sbx_file_ops``; ``paths`` are terminated,
+    and relative to the descriptor ``at`` if there is one. Raises OSError."""
+    ask = ffi.new("struct sbx_file_op *")
+    ask.magic, ask.op, ask.flags, ask.mode = lib.SBX_REQUEST_MAGIC, constant(f"FILE_{op}"), flags, mode
+    code = lib.sbx_file_send(socket, ask, ffi.from_buffer(paths), len(paths), at)
     if code < 0:
         raise OSError(-code, os.strerror(-code))
 

@@ -1,16 +1,18 @@
 """A command that runs in a living sandbox: :class:`Process`, for those who know :class:`subprocess.Popen`."""
 
+import codecs
 import contextlib
+import errno
 import io
 import os
 import select
-import selectors
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any, Literal, Self
@@ -60,23 +62,25 @@ class Pipes:
         self.theirs: list[int] = []  # in the order in which the request takes them
         self.stdio: tuple[int, int, int]
         self._made: list[int] = []
+        # All are looked at before a pipe of ours can take the number of one that is closed.
+        stdin, stdout, stderr = (_target(number, file) for number, file in enumerate(files))
+        if stderr == stdout >= 0:
+            stderr = STDOUT  # through one pipe, or the order of what is written would be lost
         words = []
         try:
-            for number, file in enumerate(files):
-                words.append(_native.constant(f"STDIO_{self._add(number, file, owner)}"))
+            for number, target in enumerate((stdin, stdout, stderr)):
+                words.append(_native.constant(f"STDIO_{self._add(number, target, owner)}"))
         except BaseException:
             self.close()
             raise
         self.stdio = (words[0], words[1], words[2])
 
-    def _add(self, number: int, file: File, owner: tuple[int, int] | None) -> str:
-        if file == STDOUT:
-            if number != 2:
-                raise ValueError("STDOUT can only be used for stderr")
+    def _add(self, number: int, target: int, owner: tuple[int, int] | None) -> str:
+        if target == STDOUT:
             return "STDOUT"
-        if file == DEVNULL:
+        if target == DEVNULL:
             return "NULL"
-        if file == PIPE:
+        if target == PIPE:
             read, write = os.pipe2(os.O_CLOEXEC)
             self._made += [read, write]
             self.ours[number], theirs = (write, read) if number == 0 else (read, write)
@@ -84,13 +88,6 @@ class Pipes:
                 os.fchown(read, *owner)  # so that /dev/stdout can be opened again inside
             self.theirs.append(theirs)
             return "PASSED"
-        target = number if file is None else file if isinstance(file, int) else file.fileno()
-        try:
-            os.fstat(target)
-        except OSError:
-            if file is None:  # closed here, so there
-                return "NULL"
-            raise
         self.theirs.append(target)
         return "RELAY"
 
@@ -108,6 +105,37 @@ class Pipes:
             os.close(fd)
         self._made.clear()
         self.ours = [None, None, None]
+
+
+def _target(number: int, file: File) -> int:
+    """PIPE, STDOUT, DEVNULL, or the open descriptor that a stream is to be copied from or to."""
+    if isinstance(file, int) and file in (PIPE, STDOUT, DEVNULL):
+        if file == STDOUT and number != 2:
+            raise ValueError("STDOUT can only be used for stderr")
+        return file
+    target = number if file is None else file if isinstance(file, int) else file.fileno()
+    try:
+        os.fstat(target)
+    except OSError:
+        if file is None:  # closed here, so there
+            return DEVNULL
+        raise
+    return target
+
+
+def check_buffering(bufsize: int, *, text: bool, encoding: str | None, errors: str | None) -> int:
+    """The size of a binary pipe's buffer. Raises here, before anything is started, what open() would."""
+    if not isinstance(bufsize, int):
+        raise TypeError("bufsize must be an integer")
+    codecs.lookup(encoding or "utf-8")
+    codecs.lookup_error(errors or "strict")
+    if bufsize == 1 and not (text or encoding or errors):
+        import warnings
+
+        message = "line buffering (buffering=1) isn't supported in binary mode"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        return -1
+    return bufsize
 
 
 class Terminal(io.RawIOBase):
@@ -136,8 +164,10 @@ class Terminal(io.RawIOBase):
             data = os.read(self.fileno(), len(buffer))
         except BlockingIOError:
             return None
-        except OSError:  # EIO: nobody has it open any more
-            return 0
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return 0  # nobody has it open any more
         buffer[: len(data)] = data
         return len(data)
 
@@ -152,6 +182,13 @@ class Terminal(io.RawIOBase):
         import termios
 
         termios.tcsetwinsize(self.fileno(), (rows, columns))
+
+    def end_of_file(self, *, after: bytes = b"\n") -> bytes:
+        """What to write for the reader to see end-of-file: Ctrl-D, and twice where a line has begun."""
+        import termios
+
+        key: bytes = termios.tcgetattr(self.fileno())[6][termios.VEOF]
+        return key if not after or after.endswith(b"\n") else key + key
 
     def close(self) -> None:
         """Hang up: the session gets SIGHUP."""
@@ -176,15 +213,17 @@ class Ending:
         self.pid_inside = 0
         self.master = -1
         self._applied = b""
+        self._pid = os.getpid()
 
     def hear(self) -> bool:
         """Take one record. Returns whether the command has ended. Raises BlockingIOError, SetupError."""
         if self.result is not None:
             return True
-        try:
-            record = _native.receive(self.sock.fileno())
-        except ConnectionResetError:
-            record = None
+        self._check_owner()
+        try:  # closed by us: killed by that
+            record = _native.receive(self.sock.fileno()) if self.sock.fileno() >= 0 else None
+        except ConnectionResetError:  # it left without reading our last signal; what it said is there still
+            record = self._last_words()
         if record is None:
             self._finish(None)
         elif record.error is not None:
@@ -199,6 +238,23 @@ class Ending:
         elif record.kind == "EXIT":
             self._finish(record)
         return self.result is not None
+
+    def _last_words(self) -> _native.Record | None:
+        try:
+            return _native.receive(self.sock.fileno())
+        except (BlockingIOError, ConnectionResetError):
+            return None
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this is the copy of a forked child."""
+        return os.getpid() != self._pid
+
+    def _check_owner(self) -> None:
+        if self.foreign:
+            raise ChildProcessError(
+                errno.ECHILD, "the command belongs to the process that this one was forked from"
+            )
 
     def await_start(self, patience: float) -> None:
         """Block until the program runs. Raises what kept it from that; then it is killed."""
@@ -224,12 +280,17 @@ class Ending:
         else:
             done = _native.ended_result(record, self.began, now, self._applied)
         streams = _native.Streams(capture=())
-        result = make_result(self.plan, self.request.args, streams, done, Decoder(False, None, None))
+        bounds, decode = self.request.limits, Decoder(False, None, None)
+        result = make_result(self.plan, self.request.args, streams, done, decode, limits=bounds)
         self.result = result
-        self.sock.close()
+        self.sock.close()  # as with Popen, nothing but pipes stays open behind the end
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
 
     def signal(self, number: int, scope: Scope) -> None:
         """Send a signal, unless it has ended."""
+        self._check_owner()
         if self.result is None and self.sock.fileno() >= 0:
             scopes = {"process": "PROCESS", "group": "GROUP", "tree": "TREE"}
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -242,6 +303,9 @@ class Ending:
 
     def close(self) -> None:
         """Let go. Kills the command if it still runs. Idempotent."""
+        if self.sock.fileno() >= 0 and not self.foreign:
+            with contextlib.suppress(OSError):  # a thread that waits in poll(2) would keep it open: wake it
+                self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
         for fd in (self.pidfd, self.master):
             if fd >= 0:
@@ -287,10 +351,10 @@ class Process:
     def _open(self, fd: int | None, mode: str) -> IO[Any] | None:
         if fd is None:
             return None
-        raw = open(fd, mode, self._bufsize)  # noqa: SIM115 - closed with the process
+        line = self._text and self._bufsize == 1
+        raw = open(fd, mode, -1 if line else self._bufsize)  # noqa: SIM115 - closed with the process
         if not self._text:
             return raw
-        line = self._bufsize == 1 and mode == "wb"
         return io.TextIOWrapper(raw, self._encoding, self._errors, write_through=True, line_buffering=line)
 
     def _await_start(self, patience: float) -> None:
@@ -354,12 +418,16 @@ class Process:
         return code
 
     def _readable(self, seconds: float | None) -> bool:
-        number = self._ending.sock.fileno()
-        if number < 0:
-            return True
-        poller = select.poll()
-        poller.register(number, select.POLLIN)
-        return bool(poller.poll(None if seconds is None else seconds * 1000 + 1))
+        with self._lock:  # a copy: another thread may hear the end, and the number be somebody else's then
+            if self._ending.sock.fileno() < 0:
+                return True
+            number = os.dup(self._ending.sock.fileno())
+        try:
+            poller = select.poll()
+            poller.register(number, select.POLLIN)
+            return bool(poller.poll(None if seconds is None else seconds * 1000 + 1))
+        finally:
+            os.close(number)
 
     # --- signals --------------------------------------------------------------------------------
 
@@ -388,6 +456,7 @@ class Process:
     def communicate(self, input: StrOrBytes | None = None, timeout: float | None = None) -> tuple[Any, Any]:
         """Feed stdin, read stdout and stderr to their ends, wait. Returns both, None for what is no pipe.
 
+        With ``pty=``, end-of-file is typed after the input (Ctrl-D), and everything is stdout.
         Raises :class:`subprocess.TimeoutExpired` after ``timeout`` seconds, with what was read so far; call
         it again to go on.
         """
@@ -411,20 +480,12 @@ class Process:
 
     def __iter__(self) -> Iterator[Event]:
         """Pieces of output as they come, and the end. Nothing is read ahead: who reads slowly slows it."""
-        with selectors.DefaultSelector() as selector:
-            for number, kind, stream in ((1, Stdout, self.stdout), (2, Stderr, self.stderr)):
-                if stream is not None and not stream.closed:
-                    selector.register(stream, selectors.EVENT_READ, (number, kind))
-            while selector.get_map():
-                for key, _ in selector.select():
-                    number, kind = key.data
-                    data = read_piece(key.fd)
-                    if not data:
-                        selector.unregister(key.fileobj)
-                        continue
+        with Outputs(self) as outputs:
+            while not outputs.done:
+                for number, data in outputs.take(poll_once(outputs.wanted(), outputs.patience)):
                     offset = self._offsets[number]
                     self._offsets[number] += len(data)
-                    yield kind(data, offset)
+                    yield (Stderr if number == 2 else Stdout)(data, offset)
         self.wait()
         if self.result is not None:
             yield Exit(self.result)
@@ -432,13 +493,18 @@ class Process:
     # --- letting go -----------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Kill it if it still runs, and close all pipes. Idempotent."""
+        """Kill it if it still runs, and close all pipes. What stdin still holds here is lost. Idempotent."""
         with self._lock:
-            for stream in (self.stdin, self.stdout, self.stderr):
-                if stream is not None:
-                    with contextlib.suppress(OSError):
-                        stream.close()
             self._ending.close()
+            if self.stdin is not None and not self.stdin.closed and not self._ending.foreign:
+                os.set_blocking(self.stdin.fileno(), False)  # nobody may be there to read the rest
+            self._close_streams()
+
+    def _close_streams(self) -> None:
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
 
     def __enter__(self) -> Self:
         return self
@@ -447,33 +513,143 @@ class Process:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """As with Popen: close the pipes and wait. After an exception, kill it first."""
+        if self._ending.foreign:
+            self.close()
+            return
         if kind is not None:
             self.kill()
-        for stream in (self.stdin, self.stdout, self.stderr):
+            _close_quietly(self.stdin)
+        for stream in (self.stdout, self.stderr):
             if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        self.wait()
-        self.close()
+                stream.close()
+        try:
+            if self.stdin is not None:
+                self.stdin.close()  # raises when what it buffered finds no reader
+        finally:
+            self.wait()
+            self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_ending"):
-            self._ending.close()
+        if hasattr(self, "stderr"):
+            self.close()
 
     def __repr__(self) -> str:
         return f"<Process: returncode: {self.returncode} args: {list(self.args)!r}>"
 
 
-def read_piece(fd: int) -> bytes:
-    """What is there to read now; nothing at the end, also that of a terminal."""
-    try:
-        return os.read(fd, CHUNK)
-    except OSError as error:
-        if isinstance(error, BlockingIOError | InterruptedError):
-            return b""
-        if error.errno == 5:  # EIO
-            return b""
-        raise
+def poll_once(wanted: Mapping[int, int], seconds: float | None) -> dict[int, int]:
+    """Which of the descriptors are ready for what: poll(2). Blocks ``seconds``, None: until one is."""
+    poller = select.poll()
+    for fd, events in wanted.items():
+        poller.register(fd, events)
+    return dict(poller.poll(None if seconds is None else max(0.0, seconds * 1000)))
+
+
+class Outputs:
+    """The outputs of a process while they are read: never blocking, and not beyond the end of the command.
+
+    Reading does not block, because the command could take back what poll(2) has seen: it may read its own
+    pipe, and flush its terminal. End-of-file is not waited for, because another command of the sandbox could
+    hold a pipe or the terminal open. A terminal that everybody has left may be opened again (/dev/tty) as
+    long as the command runs: it is looked at now and then.
+    """
+
+    REST = 0.1  # seconds until the next look at an abandoned terminal
+    TERMINAL_ROOM = 65536  # bytes, more than what a terminal holds
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._open: dict[int, int] = {}
+        for number, stream in ((1, process.stdout), (2, process.stderr)):
+            if stream is not None and not stream.closed:
+                self._open[stream.fileno()] = number
+        terminal = isinstance(process.stdout, Terminal) and not process.stdout.closed
+        self._terminal = process.stdout.fileno() if terminal else -1
+        self._abandoned = False
+        self._left: dict[int, int] | None = None  # after the end: bytes that can still be there
+        self._alarm = -1 if process.poll() is not None else os.dup(process.fileno())  # not closed by others
+        self._blocking = [fd for fd in self._open if os.get_blocking(fd)]
+        for fd in self._blocking:
+            os.set_blocking(fd, False)
+        if self._alarm < 0:
+            self._ended()
+
+    @property
+    def done(self) -> bool:
+        """Whether everything has been read."""
+        return not self._open
+
+    @property
+    def patience(self) -> float | None:
+        """How long to wait for the next event, in seconds; None: for ever."""
+        return 0.0 if self._left is not None else self.REST if self._abandoned else None
+
+    def wanted(self, *, reading: bool = True) -> dict[int, int]:
+        """What to poll for. ``reading=False``: only for the end of the command."""
+        wanted = dict.fromkeys(self._open, select.POLLIN) if reading else {}
+        if self._abandoned:
+            wanted.pop(self._terminal, None)
+        if self._alarm >= 0:
+            wanted[self._alarm] = select.POLLIN
+        return wanted
+
+    def take(self, ready: Mapping[int, int], *, reading: bool = True) -> Iterator[tuple[int, bytes]]:
+        """What has come of what was wanted: the stream's number, 1 or 2, and a piece of it."""
+        again, self._abandoned = self._abandoned, False
+        for fd, number in list(self._open.items()) if reading else ():
+            data = self._read(fd) if fd in ready or (again and fd == self._terminal) else None
+            if data:
+                if self._left is not None:
+                    self._left[fd] -= len(data)
+                yield number, data
+            if data == b"" and fd == self._terminal and self._left is None:
+                self._abandoned = True
+            elif data == b"" or (self._left is not None and (data is None or self._left[fd] <= 0)):
+                del self._open[fd]
+        if self._alarm in ready and self._process.poll() is not None:
+            self._ended()
+
+    def _read(self, fd: int) -> bytes | None:
+        """None: nothing there now. Nothing in it: the end, also that of a terminal (EIO)."""
+        try:
+            return os.read(fd, CHUNK)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno == errno.EIO and fd == self._terminal:
+                return b""
+            raise
+
+    def _ended(self) -> None:
+        """Nobody of the command is left to write: what is there now is all."""
+        import fcntl
+        import termios
+
+        self._left = {}
+        for fd in self._open:
+            size = fcntl.ioctl(fd, termios.FIONREAD, bytes(4))
+            self._left[fd] = max(self.TERMINAL_ROOM, int.from_bytes(size, sys.byteorder))
+        self._abandoned = False
+        self._drop_alarm()
+
+    def _drop_alarm(self) -> None:
+        if self._alarm >= 0:
+            os.close(self._alarm)
+            self._alarm = -1
+
+    def close(self) -> None:
+        """Leave the descriptors as they were. Idempotent."""
+        self._drop_alarm()
+        blocking, self._blocking = self._blocking, []
+        for fd in blocking:
+            with contextlib.suppress(OSError):
+                os.set_blocking(fd, True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 class Exchange:
@@ -481,64 +657,76 @@ class Exchange:
 
     def __init__(self, process: Process, data: bytes | None) -> None:
         self._process = process
-        self._left = memoryview(data or b"")
         self._parts: dict[int, list[bytes]] = {}
-        self._open = [s for s in (process.stdout, process.stderr) if s is not None and not s.closed]
-        for stream in self._open:
-            self._parts[stream.fileno()] = []
-        self._order = [
-            s.fileno() if s is not None and not s.closed else -1 for s in (process.stdout, process.stderr)
-        ]
+        for number, stream in ((1, process.stdout), (2, process.stderr)):
+            if stream is not None and not stream.closed:
+                self._parts[number] = []
+        data = data or b""
+        if isinstance(process.stdin, Terminal) and not process.stdin.closed:
+            data += process.stdin.end_of_file(after=data)
+        self._left = memoryview(data)
 
     def run(self, deadline: float | None) -> bool:
         """Go on until all is done (True) or the deadline has passed (False)."""
-        stdin = self._process.stdin
-        if stdin is not None and not stdin.closed:
-            with contextlib.suppress(BrokenPipeError):
-                stdin.flush()
-            if not self._left and not isinstance(stdin, Terminal):
-                _close_quietly(stdin)
-        with selectors.DefaultSelector() as selector:
-            if stdin is not None and not stdin.closed and self._left:
-                os.set_blocking(stdin.fileno(), False)
-                selector.register(stdin, selectors.EVENT_WRITE)
-            for stream in self._open:
-                selector.register(stream, selectors.EVENT_READ)
-            while selector.get_map():
+        self._begin()
+        with Outputs(self._process) as outputs:
+            while not outputs.done or self._feeding():
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return False
-                for key, _ in selector.select(left):
-                    self._move(key, selector)
+                seconds = outputs.patience if left is None else min(left, outputs.patience or left)
+                wanted = outputs.wanted()
+                if stdin := self._feeding():
+                    wanted[stdin] = wanted.get(stdin, 0) | select.POLLOUT
+                ready = poll_once(wanted, 0 if outputs.patience == 0 else seconds)
+                for number, data in outputs.take(ready):
+                    self._parts[number].append(data)
+                if stdin and ready.get(stdin, 0) & ~select.POLLIN:
+                    self._feed(stdin)
+                if self._left and self._process.returncode is not None:
+                    self._stop_feeding()
+        for stream in (self._process.stdout, self._process.stderr):
+            _close_quietly(stream)
         return True
 
-    def _move(self, key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
-        if key.events & selectors.EVENT_WRITE:
-            try:
-                self._left = self._left[os.write(key.fd, self._left[:CHUNK]) :]
-            except BlockingIOError:
-                return
-            except OSError:
-                self._left = self._left[:0]
-            if not self._left:
-                selector.unregister(key.fileobj)
-                if not isinstance(key.fileobj, Terminal):
-                    _close_quietly(key.fileobj)
+    def _begin(self) -> None:
+        stdin = self._process.stdin
+        if stdin is None:
             return
-        data = read_piece(key.fd)
-        if data:
-            self._parts[key.fd].append(data)
+        with contextlib.suppress(BrokenPipeError, ValueError):  # nobody reads it; closed already
+            stdin.flush()
+        if not self._left:
+            self._stop_feeding()
+        elif not stdin.closed:
+            os.set_blocking(stdin.fileno(), False)
+
+    def _feeding(self) -> int:
+        """The descriptor that wants more input, or 0."""
+        stdin = self._process.stdin
+        return stdin.fileno() if self._left and stdin is not None and not stdin.closed else 0
+
+    def _feed(self, fd: int) -> None:
+        try:
+            self._left = self._left[os.write(fd, self._left[:CHUNK]) :]
+        except BlockingIOError:
             return
-        selector.unregister(key.fileobj)
-        self._open = [stream for stream in self._open if stream is not key.fileobj]
-        key.fileobj.close()  # type: ignore[union-attr]
+        except OSError:
+            self._left = self._left[:0]
+        if not self._left:
+            self._stop_feeding()
+
+    def _stop_feeding(self) -> None:
+        self._left = self._left[:0]
+        if not isinstance(self._process.stdin, Terminal):
+            _close_quietly(self._process.stdin)
 
     def outputs(self) -> tuple[bytes | None, bytes | None]:
         """What was read so far of stdout and stderr."""
-        first, second = (b"".join(self._parts[fd]) if fd in self._parts else None for fd in self._order)
+        first, second = (b"".join(self._parts[n]) if n in self._parts else None for n in (1, 2))
         return first, second
 
 
 def _close_quietly(stream: Any) -> None:
-    with contextlib.suppress(OSError):
-        stream.close()
+    if stream is not None:
+        with contextlib.suppress(OSError):
+            stream.close()

@@ -1,8 +1,6 @@
-"""Commands that outlive whoever started them: :class:`DetachedCommand`, and the journals they write.
+"""Commands that outlive whoever started them: :class:`DetachedCommand`, from start to end.
 
-The launcher of a detached command keeps the last bytes of each stream in a ring in one file, the journal,
-whose first page says how far the streams have come and how the command ended. Reading needs nobody's
-help, and any number of processes can, now or later.
+The launcher of a detached command keeps the last bytes of its output, and how it ended, in a journal.
 """
 
 import contextlib
@@ -14,13 +12,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from sandboxcore import _native
 from sandboxcore.command import Event, Exit, Scope, Stderr, Stdout, Terminal
-from sandboxcore.errors import SandboxGone
+from sandboxcore.errors import SandboxGone, SpecError
+from sandboxcore.journal import Journal, Log
+from sandboxcore.link import ANSWER_PATIENCE, Home
 from sandboxcore.plan import Plan
 from sandboxcore.request import Program
 from sandboxcore.result import Decoder, ExecResult, make_result
@@ -28,80 +26,54 @@ from sandboxcore.result import Decoder, ExecResult, make_result
 Stream = Literal["stdout", "stderr"]
 Status = Literal["running", "completed", "failed"]
 DEFAULT_KEEP = 1 << 20
+DETACH_KEYS = b"\x10\x11"  # Ctrl-P Ctrl-Q
 
 
-@dataclass(frozen=True, slots=True)
-class Log:
-    """A piece of a stream. ``offset`` is where it begins, in bytes since the command's start; more than was
-    asked for if what lay before is not kept any more. ``end`` is where to go on."""
+class Door:
+    """The way to the launcher of a command: a name in the sandbox's directory."""
 
-    data: bytes
-    offset: int
+    def __init__(self, home: Home, name: str) -> None:
+        self._home, self._name = home, name
 
-    @property
-    def end(self) -> int:
-        """The offset behind the piece."""
-        return self.offset + len(self.data)
+    def open(self) -> socket.socket:
+        """A socket that sends there. Raises OSError where nobody listens."""
+        return self._home.connect(self._name)
 
-
-class Journal:
-    """The file in which a launcher keeps a detached command's output and its end."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    @classmethod
-    def create(cls, path: Path | None, keep: int) -> "Journal":
-        """A new one, in memory where there is no path. ``keep``: bytes of each stream."""
-        if path is None:
-            fd = os.memfd_create("sandboxcore-journal")
-        else:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            head, size = _native.journal_head(keep)
-            if path is not None:  # a full disk shall be known now
-                with contextlib.suppress(OSError):
-                    os.posix_fallocate(fd, 0, size)
-                    size = 0
-            if size:
-                os.ftruncate(fd, size)
-            os.pwrite(fd, head, 0)
-        except BaseException:
-            os.close(fd)
-            raise
-        return cls(fd)
-
-    @classmethod
-    def open(cls, path: Path) -> "Journal":
-        """One that is there. Raises FileNotFoundError."""
-        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-
-    def head(self) -> _native.JournalHead:
-        """The first page now."""
-        size = _native.JOURNAL_SIZE
-        data = os.pread(self.fd, size, 0)
-        while (again := os.pread(self.fd, size, 0)) != data:  # it was being written
-            data = again
-        return _native.parse_journal(data)
-
-    def read(self, stream: int, since: int, size: int) -> Log:
-        """At most ``size`` bytes from offset ``since`` on, of what is kept."""
-        while True:
-            head = self.head()
-            start = max(since, head.written[stream] - head.keep, 0)
-            want = max(0, min(size, head.written[stream] - start))
-            base, at = _native.JOURNAL_HEAD + stream * head.ring, start % head.ring
-            data = os.pread(self.fd, min(want, head.ring - at), base + at)
-            if len(data) < want:
-                data += os.pread(self.fd, want - len(data), base)
-            if start >= self.head().written[stream] - head.keep:  # else it was overwritten meanwhile
-                return Log(data, start)
+    def alive(self) -> bool:
+        """Whether somebody listens. Takes no place in the queue, which nobody empties while it is paused."""
+        with self.open():
+            return True
 
     def close(self) -> None:
-        """Let go of the file. Idempotent."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Let go, for every handle of the command. Idempotent."""
+
+
+class PrivateDoor(Door):
+    """The same within the process that made the sandbox: one half of a pair."""
+
+    def __init__(self, ours: socket.socket) -> None:
+        self._sock = ours
+
+    def open(self) -> socket.socket:
+        return self._sock.dup()
+
+    def alive(self) -> bool:
+        with self.open() as sock:
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # a full queue has somebody behind it
+                _native.send(sock.fileno(), "SIGNAL")
+        return True
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+_BACKOFF = 0.05  # seconds until the next look where nobody tells of news
+_GONE = (E.ECONNREFUSED, E.ECONNRESET, E.EPIPE, E.ENOENT, E.ENOTCONN)
+_SCOPES = ("process", "group", "tree")
 
 
 class DetachedCommand:
@@ -117,14 +89,21 @@ class DetachedCommand:
         args: Sequence[Program],
         plan: Plan,
         journal: Journal,
-        connect: Callable[[], socket.socket],
+        door: Door,
         *,
         pty: bool,
         started_at: float,
     ) -> None:
         self.id, self.args, self.pty, self.started_at = command_id, tuple(args), pty, started_at
-        self._plan, self._journal, self._connect = plan, journal, connect
+        self._plan, self._journal, self._door = plan, journal, door
         self._lost: ExecResult | None = None
+
+    def again(self) -> "DetachedCommand":
+        """Another handle of it, to be closed on its own."""
+        return DetachedCommand(
+            self.id, self.args, self._plan, self._journal.again(), self._door,
+            pty=self.pty, started_at=self.started_at,
+        )  # fmt: skip
 
     # --- how it is ------------------------------------------------------------------------------
 
@@ -175,20 +154,35 @@ class DetachedCommand:
 
     def _reachable(self) -> bool:
         try:
-            self._send("SIGNAL", signal=0)
-        except SandboxGone:
-            return False
-        except BlockingIOError:  # a full queue has somebody behind it
-            pass
-        return True
-
-    def _send(self, kind: str, fds: Sequence[int] = (), *, flags: int = 0, signal: int = 0) -> None:
-        """Raises SandboxGone where nobody listens any more."""
-        try:
-            with self._connect() as sock:
-                _native.send(sock.fileno(), kind, fds=fds, flags=flags, signal=signal)
+            return self._door.alive()
         except OSError as error:
-            if error.errno in (E.ECONNREFUSED, E.ECONNRESET, E.EPIPE, E.ENOENT, E.ENOTCONN):
+            if error.errno in _GONE:
+                return False
+            raise
+
+    def _send(
+        self,
+        kind: str,
+        fds: Sequence[int] = (),
+        *,
+        flags: int = 0,
+        signal: int = 0,
+        patience: float = ANSWER_PATIENCE,
+    ) -> None:
+        """Raises SandboxGone where nobody listens any more, TimeoutError where nobody empties the queue."""
+        deadline = time.monotonic() + patience
+        try:
+            with self._door.open() as sock:
+                sock.setblocking(False)
+                while True:
+                    with contextlib.suppress(BlockingIOError):
+                        _native.send(sock.fileno(), kind, fds=fds, flags=flags, signal=signal)
+                        return
+                    if time.monotonic() >= deadline:
+                        raise TimeoutError(f"command {self.id}: its sandbox is paused and takes no more")
+                    time.sleep(0.01)
+        except OSError as error:
+            if error.errno in _GONE:
                 raise SandboxGone(f"command {self.id}: it has ended") from None
             raise
 
@@ -207,23 +201,40 @@ class DetachedCommand:
 
     @contextlib.contextmanager
     def _news(self) -> Iterator[Callable[[float | None], None]]:
-        """A function that blocks until there is something new, or until the launcher is gone."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours:
-            with theirs, contextlib.suppress(SandboxGone):
-                self._send("FOLLOW", [theirs.fileno()])
+        """A function that blocks until there may be something new, or until the launcher is gone."""
+        ours = self._subscribe()
 
-            def block(seconds: float | None) -> None:
-                poller = select.poll()
-                poller.register(ours, select.POLLIN)
-                if poller.poll(None if seconds is None else max(0.0, seconds * 1000 + 1)):
-                    ours.recv(1)
+        def block(seconds: float | None) -> None:
+            nonlocal ours
+            if _poll(ours, seconds) and not ours.recv(1):
+                # It has ended; or it has as many followers as it takes, or its sandbox is paused.
+                time.sleep(_BACKOFF if seconds is None else max(0.0, min(seconds, _BACKOFF)))
+                ours.close()
+                ours = self._subscribe()
 
+        try:
             yield block
+        finally:
+            ours.close()
+
+    def _subscribe(self) -> socket.socket:
+        """A socket that gets a byte for each news; end-of-file when there will be none."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs, contextlib.suppress(SandboxGone, TimeoutError):
+                self._send("FOLLOW", [theirs.fileno()], patience=0)
+        except BaseException:
+            ours.close()
+            raise
+        return ours
 
     def send_signal(self, number: int, scope: Scope = "process") -> None:
         """Send a signal to its process, its process group, or everything below it ("tree"). Does nothing
-        once it has ended."""
+        once it has ended. Raises TimeoutError if its sandbox is paused and takes no more."""
+        if scope not in _SCOPES:
+            raise ValueError(f"scope: {scope!r} is none of {', '.join(_SCOPES)}")
+        if not 0 <= number <= 64:
+            raise ValueError(f"{number} is not the number of a signal")
         flags = _native.constant(f"SCOPE_{scope.upper()}")
         with contextlib.suppress(SandboxGone):
             self._send("SIGNAL", flags=flags, signal=number)
@@ -237,6 +248,11 @@ class DetachedCommand:
         self.send_signal(signal.SIGKILL, "tree")
 
     # --- output and input -----------------------------------------------------------------------
+
+    @property
+    def written(self) -> tuple[int, int]:
+        """How many bytes of stdout and of stderr there were up to now."""
+        return self._journal.head().written
 
     def logs(self, stream: Stream = "stdout", *, since: int = 0, size: int = DEFAULT_KEEP) -> Log:
         """What is kept of a stream from offset ``since`` on, at most ``size`` bytes, without waiting.
@@ -274,24 +290,53 @@ class DetachedCommand:
 
         Closing the file is no end-of-file for the command, because its launcher still holds the pipe;
         after ``last=True`` it does not. Raises :class:`SandboxGone` once it has ended, ValueError where it
-        has neither.
+        has neither, or not any more, TimeoutError while its sandbox is paused.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             with theirs:
                 self._send("INPUT", [theirs.fileno()], flags=int(last))
-            poller = select.poll()
-            poller.register(ours, select.POLLIN)
-            poller.poll(5000)
+            if not _poll(ours, ANSWER_PATIENCE):
+                raise TimeoutError(f"command {self.id}: its launcher does not answer")
             try:
                 record = _native.receive(ours.fileno())
-            except (BlockingIOError, ConnectionResetError):
+            except ConnectionResetError:
                 record = None
         if record is None:
             raise SandboxGone(f"command {self.id}: it has ended")
         if record.error:
-            raise ValueError(f"command {self.id}: it was started with neither stdin=PIPE nor pty=")
+            raise ValueError(f"command {self.id}: it has neither a terminal nor, any more, stdin=PIPE")
         return Terminal(record.fd) if self.pty else open(record.fd, "wb", 0)
+
+    def attach(
+        self, *, stdin: int = 0, stdout: int = 1, detach_keys: bytes | None = DETACH_KEYS
+    ) -> ExecResult | None:
+        """Let the user at our terminal use the command's; what is kept of its output is shown first.
+
+        :func:`sandboxcore.terminal.attach` says what happens to our terminal. Several may be attached at
+        once; each sees everything.
+
+        stdin, stdout: descriptors of our terminal.
+        detach_keys: bytes that leave it running when they are typed; None for no such keys.
+
+        Returns its result; None where it runs on, because the keys were typed or our terminal has gone.
+        Raises :class:`SpecError` where ``stdin`` is no terminal or the command has none, :class:`SandboxGone`
+        where it has ended before.
+        """
+        from sandboxcore.replay import Replay
+        from sandboxcore.terminal import attach, current_size
+
+        current_size(stdin)
+        if not self.pty:
+            raise SpecError(f"command {self.id} has no terminal; start it with pty=")
+        with self.input() as terminal:
+            parting = attach((terminal, Replay(self)), stdin=stdin, stdout=stdout, detach_keys=detach_keys)
+        return self.result if parting == "ended" else None
+
+    def _forget(self) -> None:
+        """It never started: let go of everything, whoever still holds this handle, such as a traceback."""
+        self.close()
+        self._door.close()
 
     def close(self) -> None:
         """Let go of the handle; the command runs on. Idempotent."""
@@ -309,3 +354,9 @@ class DetachedCommand:
 
     def __repr__(self) -> str:
         return f"<DetachedCommand {self.id} {list(self.args)!r}>"
+
+
+def _poll(sock: socket.socket, seconds: float | None) -> bool:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(None if seconds is None else max(0.0, seconds * 1000 + 1)))

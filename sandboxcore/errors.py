@@ -6,6 +6,9 @@
     ├── SpecError (ValueError)          the description is wrong; nothing was started
     ├── UnsupportedHost                 this host cannot do what was asked: .feature, .remedy
     ├── SetupError (OSError)            isolation failed at .stage; nothing is left behind
+    │   ├── CwdNotFound (FileNotFoundError)
+    │   ├── CwdPathInvalid (NotADirectoryError)
+    │   ├── CwdNotPermitted (PermissionError)
     │   └── ExecError                   isolation stands, the command could not be executed
     │       ├── ProgramNotFound (FileNotFoundError)
     │       ├── ProgramPathInvalid (NotADirectoryError)
@@ -56,23 +59,38 @@ class SetupError(SandboxError, OSError):
     """A step of the set-up failed; the payload did not run and nothing is left behind.
 
     ``stage`` names the step, ``index`` the item of its list, ``errno`` the kernel's answer,
-    ``subject`` the path or object, ``hint`` a remedy where one is known.
+    ``subject`` the path or object, ``hint`` a remedy where one is known. As with subprocess, ``strerror`` is
+    the errno's text alone, and ``filename`` the program or the working directory, if it is about those.
     """
 
     def __init__(self, stage: str, errno: int, *, index: int = 0, subject: str = "", hint: str = "") -> None:
-        text = f"{stage}: {subject}: {os.strerror(errno)}" if subject else f"{stage}: {os.strerror(errno)}"
-        OSError.__init__(self, errno, f"{text} ({hint})" if hint else text)
+        OSError.__init__(self, errno, os.strerror(errno))
+        if stage in ("exec", "cwd"):
+            self.filename = subject or None
         self.stage = stage
         self.index = index
         self.subject = subject
         self.hint = hint
 
     def __str__(self) -> str:
-        return str(self.strerror)
+        text = ": ".join(filter(None, (self.stage, self.subject, self.strerror)))
+        return f"{text} ({self.hint})" if self.hint else text
 
     def __reduce__(self) -> tuple[Any, ...]:
         about: dict[str, Any] = {"index": self.index, "subject": self.subject, "hint": self.hint}
         return functools.partial(type(self), self.stage, self.errno or 0, **about), ()
+
+
+class CwdNotFound(SetupError, FileNotFoundError):
+    """No such working directory inside the sandbox."""
+
+
+class CwdPathInvalid(SetupError, NotADirectoryError):
+    """The working directory, or a part of its path, is no directory."""
+
+
+class CwdNotPermitted(SetupError, PermissionError):
+    """The working directory is there, but the payload may not enter it."""
 
 
 class ExecError(SetupError):

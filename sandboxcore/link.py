@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,16 +86,37 @@ def pid_of(pidfd: int) -> int:
 
 
 class Link:
-    """The way to a running sandbox: init's pidfd and the two sockets, of init and of the launchers."""
+    """The way to a running sandbox: init's pidfd and the two sockets, of init and of the launchers.
+
+    Whoever uses a descriptor does so in a ``with`` statement: another thread may close the sandbox meanwhile,
+    and the number would soon be somebody else's.
+    """
 
     def __init__(
         self, keeper: socket.socket, work: socket.socket, pidfd: int, answer: socket.socket | None = None
     ) -> None:
         self.keeper, self.work, self.pidfd = keeper, work, pidfd
         self._answer = answer
+        self._guard = threading.Lock()
+        self._users, self._closed = 0, False
         # A sandbox that takes nothing, because it is stopped from outside, must not hold its caller for ever.
         patience = struct.pack("ll", int(ANSWER_PATIENCE), 0)
         work.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+
+    def __enter__(self) -> Self:
+        """Keep the descriptors. Raises NativeFailure when they are closed already."""
+        with self._guard:
+            if self._closed:
+                raise _native.NativeFailure.of("launcher", 12, E.EPIPE)
+            self._users += 1
+            return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._guard:
+            self._users -= 1
+            last = self._closed and not self._users
+        if last:
+            self._release()
 
     @classmethod
     def reopen(cls, home: Home, pid: int, ticks: int, boot: str) -> Self | None:
@@ -125,26 +147,39 @@ class Link:
                 _native.send(self._answer.fileno(), "STAY")
             self._answer = None
 
-    def alive(self) -> bool:
-        """Whether init still runs."""
-        return self.pidfd >= 0 and not _poll(self.pidfd, 0)
+    def alive(self, *, patience: float = 0) -> bool:
+        """Whether init still runs, ``patience`` seconds from now at the latest."""
+        return self.pidfd >= 0 and not _poll(self.pidfd, patience)
 
     def tell_init(self, number: int) -> None:
         """Have init send a signal to every command. Raises TimeoutError, OSError."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours:
-            with theirs:
-                _native.send(self.keeper.fileno(), "SIGNAL", fds=[theirs.fileno()], signal=number)
-            if not _poll(ours.fileno(), ANSWER_PATIENCE):
+        with self.ask_init(number) as answer:
+            if not _poll(answer.fileno(), ANSWER_PATIENCE):
                 raise TimeoutError(f"init does not answer within {ANSWER_PATIENCE} s")
-            record = _native.receive(ours.fileno())
+            self.hear_init(answer)
+
+    def ask_init(self, number: int) -> socket.socket:
+        """The same without waiting: the answer comes on this socket, for :meth:`hear_init`."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs, self:
+                _native.send(self.keeper.fileno(), "SIGNAL", fds=[theirs.fileno()], signal=number)
+        except BaseException:
+            ours.close()
+            raise
+        return ours
+
+    @staticmethod
+    def hear_init(answer: socket.socket) -> None:
+        """Take init's answer. Raises OSError if it was not done."""
+        record = _native.receive(answer.fileno())
         if record is None or record.error:
             code = record.error.errno if record and record.error else E.EPIPE
             raise OSError(code, os.strerror(code))
 
     def kill(self, *, wait: float) -> None:
         """End init and with it everything. Idempotent."""
-        if self.pidfd >= 0:
+        if self.pidfd >= 0 and not self._closed:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             if wait and not _poll(self.pidfd, wait):
@@ -152,7 +187,14 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        """Let go of the descriptors. A sandbox that is not persistent ends by that."""
+        """Let go of the descriptors. A sandbox that is not persistent ends by that. Idempotent."""
+        with self._guard:
+            first, self._closed = not self._closed, True
+            last = first and not self._users
+        if last:
+            self._release()
+
+    def _release(self) -> None:
         if self._answer is not None:
             self._answer.close()
         self.keeper.close()

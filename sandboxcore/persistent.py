@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from sandboxcore import host
-from sandboxcore.detached import DetachedCommand, Journal
+from sandboxcore.detached import DetachedCommand, Door
 from sandboxcore.errors import InvalidTransition, SandboxNotFound, SpecError
+from sandboxcore.journal import Journal
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
 from sandboxcore.link import ANSWER_PATIENCE, Link, boot_id, pid_of, start_ticks
 from sandboxcore.plan import Plan, compile_plan, reopened_plan
@@ -57,13 +58,17 @@ class PersistentSandbox(Sandbox):
             description=self.description, metadata=self.metadata, owner=self.owner,
             created_at=self.created_at, last_active_at=self.created_at,
         )  # fmt: skip
+        home = self._store.home(self.id).path
         try:
             with self._store.locked(self.id):  # or gc() would take the directory for a stray
-                self._store.home(self.id).path.mkdir(mode=0o700)
-                self._store.add(record)
+                try:
+                    home.mkdir(mode=0o700)
+                    self._store.add(record)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        home.rmdir()
+                    raise
         except BaseException:
-            with contextlib.suppress(OSError):
-                self._store.home(self.id).path.rmdir()
             self._store.close()
             raise
         self._record = record
@@ -119,6 +124,9 @@ class PersistentSandbox(Sandbox):
         with self._lock:
             if self._state is SandboxState.DESTROYED:
                 return
+            if self._pid != os.getpid():  # forked: the descriptors are the parent's, the sandbox is anybody's
+                self._let_go()
+                self._pid = os.getpid()
             record = self._store.get(self.id)
             if record is None:
                 self._let_go()
@@ -167,7 +175,9 @@ class PersistentSandbox(Sandbox):
             if self._state is SandboxState.PAUSED:
                 raise InvalidTransition(self.name, "paused", "start; resume it")
             self._plan = compile_plan(self.spec, host.features())
-            link = self._begin(self._store.home(self.id))
+            home = self._store.home(self.id)
+            home.path.mkdir(mode=0o700, exist_ok=True)
+            link = self._begin(home)
             try:
                 self._on_record(link, self._plan)
                 link.stay()
@@ -192,8 +202,13 @@ class PersistentSandbox(Sandbox):
         """Stop every process in it (SIGSTOP, all at once) until :meth:`resume`."""
         with self._lock, self._store.locked(self.id):
             check_move(self.name, self.state, SandboxState.PAUSED, "suspend")
-            self._link_now().tell_init(signal.SIGSTOP)
+            # On record first: a paused one that runs, because we die here, can be resumed; the reverse hangs.
             self._store.change(self.id, state=SandboxState.PAUSED.value)
+            try:
+                self._link_now().tell_init(signal.SIGSTOP)
+            except BaseException:
+                self._store.change(self.id, state=SandboxState.RUNNING.value)
+                raise
             self._look()
 
     def resume(self) -> None:
@@ -259,25 +274,27 @@ class PersistentSandbox(Sandbox):
         home, command_id, now = self._store.home(self.id), new_id("cmd"), time.time()
         args = [os.fsdecode(arg) for arg in request.args]
         record = CommandRecord(id=command_id, sandbox=self.id, args=args, pty=pty, started_at=now)
-        journal = Journal.create(home.path / f"{command_id}.journal", keep)
-        try:
+        with contextlib.ExitStack() as undo, self._store.locked(self.id):  # gc() removes what is on no record
+            if self._store.get(self.id) is None:
+                raise SandboxNotFound(f"sandbox {self.name} is not on record any more")
+            undo.callback(home.remove, command_id, f"{command_id}.journal")
+            journal = Journal.create(home.path / f"{command_id}.journal", keep)
+            undo.callback(journal.close)
             later = home.bind(command_id)
+            undo.callback(later.close)
             self._store.add(record)
-        except BaseException:
-            journal.close()
-            home.remove(command_id, f"{command_id}.journal")
-            raise
+            undo.pop_all()
         return self._command(record, journal), later
 
     def _command(self, record: CommandRecord, journal: Journal) -> DetachedCommand:
         home, name = self._store.home(self.id), record.id
         return DetachedCommand(
-            name, record.args, self._plan, journal, lambda: home.connect(name),
+            name, record.args, self._plan, journal, Door(home, name),
             pty=record.pty, started_at=record.started_at,
         )  # fmt: skip
 
     def _forget_command(self, command: DetachedCommand) -> None:
-        command.close()
+        command._forget()
         self._store.remove_command(command.id)
         self._store.home(self.id).remove(command.id, f"{command.id}.journal")
 
@@ -313,18 +330,16 @@ def list_sandboxes(
 
 
 def _true_record(store: Store, record: SandboxRecord) -> SandboxRecord | None:
-    if record.state in (SandboxState.RUNNING, SandboxState.PAUSED):
-        link = Link.reopen(store.home(record.id), record.pid, record.ticks, record.boot)
-        if link is None:
-            store.end(record, time.time())
-            return store.get(record.id)
-        link.close()
+    if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not _runs(store, record):
+        store.end(record, time.time())
+        return store.get(record.id)
     return record
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collected:
-    """What :func:`gc` did: ids of sandboxes found dead, and of directories without a record."""
+    """What :func:`gc` did: ids of sandboxes found dead; what no record knew: directories, and files in
+    them as "sandbox/file"."""
 
     ended: tuple[str, ...]
     removed: tuple[str, ...]
@@ -332,23 +347,42 @@ class Collected:
 
 def gc(state_dir: StatePath = None, *, dry_run: bool = False) -> Collected:
     """Set the records right after crashes: sandboxes whose processes are gone are put down as stopped, and
-    directories that no record knows are removed (what may still run there is ended first)."""
-    ended, removed = [], []
+    what no record knows is removed (what may still run there is ended first). What somebody works on
+    just now is left alone."""
+    ended: list[str] = []
+    removed: list[str] = []
     with Store(state_dir) as store:
         for record in store.all():
-            if record.state in (SandboxState.RUNNING, SandboxState.PAUSED):
-                link = Link.reopen(store.home(record.id), record.pid, record.ticks, record.boot)
-                if link is not None:
-                    link.close()
-                    continue
+            if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not _runs(store, record):
                 ended.append(record.id)
                 if not dry_run:
                     store.end(record, time.time())
+            with contextlib.suppress(BlockingIOError), store.locked(record.id, wait=False):
+                removed += _clear(store, record.id, dry_run=dry_run)
         for stray in store.strays():
             with contextlib.suppress(BlockingIOError), store.locked(stray, wait=False):
-                if store.get(stray) is None:
+                if store.get(stray) is None and store.home(stray).path.is_dir():
                     removed.append(stray)
                     if not dry_run:
                         store.home(stray).end()
                         store.remove(stray)
     return Collected(tuple(ended), tuple(removed))
+
+
+def _runs(store: Store, record: SandboxRecord) -> bool:
+    link = Link.reopen(store.home(record.id), record.pid, record.ticks, record.boot)
+    if link is not None:
+        link.close()
+    return link is not None
+
+
+def _clear(store: Store, sandbox: str, *, dry_run: bool) -> list[str]:
+    """Remove what a crash left of commands that were not on record yet."""
+    home = store.home(sandbox)
+    try:
+        orphans = store.orphans(sandbox)
+    except FileNotFoundError:  # destroyed meanwhile
+        return []
+    if not dry_run:
+        home.remove(*orphans)
+    return [f"{sandbox}/{name}" for name in orphans]

@@ -365,12 +365,12 @@ def _resource_limits(limits: Limits, host: HostFeatures, uid: int) -> list[RLimi
     return chosen
 
 
-def command_limits(plan: Plan, limits: Limits) -> tuple[RLimit, ...]:
-    """The resource limits of one command in a living sandbox: the spec's, but for what ``limits`` names.
+def tightened(own: Limits, limits: Limits) -> Limits:
+    """A sandbox's limits with what one command changes of them: a default says nothing.
 
     Raises :class:`SpecError` for a limit that is wider than the sandbox's or concerns the sandbox as a whole.
     """
-    own, usual = plan.spec.limits, Limits()
+    usual = Limits()
     changed: dict[str, Any] = {}
     for name in Limits.__dataclass_fields__:
         value, bound = getattr(limits, name), getattr(own, name)
@@ -381,9 +381,15 @@ def command_limits(plan: Plan, limits: Limits) -> tuple[RLimit, ...]:
         if value is None or (bound is not None and value > bound):
             raise SpecError(f"limits.{name}: {value} is more than the sandbox's {bound}")
         changed[name] = value
-    if not changed:
+    return replace(own, **changed) if changed else own
+
+
+def command_limits(plan: Plan, limits: Limits) -> tuple[RLimit, ...]:
+    """The resource limits of one command in a living sandbox, where they are not the plan's."""
+    bounds = tightened(plan.spec.limits, limits)
+    if bounds == plan.spec.limits:
         return ()
-    return tuple(_resource_limits(replace(own, **changed), plan.host, plan.spec.ids()[0]))
+    return tuple(_resource_limits(bounds, plan.host, plan.spec.ids()[0]))
 
 
 def _environment(spec: SandboxSpec) -> dict[str, str]:

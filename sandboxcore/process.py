@@ -7,6 +7,9 @@ from typing import TypeVar
 
 from sandboxcore import _native, host, spawner
 from sandboxcore.errors import (
+    CwdNotFound,
+    CwdNotPermitted,
+    CwdPathInvalid,
     ExecError,
     ProgramNotExecutable,
     ProgramNotFound,
@@ -175,10 +178,13 @@ _UNSUPPORTED = {
     ("loopback", E.EPERM): ("lo in a network namespace", "loopback"),
 }
 
-_EXEC_ERRORS: dict[int, type[ExecError]] = {
-    E.ENOENT: ProgramNotFound,
-    E.ENOTDIR: ProgramPathInvalid,
-    E.EACCES: ProgramNotExecutable,
+_KINDS: dict[tuple[str, int], type[SetupError]] = {
+    ("cwd", E.ENOENT): CwdNotFound,
+    ("cwd", E.ENOTDIR): CwdPathInvalid,
+    ("cwd", E.EACCES): CwdNotPermitted,
+    ("exec", E.ENOENT): ProgramNotFound,
+    ("exec", E.ENOTDIR): ProgramPathInvalid,
+    ("exec", E.EACCES): ProgramNotExecutable,
 }
 
 
@@ -193,6 +199,6 @@ def render(plan: Plan, request: Request | None, failure: _native.NativeFailure) 
         unsupported = (f"an id-mapped mount of {subject}", "idmapped_mount")
     if unsupported:
         return UnsupportedHost(unsupported[0], host.REMEDIES[unsupported[1]])
-    kind: type[SetupError] = _EXEC_ERRORS.get(code, ExecError) if stage == "exec" else SetupError
+    kind = _KINDS.get((stage, code), ExecError if stage == "exec" else SetupError)
     hint = _HINTS.get((stage, code)) or _HINTS_ANYWHERE.get(code, "")
     return kind(stage, code, index=failure.index, subject=subject, hint=hint)

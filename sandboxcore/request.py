@@ -89,6 +89,7 @@ class Extras:
     size: tuple[int, int] = (24, 80)
     executable: Program | None = None
     umask: int | None = None
+    limits: Limits | None = None  # what rlimits was made from
 
 
 def sandbox_request(plan: Plan, *, persistent: bool) -> bytes:
@@ -120,6 +121,7 @@ class Request:
         if isinstance(argv, str | bytes) or not argv:
             raise SpecError(f"argv: {argv!r} is not a non-empty sequence of arguments")
         self.args = tuple(argv)
+        self.limits = extras.limits
         self.program = self.args[0] if extras.executable is None else extras.executable
         self.umask = 0o022 if extras.umask is None else extras.umask
         if not 0 <= self.umask <= 0o777:
@@ -133,6 +135,8 @@ class Request:
             os.fstat(number)
         items = plan.env_items
         if env is not None:
+            if isinstance(env, Mapping):  # as with subprocess, names and values may be bytes
+                env = {_text(key): _text(value) for key, value in env.items()}
             check_env(env, "env")
             items = tuple(os.fsencode(key) + b"=" + os.fsencode(value) for key, value in env.items())
         path = (plan.env if env is None else env).get("PATH", PATH)
@@ -162,7 +166,8 @@ class Request:
         if any(b"\0" in arg for arg in (*args, program)) or "\0" in self.cwd:
             raise ValueError("embedded null byte")  # as subprocess says it
         if too_long := next((arg for arg in (*args, *env) if len(arg) >= ARG_MAX), None):
-            raise ExecError("exec", errno.E2BIG, subject=f"an argument of {len(too_long)} bytes")
+            hint = f"one of the arguments or variables has {len(too_long)} bytes"
+            raise ExecError("exec", errno.E2BIG, subject=os.fsdecode(program), hint=hint)
         arena.strings("argv", args)
         arena.strings("env", env)
         arena.strings("paths", _candidates(program, path))
@@ -193,6 +198,10 @@ class Request:
         if failure.stage == "file" and failure.index < len(self.files):
             return self.files[failure.index][0]
         return ""
+
+
+def _text(item: Any) -> Any:
+    return os.fsdecode(item) if isinstance(item, bytes) else item
 
 
 def _candidates(program: bytes, path: str) -> list[bytes]:

@@ -12,6 +12,7 @@ from sandboxcore import _native
 from sandboxcore.capabilities import SandboxCapabilities, parse_applied
 from sandboxcore.errors import CommandFailed, SandboxTimeout
 from sandboxcore.plan import Plan
+from sandboxcore.spec import Limits
 
 StrOrBytes = str | bytes
 Program = str | bytes | os.PathLike[str]
@@ -124,12 +125,12 @@ _CLOCKS = tuple(
 )
 
 
-def _cause(plan: Plan, done: _native.NativeResult) -> Cause:
+def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
     if done.timed_out or done.lost:
         return Cause.TIMEOUT if done.timed_out else Cause.KILLED
     if not os.WIFSIGNALED(done.status):
         return Cause.EXITED
-    ended, limits = os.WTERMSIG(done.status), plan.spec.limits
+    ended = os.WTERMSIG(done.status)
     if ended == signal.SIGSYS:
         return Cause.SECCOMP
     if ended == signal.SIGXFSZ and limits.file_size is not None:
@@ -158,8 +159,11 @@ def make_result(
     streams: _native.Streams,
     done: _native.NativeResult,
     decode: Decoder,
+    *,
+    limits: Limits | None = None,
 ) -> ExecResult:
-    cause = _cause(plan, done)
+    """``limits``: those of the command, where they are not the spec's."""
+    cause = _cause(plan.spec.limits if limits is None else limits, done)
     cut = [streams.limit is not None and total > streams.limit for total in done.totals]
     output = [
         decode(done.output[i], cut=cut[i] or cause is Cause.TIMEOUT) if i + 1 in streams.capture else None

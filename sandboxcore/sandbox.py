@@ -6,6 +6,7 @@ import errno as E
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 import weakref
@@ -15,19 +16,22 @@ from typing import Any, Self
 
 from sandboxcore import _native, host
 from sandboxcore.capabilities import SandboxCapabilities
-from sandboxcore.command import Ending, Pipes, Process
-from sandboxcore.detached import DEFAULT_KEEP, DetachedCommand, Journal
+from sandboxcore.command import Ending, Pipes, Process, check_buffering
+from sandboxcore.detached import DEFAULT_KEEP, DetachedCommand, PrivateDoor
 from sandboxcore.errors import (
     InvalidTransition,
+    ProgramNotFound,
     SandboxGone,
     SandboxNotFound,
     SandboxTimeout,
     SpecError,
     UnsupportedHost,
 )
+from sandboxcore.files import Files, FileServer
+from sandboxcore.journal import Journal
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
 from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Birth, Home, Link, pid_of
-from sandboxcore.plan import command_limits, compile_plan
+from sandboxcore.plan import command_limits, compile_plan, tightened
 from sandboxcore.process import render, with_spawner
 from sandboxcore.request import (
     DEVNULL,
@@ -43,6 +47,9 @@ from sandboxcore.request import (
 from sandboxcore.result import Decoder, ExecResult, make_result
 from sandboxcore.spawner import Spawner
 from sandboxcore.spec import Limits, SandboxSpec, parse_size, parse_user
+
+SHELLS = ("/bin/bash", "/bin/sh")
+USER_VARIABLES = ("TERM", "COLORTERM", "LANG")  # what a terminal is and speaks
 
 
 class Sandbox:
@@ -89,6 +96,7 @@ class Sandbox:
         self._capabilities: SandboxCapabilities | None = None
         self._running: weakref.WeakSet[Process] = weakref.WeakSet()
         self._detached: dict[str, DetachedCommand] = {}
+        self._file_server = FileServer()
         self._pid = os.getpid()
 
     @classmethod
@@ -117,14 +125,20 @@ class Sandbox:
     def start(self) -> None:
         """Start it, also again after :meth:`stop`; then everything private in it is new and empty."""
         with self._lock:
-            check_move(self.name, self.state, SandboxState.RUNNING, "start")
-            if self._state is SandboxState.PAUSED:
-                raise InvalidTransition(self.name, "paused", "start; resume it")
-            self._plan = compile_plan(self.spec, host.features())
-            self._link = self._begin(None)
-            self._state = SandboxState.RUNNING
-            self.started_at = self.last_active_at = time.time()
-            self.stopped_at = None
+            self._may_start()
+            self._started(self._begin(None))
+
+    def _may_start(self) -> None:
+        check_move(self.name, self.state, SandboxState.RUNNING, "start")
+        if self._state is SandboxState.PAUSED:
+            raise InvalidTransition(self.name, "paused", "start; resume it")
+        self._plan = compile_plan(self.spec, host.features())
+
+    def _started(self, link: Link) -> None:
+        self._link = link
+        self._state = SandboxState.RUNNING
+        self.started_at = self.last_active_at = time.time()
+        self.stopped_at = None
 
     def _begin(self, home: Home | None) -> Link:
         def action(connection: Spawner) -> Link:
@@ -172,6 +186,7 @@ class Sandbox:
         self.close()
 
     def _end(self, state: SandboxState, *, wait: float = 0) -> None:
+        self._file_server.close()
         link, self._link = self._link, None
         self._state = state
         self.stopped_at = self.stopped_at or time.time()
@@ -200,6 +215,8 @@ class Sandbox:
         return f"<Sandbox {self.name} {self._state.value}>"
 
     def _link_now(self) -> Link:
+        if os.getpid() != self._pid:
+            raise SandboxGone(f"sandbox {self.name}: it belongs to the process that this one was forked from")
         if self._link is None:
             raise SandboxGone(f"sandbox {self.name}: it is {self._state.value}")
         return self._link
@@ -211,6 +228,11 @@ class Sandbox:
                 raise InvalidTransition(self.name, self._state.value, wanted)
             self.last_active_at = time.time()
             return self._link_now()
+
+    @property
+    def files(self) -> Files:
+        """Its files: :class:`sandboxcore.files.Files`."""
+        return Files(self, self._file_server)
 
     # --- commands -------------------------------------------------------------------------------
 
@@ -252,31 +274,56 @@ class Sandbox:
         what daemonised; what should stay belongs to :meth:`popen` or :meth:`detach`.
         """
         link = self._ready("exec")
-        plan, bounds = self._plan, limits or self.spec.limits
         extras = self._extras(user, limits, executable=executable, umask=umask)
-        owner = self._owner(extras.ids)
-        streams, stdio = make_streams(
-            plan, input, (stdin, stdout, stderr), encoding, owner=owner, limits=bounds
-        )
-        request = Request(
-            plan,
+        request, streams = self._captured(
             argv,
+            input=input,
+            stdio=(stdin, stdout, stderr),
+            encoding=encoding,
+            limits=limits,
+            extras=extras,
             cwd=cwd,
             env=env,
             files=files,
             pass_fds=pass_fds,
-            stdio=stdio,
             record=record,
-            extras=extras,
         )
-        seconds = self._deadline(timeout, bounds)
+        seconds = self._deadline(timeout, self._bounds(limits))
         try:
-            done = _native.run(
-                link.work.fileno(), request.data, streams, seconds, request.pass_fds, sandbox=link.pidfd
-            )
+            with link:
+                done = _native.run(
+                    link.work.fileno(), request.data, streams, seconds, request.pass_fds, sandbox=link.pidfd
+                )
         except _native.NativeFailure as failure:
-            raise self._rendered(request, failure) from None
-        result = make_result(plan, request.args, streams, done, Decoder(text, encoding, errors))
+            raise self._rendered(request, failure, link) from None
+        return self._concluded(request, streams, done, Decoder(text, encoding, errors), check=check)
+
+    def _captured(
+        self,
+        argv: Sequence[Program],
+        *,
+        input: StrOrBytes | None,
+        stdio: tuple[File, File, File],
+        encoding: str | None,
+        limits: Limits | None,
+        extras: Extras,
+        **options: Any,
+    ) -> tuple[Request, _native.Streams]:
+        """The request of :meth:`exec`, and what is to be done with its streams."""
+        owner, bounds = self._owner(extras.ids), self._bounds(limits)
+        streams, words = make_streams(self._plan, input, stdio, encoding, owner=owner, limits=bounds)
+        return Request(self._plan, argv, stdio=words, extras=extras, **options), streams
+
+    def _concluded(
+        self,
+        request: Request,
+        streams: _native.Streams,
+        done: _native.NativeResult,
+        decode: Decoder,
+        *,
+        check: bool,
+    ) -> ExecResult:
+        result = make_result(self._plan, request.args, streams, done, decode, limits=request.limits)
         self.last_active_at = time.time()
         if check:
             result.check_returncode()
@@ -318,39 +365,109 @@ class Sandbox:
             :class:`Process` has the other side as stdin and stdout.
         timeout: seconds; then the command and everything below it is killed, with cause ``timeout``.
         """
+        bufsize = check_buffering(bufsize, text=text, encoding=encoding, errors=errors)
+        seconds = self._deadline(timeout, self._bounds(limits))
+        ending, pipes = self._launched(
+            argv,
+            stdio=(DEVNULL if stdin is None else stdin, stdout, stderr),
+            pty=pty,
+            user=user,
+            limits=limits,
+            about={"timeout": seconds, "executable": executable, "umask": umask},
+            cwd=cwd,
+            env=env,
+            files=files,
+            pass_fds=pass_fds,
+        )
+        process = Process(
+            ending, pipes, text=text, encoding=encoding, errors=errors, bufsize=bufsize, timeout=timeout
+        )
+        with self._lock:
+            self._running.add(process)
+        process._await_start(START_PATIENCE)
+        return process
+
+    def interact(
+        self,
+        argv: Sequence[Program] | None = None,
+        *,
+        stdin: int = 0,
+        stdout: int = 1,
+        timeout: float | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        user: int | str | None = None,
+        limits: Limits | None = None,
+        files: Mapping[str, FileContent] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> ExecResult:
+        """Let the user at our terminal work with a command in a terminal of its own, until it ends.
+
+        As for :meth:`popen`; :func:`sandboxcore.terminal.attach` says what happens to our terminal. When
+        that hangs up, and on every exception, the command is killed.
+
+        argv: default a shell, /bin/bash or else /bin/sh.
+        stdin, stdout: descriptors of our terminal.
+        env: the whole environment; default the spec's, with our TERM, COLORTERM and LANG unless the spec
+            has its own.
+
+        Raises :class:`SpecError` where ``stdin`` is not a terminal.
+        """
+        from sandboxcore.terminal import attach, current_size
+
+        size = current_size(stdin)
+        if env is None:
+            ours = {name: os.environ[name] for name in USER_VARIABLES if name in os.environ}
+            env = {**self._plan.env, **ours, **self.spec.env}
+        options: dict[str, Any] = {"timeout": timeout, "cwd": cwd, "env": env, "user": user}
+        options |= {"limits": limits, "files": files, "pass_fds": pass_fds, "pty": size}
+        for command in [argv] if argv is not None else [[shell] for shell in SHELLS]:
+            try:
+                process = self.popen(command, **options)
+                break
+            except ProgramNotFound:
+                if argv is not None or command[0] == SHELLS[-1]:
+                    raise
+        try:
+            attach(process, stdin=stdin, stdout=stdout)
+        finally:
+            process.kill()  # does nothing if it has ended
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(ANSWER_PATIENCE)
+            process.close()
+            self.last_active_at = time.time()
+        if process.result is None:
+            raise TimeoutError("a process in uninterruptible sleep cannot be killed yet")
+        return process.result
+
+    def _launched(
+        self,
+        argv: Sequence[Program],
+        *,
+        stdio: tuple[File, File, File],
+        pty: bool | tuple[int, int],
+        user: int | str | None,
+        limits: Limits | None,
+        about: dict[str, Any],
+        **options: Any,
+    ) -> tuple[Ending, Pipes]:
+        """A command that was asked for, and our ends of its pipes."""
         link = self._ready("popen")
         flags: tuple[str, ...] = ("NOTIFY",)
         size: tuple[int, int] = (24, 80)
         if pty:
             flags, size = ("NOTIFY", "PTY"), pty if isinstance(pty, tuple) else size
-            stdin = stdout = stderr = DEVNULL
-        seconds = self._deadline(timeout, limits or self.spec.limits)
-        extras = self._extras(
-            user, limits, flags=flags, timeout=seconds, size=size, executable=executable, umask=umask
-        )
-        pipes = Pipes((DEVNULL if stdin is None else stdin, stdout, stderr), self._owner(extras.ids))
+            stdio = (DEVNULL, DEVNULL, DEVNULL)
+        extras = self._extras(user, limits, flags=flags, size=size, **about)
+        pipes = Pipes(stdio, self._owner(extras.ids))
         try:
-            request = Request(
-                self._plan,
-                argv,
-                cwd=cwd,
-                env=env,
-                files=files,
-                pass_fds=pass_fds,
-                stdio=pipes.stdio,
-                extras=extras,
-            )
+            request = Request(self._plan, argv, stdio=pipes.stdio, extras=extras, **options)
             ending = Ending(self._plan, request, self._submit(link, request, pipes.theirs))
         except BaseException:
             pipes.close()
             raise
         pipes.sent()
-        process = Process(
-            ending, pipes, text=text, encoding=encoding, errors=errors, bufsize=bufsize, timeout=timeout
-        )
-        self._running.add(process)
-        process._await_start(START_PATIENCE)
-        return process
+        return ending, pipes
 
     def detach(
         self,
@@ -385,7 +502,7 @@ class Sandbox:
         kept = parse_size(keep, "keep")
         if not 4096 <= kept <= 1 << 30:
             raise SpecError(f"keep: {keep!r} is not between 4K and 1G")
-        seconds = self._deadline(timeout, limits or self.spec.limits)
+        seconds = self._deadline(timeout, self._bounds(limits))
         extras = self._extras(user, limits, flags=tuple(flags), timeout=seconds, size=size)
         null, log = _native.constant("STDIO_NULL"), _native.constant("STDIO_LOG")
         request = Request(
@@ -416,19 +533,21 @@ class Sandbox:
         """A command on record that is yet to start, and the socket by which its launcher will hear."""
         journal = Journal.create(None, keep)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        door, now = PrivateDoor(ours), time.time()
         command = DetachedCommand(
-            new_id("cmd"), request.args, self._plan, journal, ours.dup, pty=pty, started_at=time.time()
+            new_id("cmd"), request.args, self._plan, journal, door, pty=pty, started_at=now
         )
-        self._detached[command.id] = command
+        self._detached[command.id] = command.again()  # whoever has the other may close it
         return command, theirs
 
     def _forget_command(self, command: DetachedCommand) -> None:
-        self._detached.pop(command.id, None)
-        command.close()
+        if (ours := self._detached.pop(command.id, None)) is not None:
+            ours.close()
+        command._forget()
 
     def commands(self) -> list[DetachedCommand]:
         """The detached commands, oldest first, ended ones too."""
-        return list(self._detached.values())
+        return [command.again() for command in list(self._detached.values())]
 
     def command(self, command_id: str) -> DetachedCommand:
         """A detached command by its id. Raises :class:`SandboxNotFound`."""
@@ -442,23 +561,36 @@ class Sandbox:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                _native.send(
-                    link.work.fileno(), "EXEC", request.data, [theirs.fileno(), *fds, *request.pass_fds]
-                )
-            except OSError as error:
+                with link:
+                    everything = [theirs.fileno(), *fds, *request.pass_fds]
+                    _native.send(link.work.fileno(), "EXEC", request.data, everything)
+            except (OSError, _native.NativeFailure) as error:
                 ours.close()
                 failure = _native.NativeFailure.of("launcher", 11, error.errno or 0)
-                raise self._rendered(request, failure) from None
+                raise self._rendered(request, failure, link) from None
         return ours
 
-    def _rendered(self, request: Request | None, failure: _native.NativeFailure) -> Exception:
-        """The exception for a failure, which may be that the sandbox is no more."""
-        if (
-            failure.errno in (E.EPIPE, E.ECONNRESET, E.ECONNREFUSED, E.ETIME)
-            and self.state is not SandboxState.RUNNING
-        ):
+    def _rendered(
+        self, request: Request | None, failure: _native.NativeFailure, link: Link | None = None
+    ) -> Exception:
+        """The exception for a failure, which may be that the sandbox is no more; ``link``: the one that was
+        used, for somebody may have started it again meanwhile."""
+        if failure.errno in (E.EPIPE, E.ECONNRESET, E.ECONNREFUSED, E.ETIME) and self._is_gone(link):
             return SandboxGone(f"sandbox {self.name}: its init has ended")
         return render(self._plan, request, failure)
+
+    def _is_gone(self, link: Link | None) -> bool:
+        """Whether init has ended. Its sockets are closed a moment before that shows."""
+        if link is not None:
+            try:
+                with link:
+                    return not link.alive(patience=1.0)
+            except _native.NativeFailure:  # closed by somebody who ended it
+                return True
+        with self._lock:
+            if self._link is not None:
+                self._link.alive(patience=1.0)
+            return self.state is not SandboxState.RUNNING
 
     def _extras(self, user: int | str | None, limits: Limits | None, **more: Any) -> Extras:
         ids = None
@@ -470,7 +602,11 @@ class Sandbox:
                     "subordinate ids for this user: newuidmap and /etc/subuid, or run as root",
                 )
         rlimits = command_limits(self._plan, limits) if limits else ()
-        return Extras(ids=ids, rlimits=rlimits, **more)
+        return Extras(ids=ids, rlimits=rlimits, limits=self._bounds(limits), **more)
+
+    def _bounds(self, limits: Limits | None) -> Limits:
+        """The limits of a command: the sandbox's, some of them tighter. Raises SpecError."""
+        return tightened(self.spec.limits, limits) if limits else self.spec.limits
 
     def _owner(self, ids: tuple[int, int] | None) -> tuple[int, int] | None:
         """The payload's ids outside, where they are not this process's own."""
@@ -488,29 +624,44 @@ class Sandbox:
         self._ready("signal").tell_init(number)
 
     @property
+    def environment(self) -> dict[str, str]:
+        """The variables of a command that is started without ``env=``."""
+        return dict(self._plan.env)
+
+    @property
     def capabilities(self) -> SandboxCapabilities:
         """What was applied, read back from the kernel by a command that does everything but the exec."""
         if self._capabilities is None:
             link = self._ready("look")
-            extras = self._extras(None, None, flags=("DRY",))
-            streams, stdio = make_streams(self._plan, None, (None, DEVNULL, DEVNULL), None)
-            request = Request(
-                self._plan,
-                ["/"],
-                cwd=None,
-                env=None,
-                files=None,
-                pass_fds=(),
-                stdio=stdio,
-                record=True,
-                extras=extras,
-            )
+            request, streams = self._looking()
             try:
-                done = _native.run(link.work.fileno(), request.data, streams, 10, (), sandbox=link.pidfd)
+                with link:
+                    done = _native.run(link.work.fileno(), request.data, streams, 10, (), sandbox=link.pidfd)
             except _native.NativeFailure as failure:
-                raise self._rendered(request, failure) from None
-            result = make_result(self._plan, request.args, streams, done, Decoder(False, None, None))
-            if result.capabilities is None:
-                raise SandboxTimeout(result)
-            self._capabilities = result.capabilities
+                raise self._rendered(request, failure, link) from None
+            self._capabilities = self._seen(request, streams, done)
         return self._capabilities
+
+    def _looking(self) -> tuple[Request, _native.Streams]:
+        extras = self._extras(None, None, flags=("DRY",))
+        streams, stdio = make_streams(self._plan, None, (None, DEVNULL, DEVNULL), None)
+        request = Request(
+            self._plan,
+            ["/"],
+            cwd=None,
+            env=None,
+            files=None,
+            pass_fds=(),
+            stdio=stdio,
+            record=True,
+            extras=extras,
+        )
+        return request, streams
+
+    def _seen(
+        self, request: Request, streams: _native.Streams, done: _native.NativeResult
+    ) -> SandboxCapabilities:
+        result = make_result(self._plan, request.args, streams, done, Decoder(False, None, None))
+        if result.capabilities is None:
+            raise SandboxTimeout(result)
+        return result.capabilities

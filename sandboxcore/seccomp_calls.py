@@ -63,7 +63,7 @@ MINIMAL = """
 
     fork vfork execve execveat exit exit_group wait4 waitid restart_syscall
     pidfd_open pidfd_send_signal
-    getpid getppid getpgid getpgrp setpgid getsid setsid capget
+    getpid getppid getpgid getpgrp setpgid getsid setsid capget capset
     getuid geteuid getgid getegid getresuid getresgid getgroups
     setuid setgid setreuid setregid setresuid setresgid setfsuid setfsgid setgroups
     getrlimit setrlimit getrusage times uname sysinfo getrandom
@@ -83,7 +83,7 @@ MINIMAL = """
 
 # What standard has on top: the network, IPC, file watching, scheduling, own sandboxing.
 STANDARD = """
-    bind connect listen accept accept4 sendmmsg recvmmsg capset
+    bind connect listen accept accept4 sendmmsg recvmmsg
     inotify_init inotify_init1 inotify_add_watch inotify_rm_watch
     splice tee vmsplice sync syncfs
     shmget shmat shmdt shmctl semget semop semtimedop semctl
@@ -107,10 +107,11 @@ FULL = """
 # What init and the launchers of a living sandbox call themselves, from csrc/. A policy that allows all of it
 # is loaded once and inherited by every command; another is loaded by each command.
 LAUNCHER = """
-    chdir clock_gettime close close_range dup3 eventfd2 execve exit_group fchdir fchmod fchmodat fcntl fstat
-    getcwd getdents64 getpid kill mkdirat mmap munmap newfstatat openat openat2 pidfd_open pipe2 ppoll
-    pread64 preadv2 pwrite64 pwritev2 read readlinkat recvmsg renameat2 rt_sigprocmask sendmsg sendto
-    setfsgid setfsuid setresgid setresuid setsid symlinkat umask unlinkat vfork wait4 write
+    capset chdir clock_gettime close close_range dup3 eventfd2 execve exit_group fchdir fchmod fchmodat
+    fcntl fstat fstatfs ftruncate getcwd getdents64 getpid kill mkdirat mmap munmap newfstatat openat
+    openat2 pidfd_open pipe2 ppoll pread64 preadv2 pwrite64 pwritev2 read readlinkat recvmsg renameat2
+    rt_sigprocmask sendmsg sendto setfsgid setfsuid setresgid setresuid setsid symlinkat umask unlinkat
+    vfork wait4 write
 """
 LAUNCHER_RULES = "clone ioctl prctl prlimit64"
 

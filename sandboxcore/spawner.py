@@ -4,7 +4,10 @@ The spawner ends when this process does. After ``os.fork()`` a child drops the i
 and starts its own; a spawner that died is replaced on the next run.
 """
 
+import errno as E
+import fcntl
 import os
+import socket
 import subprocess
 import threading
 import weakref
@@ -63,6 +66,28 @@ class Spawner:
         if plan.id not in self.known:
             _native.spawner_plan(self.fd, plan.id, plan.data)
             self.known.add(plan.id)
+
+    def ask(self, plan: Plan) -> socket.socket:
+        """The same without waiting: READY or an error comes on this socket."""
+        _native.check_plan(plan.data)
+        memfd = -1
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            memfd = os.memfd_create("sandboxcore", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            view = memoryview(plan.data)
+            while view:
+                view = view[os.write(memfd, view) :]
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, seals)
+            _native.send(self.fd, "PLAN", fds=[theirs.fileno(), memfd], plan=plan.id)
+        except OSError as error:
+            ours.close()
+            raise _native.NativeFailure.of("spawner", 14, error.errno or E.EIO) from error
+        finally:
+            theirs.close()
+            if memfd >= 0:
+                os.close(memfd)
+        return ours
 
 
 _lock = threading.Lock()

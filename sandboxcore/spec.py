@@ -145,6 +145,13 @@ def _bind(item: Binding, name: str, *, read_only: bool) -> Mount:
     return Mount(kind="bind", source=source, target=target, read_only=read_only)
 
 
+def _anchored(item: Binding, name: str) -> Binding:
+    """The same with an absolute source: a spec means the same wherever and whenever it is used."""
+    mount = _bind(item, name, read_only=True)
+    given = path_text(item[0] if isinstance(item, tuple) else item, name)
+    return item if given.startswith("/") else (mount.source or "", mount.target)
+
+
 def _tmpfs(item: str) -> Mount:
     target, colon, size = item.partition(":")
     return Mount(kind="tmpfs", target=target, size=size if colon else None)
@@ -278,6 +285,8 @@ class SandboxSpec:
             if getattr(self, name) is not None:
                 put(self, name, MappingProxyType(dict(getattr(self, name))))
         resolve(PROFILES[self.profile]["seccomp"] if self.seccomp is None else self.seccomp)
+        for name in ("ro", "rw"):
+            put(self, name, tuple(_anchored(item, name) for item in getattr(self, name)))
         self.all_mounts()
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode())
         put(self, "fingerprint", digest.hexdigest())

@@ -15,8 +15,11 @@ import json
 import os
 import shutil
 import sqlite3
+import tempfile
 import threading
-from collections.abc import Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +28,8 @@ from sandboxcore.errors import SandboxError, SandboxNotFound, SpecError
 from sandboxcore.link import Home
 
 SCHEMA = 1
+DATABASE = "state.db"
+PATIENCE = 10.0  # seconds for other processes to finish a change of the database
 _TABLES = """
 CREATE TABLE sandboxes (
     id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, state TEXT NOT NULL, spec TEXT NOT NULL,
@@ -86,45 +91,81 @@ def default_state_dir() -> Path:
 
 
 class Store:
-    """The state directory. Any thread may use it. Raises :class:`SandboxError` where it cannot be used."""
+    """The state directory. Any thread may use it, and a forked child. Raises :class:`SandboxError` where it
+    cannot be used."""
 
     def __init__(self, state_dir: str | os.PathLike[str] | None = None) -> None:
-        self.path = Path(state_dir) if state_dir is not None else default_state_dir()
+        self.path = Path(os.path.abspath(state_dir if state_dir is not None else default_state_dir()))
         self._lock = threading.RLock()
-        try:
-            (self.path / "sandboxes").mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self.path.stat().st_uid != os.geteuid():
-                raise SandboxError(
-                    f"{self.path}: belongs to uid {self.path.stat().st_uid}; use another state directory"
-                )
-            self.path.chmod(0o700)
+        self._db: sqlite3.Connection | None = None
+        _stores.add(self)
+        with self._understood():
+            self._prepare()
+            self._connection()
+
+    def _prepare(self) -> None:
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = self.path.stat()
+        if about.st_uid != os.geteuid():
+            raise SandboxError(f"{self.path}: belongs to uid {about.st_uid}; use another state directory")
+        if about.st_mode & 0o022:  # not made private: it might be /tmp
+            raise SandboxError(f"{self.path}: others may write to it; use another state directory")
+        (self.path / "sandboxes").mkdir(mode=0o700, exist_ok=True)
+        database = self.path / DATABASE
+        if not database.exists():
+            # Linked, not opened: closing a descriptor of the database would drop this process's locks on it.
+            fd, empty = tempfile.mkstemp(prefix=".new-", dir=self.path)
+            os.close(fd)
+            with contextlib.suppress(FileExistsError):
+                os.link(empty, database)
+            os.unlink(empty)
+
+    def _connection(self) -> sqlite3.Connection:
+        """The database, open. A handle that was closed opens it again."""
+        if self._db is None:
             self._db = self._open()
+        return self._db
+
+    def _open(self) -> sqlite3.Connection:
+        database = self.path / DATABASE
+        db = sqlite3.connect(database, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
+        try:
+            db.row_factory = sqlite3.Row
+            _patiently(lambda: db.execute("PRAGMA journal_mode = WAL"))
+            db.execute("PRAGMA synchronous = NORMAL")  # whole after a power cut, and then nothing runs anyway
+            db.execute("PRAGMA foreign_keys = ON")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                with _immediate(db):
+                    if db.execute("PRAGMA user_version").fetchone()[0] == 0:  # nobody was faster
+                        for statement in filter(str.strip, _TABLES.split(";")):
+                            db.execute(statement)
+                        db.execute(f"PRAGMA user_version = {SCHEMA}")
+            elif version != SCHEMA:
+                raise SandboxError(f"{self.path}: schema {version}, but this version knows {SCHEMA}")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    @contextlib.contextmanager
+    def _understood(self) -> Iterator[None]:
+        """What the system or SQLite says is an error of the state directory."""
+        try:
+            yield
         except (OSError, sqlite3.Error) as error:
             raise SandboxError(f"{self.path}: {error}") from error
 
-    def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(
-            self.path / "state.db", timeout=10, isolation_level=None, check_same_thread=False
-        )
-        db.row_factory = sqlite3.Row
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA foreign_keys = ON")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            with _immediate(db):
-                if db.execute("PRAGMA user_version").fetchone()[0] == 0:  # nobody was faster
-                    for statement in filter(str.strip, _TABLES.split(";")):
-                        db.execute(statement)
-                    db.execute(f"PRAGMA user_version = {SCHEMA}")
-        elif version != SCHEMA:
-            db.close()
-            raise SandboxError(f"{self.path}: schema {version}, but this version knows {SCHEMA}")
-        return db
+    def _do(self, statement: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        with self._lock, self._understood():
+            return self._connection().execute(statement, values).fetchall()
 
     def close(self) -> None:
-        """Let go of the database. Idempotent."""
+        """Let go of the database. Idempotent; whatever is asked next opens it again."""
         with self._lock:
-            self._db.close()
+            if self._db is not None:
+                self._db.close()
+                self._db = None
 
     def __enter__(self) -> Self:
         return self
@@ -139,36 +180,32 @@ class Store:
         values = _row(record)
         table = "commands" if isinstance(record, CommandRecord) else "sandboxes"
         marks = ", ".join("?" * len(values))
-        with self._lock:
-            try:
-                self._db.execute(
-                    f"INSERT INTO {table} ({', '.join(values)}) VALUES ({marks})", list(values.values())
-                )
-            except sqlite3.IntegrityError as error:
-                if isinstance(record, SandboxRecord) and "name" in str(error):
-                    raise SpecError(f"name: {record.name!r} is the name of another sandbox") from None
-                raise SandboxNotFound(f"the sandbox of {record.id} is not on record any more") from None
+        try:
+            self._do(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({marks})", list(values.values()))
+        except SandboxError as error:
+            if not isinstance(error.__cause__, sqlite3.IntegrityError):
+                raise
+            if isinstance(record, SandboxRecord):
+                raise SpecError(f"name: {record.name!r} is the name of another sandbox") from None
+            raise SandboxNotFound(f"the sandbox of {record.id} is not on record any more") from None
 
     def change(self, sandbox: str, **values: Any) -> None:
         """Change fields of a sandbox's record, all at once."""
         plain = {name: json.dumps(value) if name in _JSON else value for name, value in values.items()}
         sets = ", ".join(f"{name} = ?" for name in plain)
-        with self._lock:
-            self._db.execute(f"UPDATE sandboxes SET {sets} WHERE id = ?", [*plain.values(), sandbox])
+        self._do(f"UPDATE sandboxes SET {sets} WHERE id = ?", [*plain.values(), sandbox])
 
     def end(self, record: SandboxRecord, when: float) -> None:
         """Put a sandbox down as stopped, unless its record has changed since this one was read."""
-        with self._lock:
-            self._db.execute(
-                "UPDATE sandboxes SET state = 'stopped', stopped_at = ?, pid = 0, ticks = 0"
-                " WHERE id = ? AND pid = ? AND ticks = ? AND state IN ('running', 'paused')",
-                (when, record.id, record.pid, record.ticks),
-            )
+        self._do(
+            "UPDATE sandboxes SET state = 'stopped', stopped_at = ?, pid = 0, ticks = 0"
+            " WHERE id = ? AND pid = ? AND ticks = ? AND state IN ('running', 'paused')",
+            (when, record.id, record.pid, record.ticks),
+        )
 
     def get(self, key: str) -> SandboxRecord | None:
-        """The sandbox of a name or id."""
-        with self._lock:
-            rows = self._db.execute("SELECT * FROM sandboxes WHERE id = ? OR name = ?", (key, key)).fetchall()
+        """The sandbox of an id or, if it is nobody's, of a name."""
+        rows = self._do("SELECT * FROM sandboxes WHERE ? IN (id, name) ORDER BY id = ? DESC", (key, key))
         return _sandbox(rows[0]) if rows else None
 
     def find(self, key: str) -> SandboxRecord:
@@ -180,28 +217,21 @@ class Store:
 
     def all(self) -> list[SandboxRecord]:
         """Every sandbox, oldest first."""
-        with self._lock:
-            rows = self._db.execute("SELECT * FROM sandboxes ORDER BY created_at, id").fetchall()
-        return [_sandbox(row) for row in rows]
+        return [_sandbox(row) for row in self._do("SELECT * FROM sandboxes ORDER BY created_at, id")]
 
     def commands(self, sandbox: str) -> list[CommandRecord]:
         """A sandbox's detached commands, oldest first."""
         query = "SELECT * FROM commands WHERE sandbox = ? ORDER BY started_at, id"
-        with self._lock:
-            rows = self._db.execute(query, (sandbox,)).fetchall()
-        return [_command(row) for row in rows]
+        return [_command(row) for row in self._do(query, (sandbox,))]
 
     def remove(self, sandbox: str) -> None:
-        """Forget a sandbox with its commands, then its directory."""
-        with self._lock:
-            self._db.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox,))
+        """Forget a sandbox with its commands, then its directory. The caller holds its lock."""
+        self._do("DELETE FROM sandboxes WHERE id = ?", (sandbox,))
         shutil.rmtree(self.home(sandbox).path, ignore_errors=True)
-        self._lock_path(sandbox).unlink(missing_ok=True)
 
     def remove_command(self, command: str) -> None:
         """Forget a detached command."""
-        with self._lock:
-            self._db.execute("DELETE FROM commands WHERE id = ?", (command,))
+        self._do("DELETE FROM commands WHERE id = ?", (command,))
 
     # --- directories and locks ------------------------------------------------------------------
 
@@ -210,10 +240,17 @@ class Store:
         return Home(self.path / "sandboxes" / sandbox)
 
     def strays(self) -> list[str]:
-        """Ids of directories without a record."""
+        """Ids of directories and locks without a record: left by a crash, or being made just now."""
+        found = set(os.listdir(self.path / "sandboxes"))  # before the records: a later one is no stray
         known = {record.id for record in self.all()}
-        found = {path.name for path in (self.path / "sandboxes").iterdir() if path.is_dir()}
-        return sorted(found - known)
+        return sorted({name.removesuffix(".lock") for name in found} - known)
+
+    def orphans(self, sandbox: str) -> list[str]:
+        """Files in a sandbox's directory that are nobody's. The caller holds its lock."""
+        known = {"keeper", "work"}
+        for command in self.commands(sandbox):
+            known |= {command.id, f"{command.id}.journal"}
+        return sorted(set(os.listdir(self.home(sandbox).path)) - known)
 
     def _lock_path(self, sandbox: str) -> Path:
         return self.path / "sandboxes" / f"{sandbox}.lock"
@@ -221,15 +258,22 @@ class Store:
     @contextlib.contextmanager
     def locked(self, sandbox: str, *, wait: bool = True) -> Iterator[None]:
         """Hold a sandbox's lock: whoever starts, stops or removes it does. Released by the kernel when the
-        holder dies. Raises BlockingIOError with ``wait=False`` if somebody else holds it."""
+        holder dies; its file goes with the record. Raises BlockingIOError with ``wait=False`` if somebody
+        else holds it."""
         path = self._lock_path(sandbox)
         while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with self._understood():
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                if _same_file(fd, path):  # else it was removed while we waited
+                if not _same_file(fd, path):  # it was removed while we waited
+                    continue
+                try:
                     yield
-                    return
+                finally:
+                    if self.get(sandbox) is None:
+                        path.unlink(missing_ok=True)
+                return
             finally:
                 os.close(fd)
 
@@ -241,6 +285,19 @@ def _same_file(fd: int, path: Path) -> bool:
         if error.errno == E.ENOENT:
             return False
         raise
+
+
+def _patiently(action: Callable[[], Any]) -> None:
+    """A change of the journal's mode does not wait for others by itself."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            action()
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -270,3 +327,17 @@ def _sandbox(row: sqlite3.Row) -> SandboxRecord:
 def _command(row: sqlite3.Row) -> CommandRecord:
     values = _values(row)
     return CommandRecord(**{**values, "pty": bool(values["pty"])})
+
+
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+_inherited: list[sqlite3.Connection | None] = []
+
+
+def _after_fork_in_child() -> None:
+    """A connection must not cross a fork, nor be closed there: sqlite.org/howtocorrupt.html, 2.6."""
+    for store in _stores:
+        _inherited.append(store._db)
+        store._lock, store._db = threading.RLock(), None
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -43,7 +43,7 @@ static void rejects_headers(void)
 	REJECTS(s.plan.size, sizeof s - 1, 1);
 	REJECTS(s.plan.namespaces, CLONE_NEWPID | CLONE_NEWNS, 2);
 	REJECTS(s.plan.namespaces, ~0ULL, 2);
-	REJECTS(s.plan.flags, 32, 2);
+	REJECTS(s.plan.flags, 64, 2);
 	REJECTS(s.plan.uid_map, 0, 3);
 	REJECTS(s.plan.hostname, sizeof s, 3);
 	REJECTS(s.plan.hostname, 4, 3); /* into the header */
@@ -107,7 +107,7 @@ static void survives_every_byte(void)
 static void rejects_requests(void)
 {
 	REJECTS_REQUEST(r.request.magic, SBX_PLAN_MAGIC, 1);
-	REJECTS_REQUEST(r.request.flags, 2, 1);
+	REJECTS_REQUEST(r.request.flags, 256, 1);
 	REJECTS_REQUEST(r.request.argv.count, 0, 2);
 	REJECTS_REQUEST(r.request.argv.count, 400, 2);
 	REJECTS_REQUEST(r.request.paths.off, sizeof r, 2);
@@ -117,6 +117,50 @@ static void rejects_requests(void)
 	REJECTS_REQUEST(r.request.pass.count, SBX_MAX_PASS + 1, 3);
 	REJECTS_REQUEST(r.files[0].mode, 04755, 4);
 	REJECTS_REQUEST(r.files[0].size, 99999, 4);
+	REJECTS_REQUEST(r.request.stdio[1], SBX_STDIO_LOG + 1, 3);
+	REJECTS_REQUEST(r.request.stdio[1], SBX_STDIO_LOG, 3); /* only of what is detached */
+	REJECTS_REQUEST(r.request.rows, 65536, 3);
+	REJECTS_REQUEST(r.request.columns, 65536, 3);
+	REJECTS_REQUEST(r.request.rlimits.count, 1, 5); /* at offset 0: nowhere */
+	REJECTS_REQUEST(r.request.rlimits.count, SBX_MAX_ITEMS + 1, 5);
+}
+
+static void accepts_requests_of_living_sandboxes(void)
+{
+	sample_request(&r);
+	r.request.flags = SBX_REQUEST_DETACHED | SBX_REQUEST_KEEP_STDIN;
+	r.request.stdio[1] = r.request.stdio[2] = SBX_STDIO_LOG;
+	r.request.rows = r.request.columns = 65535;
+	CHECK(request_ok());
+	r.request.stdio[0] = SBX_STDIO_LOG; /* nothing can be read from it */
+	CHECK(!request_ok() && err.index == 3);
+	struct sbx_request none = {
+		.magic = SBX_REQUEST_MAGIC, .layout = SBX_LAYOUT, .size = sizeof none, .flags = SBX_REQUEST_SANDBOX
+	};
+	CHECK(sbx_request_check(&none, sizeof none, &err) == 0);
+	none.flags = 0;
+	CHECK(sbx_request_check(&none, sizeof none, &err) < 0);
+}
+
+static void checks_limits_of_requests(void)
+{
+	struct {
+		struct sample_request r;
+		struct sbx_rlimit limits[2];
+	} more;
+
+	sample_request(&more.r);
+	more.r.request.size = sizeof more;
+	more.r.request.rlimits = (struct sbx_span){ SAMPLE_OFF(typeof(more), limits), 2 };
+	more.limits[0] = (struct sbx_rlimit){ 7, 0, 10, 20 };
+	more.limits[1] = (struct sbx_rlimit){ 6, 0, 20, 20 };
+	CHECK(sbx_request_check(&more, sizeof more, &err) == 0);
+	more.limits[1].soft = 21;
+	CHECK(sbx_request_check(&more, sizeof more, &err) < 0 && err.index == 5);
+	more.limits[1] = (struct sbx_rlimit){ 16, 0, 1, 1 };
+	CHECK(sbx_request_check(&more, sizeof more, &err) < 0 && err.index == 5);
+	more.r.request.rlimits.off++; /* not aligned */
+	CHECK(sbx_request_check(&more, sizeof more, &err) < 0);
 }
 
 int main(void)
@@ -126,5 +170,7 @@ int main(void)
 	RUN(rejects_lists);
 	RUN(survives_every_byte);
 	RUN(rejects_requests);
+	RUN(accepts_requests_of_living_sandboxes);
+	RUN(checks_limits_of_requests);
 	return check_status();
 }

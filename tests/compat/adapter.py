@@ -5,11 +5,12 @@ Usage: adapter.py [TEST ...]     in an empty directory, which the sandbox sees; 
 
 What differs between the two interfaces on purpose is translated here, and nothing else is: a Popen inherits
 streams, environment and working directory, a sandbox's command has its own. What has no counterpart is
-accepted and left alone, and the test that needs it fails.
+refused (preexec_fn) or ignored (close_fds, restore_signals, ids, sessions), and the test that needs it fails.
 """
 
 import fcntl
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -25,7 +26,7 @@ SANDBOX: sandboxcore.Sandbox  # set by main(): the one that all commands run in
 class SandboxPopen:
     """Everything but the constructor is :class:`sandboxcore.Process`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - it is subprocess's
         self, args, bufsize=-1, executable=None, stdin=None, stdout=None, stderr=None, preexec_fn=None,
         close_fds=True, shell=False, cwd=None, env=None, universal_newlines=None, startupinfo=None,
         creationflags=0, restore_signals=True, start_new_session=False, pass_fds=(), *, user=None,
@@ -34,12 +35,12 @@ class SandboxPopen:
     ):  # fmt: skip
         if startupinfo is not None or creationflags != 0:
             raise ValueError("startupinfo and creationflags are only supported on Windows platforms")
+        if preexec_fn is not None:
+            raise ValueError("preexec_fn is not supported in a sandbox")
         if None not in (text, universal_newlines) and bool(text) != bool(universal_newlines):
             raise subprocess.SubprocessError("text and universal_newlines differ")
         if pass_fds and not close_fds:
             warnings.warn("pass_fds overriding close_fds.", RuntimeWarning, stacklevel=2)
-        if user is not None or group is not None:
-            user = f"{0 if user is None else user}:{0 if group is None else group}"
         process = SANDBOX.popen(
             make_argv(args, executable, shell),
             executable=executable,
@@ -50,7 +51,6 @@ class SandboxPopen:
             cwd=os.path.join(os.getcwd(), os.fsdecode(cwd or "")),
             env=os.environ if env is None else env,
             pass_fds=pass_fds,
-            user=user,
             text=bool(text or universal_newlines),
             encoding=encoding,
             errors=errors,
@@ -64,7 +64,9 @@ class SandboxPopen:
     __class_getitem__ = classmethod(GenericAlias)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_process"], name)
+        if name == "_process":
+            raise AttributeError("it did not start")
+        return getattr(self._process, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._process, name, value)
@@ -111,11 +113,13 @@ def make_spec(directory: str) -> sandboxcore.SandboxSpec:
 
 def main(*only: str) -> None:
     """Run test_subprocess, or `only` the tests with these ids."""
-    global SANDBOX  # noqa: PLW0603
+    global SANDBOX
     sys.path.append(str(Path(__file__).parents[2] / "demo"))
     import run_module
 
     os.environ.pop("PYTHONPATH")
+    # So few that the test can try what happens at the limit.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     directory = os.getcwd()
     with sandboxcore.Sandbox(make_spec(directory)) as SANDBOX:
         subprocess.Popen = SandboxPopen

@@ -13,7 +13,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 AFTER_CLONE = (
     *("path", "mount", "root", "idmap", "session", "fds", "rlimit", "cred", "file", "landlock"),
     *("seccomp", "record", "child", "init", "inbox", "message", "resident", "launcher", "command"),
-    *("stdio", "pump", "pty", "proc", "files"),
+    *("stdio", "pump", "pty", "proc", "files", "remove"),
 )
 HOST = ("plan", "error", "wire", "client", "stream", "run")
 HELPER_ONLY = ("template", "net", "spawn", "spawner", "probe")

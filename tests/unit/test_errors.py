@@ -16,6 +16,9 @@ from sandboxcore import errors
     [
         (errors.SpecError, ValueError),
         (errors.SetupError, OSError),
+        (errors.CwdNotFound, FileNotFoundError),
+        (errors.CwdPathInvalid, NotADirectoryError),
+        (errors.CwdNotPermitted, PermissionError),
         (errors.ProgramNotFound, FileNotFoundError),
         (errors.ProgramPathInvalid, NotADirectoryError),
         (errors.ProgramNotExecutable, PermissionError),
@@ -32,6 +35,8 @@ def test_setup_error_names_everything() -> None:
     error = errors.SetupError("mount", errno.ENOENT, index=3, subject="/a on /b", hint="create it")
     assert (error.stage, error.index, error.errno, error.subject) == ("mount", 3, errno.ENOENT, "/a on /b")
     assert str(error) == "mount: /a on /b: No such file or directory (create it)"
+    assert (error.strerror, error.filename) == ("No such file or directory", None)
+    assert errors.ExecError("exec", errno.ENOENT, subject="tool").filename == "tool"
     assert str(errors.SetupError("host", errno.EMFILE)) == "host: Too many open files"
 
 

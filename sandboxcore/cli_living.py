@@ -1,0 +1,260 @@
+"""The verbs of the command line for persistent sandboxes, which any process of the same user finds by name.
+
+Like :mod:`sandboxcore.cli`: parses and prints, decides nothing, and loads what it uses where it uses it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sandboxcore.cli_common import (
+    end_by_exception,
+    exit_as,
+    find_command,
+    json_option,
+    make_spec,
+    opened,
+    own_stdin,
+    pairs,
+    result_data,
+    spec_options,
+    user_option,
+    verb,
+)
+from sandboxcore.cli_filter import terminal_safe
+from sandboxcore.errors import InvalidTransition, SandboxError, SandboxGone
+
+if TYPE_CHECKING:
+    from sandboxcore.detached import DetachedCommand
+    from sandboxcore.persistent import PersistentSandbox
+    from sandboxcore.result import ExecResult
+
+PATIENCE = 5.0  # seconds for a killed command to be gone
+
+# --- the sandbox ------------------------------------------------------------------------------------
+
+
+@verb("create")
+@spec_options
+@click.option("--label", "labels", multiple=True, metavar="K=V", help="Add a label.")
+@click.option("--description", default="", metavar="TEXT")
+@click.option("--no-start", is_flag=True, help="Put it on record only.")
+@click.argument("name")
+def create(
+    name: str, labels: tuple[str, ...], description: str, no_start: bool, state_dir: str | None, **given: Any
+) -> None:
+    """Make the sandbox NAME, start it, and print its id. It stays until rm."""
+    from sandboxcore.persistent import PersistentSandbox
+
+    end_by_exception()
+    make = PersistentSandbox if no_start else PersistentSandbox.create
+    about: dict[str, Any] = {"labels": pairs(labels, "--label"), "description": description}
+    with closing(make(make_spec(given), name=name, state_dir=state_dir, **about)) as sandbox:
+        click.echo(sandbox.id)
+
+
+@verb("start")
+@click.argument("name")
+def start(name: str, state_dir: str | None) -> None:
+    """Start a created or stopped sandbox.
+
+    Everything private in it is new and empty.
+    """
+    with opened(name, state_dir) as sandbox:
+        sandbox.start()
+
+
+@verb("stop")
+@click.argument("name")
+def stop(name: str, state_dir: str | None) -> None:
+    """Kill everything in a sandbox. What is private in it is lost; it can start again."""
+    with opened(name, state_dir) as sandbox:
+        sandbox.stop()
+
+
+@verb("suspend")
+@click.argument("name")
+def suspend(name: str, state_dir: str | None) -> None:
+    """Stop all processes of a sandbox, until resume."""
+    with opened(name, state_dir) as sandbox:
+        sandbox.suspend()
+
+
+@verb("resume")
+@click.argument("name")
+def resume(name: str, state_dir: str | None) -> None:
+    """Let a suspended sandbox go on."""
+    with opened(name, state_dir) as sandbox:
+        sandbox.resume()
+
+
+@verb("rm")
+@click.option("-f", "--force", is_flag=True, help="Also while it runs.")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def rm(names: tuple[str, ...], force: bool, state_dir: str | None) -> None:
+    """Remove sandboxes, with their commands' output."""
+    failed = []
+    for name in names:
+        try:
+            _remove(name, force, state_dir)
+        except SandboxError as error:
+            failed.append(error)
+    for other in failed[:-1]:
+        click.echo(f"sandboxcore: {other}", err=True)
+    if failed:
+        raise failed[-1]
+
+
+def _remove(name: str, force: bool, state_dir: str | None) -> None:
+    with opened(name, state_dir) as sandbox:
+        if not force and (state := sandbox.state) in ("running", "paused"):
+            raise SandboxError(f"sandbox {name}: it is {state}; stop it first, or use --force")
+        sandbox.destroy()
+
+
+@verb("gc")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@json_option
+def gc(dry_run: bool, as_json: bool, state_dir: str | None) -> None:
+    """Set the records right after crashes.
+
+    Sandboxes that are gone are put down as stopped; what no record knows is removed.
+    """
+    from sandboxcore.persistent import gc as collect
+
+    done = collect(state_dir, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps({"ended": done.ended, "removed": done.removed}, indent=2))
+        return
+    for word, ids in (("ended", done.ended), ("removed", done.removed)):
+        for name in ids:
+            click.echo(f"{word} {name}")
+
+
+# --- commands in it ---------------------------------------------------------------------------------
+
+
+@verb("exec")
+@click.option("-t", "--tty", is_flag=True, help="Give the command a terminal of its own.")
+@click.option("-d", "--detach", is_flag=True, help="Leave it running; print its id.")
+@click.option("--timeout", type=float, metavar="S", help="Kill all of it after so many seconds.")
+@click.option("--env", multiple=True, metavar="K=V", help="Add a variable.")
+@click.option("--workdir", metavar="DIR", help="Working directory; default the sandbox's.")
+@user_option
+@click.option("--json", "as_json", is_flag=True, help="Capture output; print the result as JSON.")
+@click.argument("name")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def exec_(name: str, command: tuple[str, ...], tty: bool, detach: bool, as_json: bool, **given: Any) -> None:
+    """Run COMMAND in the sandbox NAME. Put -- before it.
+
+    stdin, stdout and stderr pass through, by way of pipes. Exit status: the command's; 128+N on signal N;
+    124 timeout; 125 not possible; 126 not executable; 127 not found.
+    """
+    if as_json and (tty or detach):
+        raise click.UsageError("--json is not for --tty or --detach")
+    if tty and not detach and not os.isatty(0):
+        raise click.UsageError("--tty: standard input is not a terminal")
+    end_by_exception()
+    with opened(name, given["state_dir"]) as sandbox:
+        options = {
+            "timeout": given["timeout"],
+            "cwd": given["workdir"],
+            "user": given["user"],
+            "env": _environment(sandbox, given["env"], tty),
+        }
+        if detach:
+            with closing(sandbox.detach(command, pty=_size() if tty else False, **options)) as detached:
+                click.echo(detached.id)
+            return
+        if tty:
+            exit_as(sandbox.interact(command, **options))
+        exit_as(_executed(sandbox, command, as_json, options))
+
+
+def _environment(sandbox: "PersistentSandbox", given: tuple[str, ...], tty: bool) -> dict[str, str]:
+    from sandboxcore.sandbox import USER_VARIABLES
+
+    ours = {name: os.environ[name] for name in USER_VARIABLES if tty and name in os.environ}
+    return {**sandbox.environment, **ours, **sandbox.spec.env, **pairs(given, "--env")}
+
+
+def _size() -> tuple[int, int]:
+    """Rows and columns of our terminal, or of the usual one."""
+    try:
+        columns, rows = os.get_terminal_size(0)
+    except OSError:
+        return 24, 80
+    return rows or 24, columns or 80
+
+
+def _executed(
+    sandbox: "PersistentSandbox", command: tuple[str, ...], as_json: bool, options: dict[str, Any]
+) -> "ExecResult":
+    if as_json:
+        result = sandbox.exec(command, stdin=own_stdin(), record=True, **options)
+        click.echo(json.dumps(result_data(result), indent=2))
+        return result
+    with terminal_safe(1) as out, terminal_safe(2) as err:
+        return sandbox.exec(command, stdin=own_stdin(), stdout=out, stderr=err, **options)
+
+
+@verb("shell")
+@user_option
+@click.argument("name")
+def shell(name: str, user: str | None, state_dir: str | None) -> None:
+    """Work in a sandbox with a shell, at this terminal."""
+    if not os.isatty(0):
+        raise click.UsageError("standard input is not a terminal; use exec")
+    end_by_exception()
+    with opened(name, state_dir) as sandbox:
+        exit_as(sandbox.interact(user=user))
+
+
+@verb("kill")
+@click.option("--signal", "number", default="KILL", metavar="NAME|N", help="Default: KILL.")
+@click.argument("name")
+@click.argument("command", required=False)
+def kill(name: str, command: str | None, number: str, state_dir: str | None) -> None:
+    """Send a signal to a detached COMMAND, or to all.
+
+    Without COMMAND every process in the sandbox gets it, and the sandbox stays. KILL takes everything below
+    the command with it.
+    """
+    wanted = _signal(number)
+    with opened(name, state_dir) as sandbox:
+        if command is None:
+            if wanted in (signal.SIGSTOP, signal.SIGCONT):
+                raise click.UsageError("for a whole sandbox, use suspend and resume")
+            sandbox.signal(wanted)
+            return
+        with closing(find_command(sandbox, command)) as found:
+            if found.returncode is not None:
+                raise SandboxGone(f"command {command}: it has ended")
+            if sandbox.state == "paused":
+                raise InvalidTransition(name, "paused", "send a signal")
+            if wanted == signal.SIGKILL:
+                found.kill()
+                _await_end(found)
+            else:
+                found.send_signal(wanted)
+
+
+def _await_end(command: "DetachedCommand") -> None:
+    try:
+        command.wait(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise SandboxError(f"command {command.id}: it does not end within {PATIENCE:.0f} s") from None
+
+
+def _signal(text: str) -> int:
+    name = text.upper().removeprefix("SIG")
+    known = {item.name.removeprefix("SIG"): int(item) for item in signal.Signals}
+    number = int(name) if name.isdecimal() else known.get(name, 0)
+    if not 1 <= number <= signal.SIGRTMAX:
+        raise click.UsageError(f"--signal: {text!r} is not a signal")
+    return number

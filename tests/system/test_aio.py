@@ -1,0 +1,905 @@
+"""The asyncio twins: the same results, no thread, and nothing left behind by whoever is cancelled."""
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import logging
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from support import PYTHON, Spec, gone, leaves_nothing, marked, wait_until
+
+import sandboxcore
+from sandboxcore import Cause, Limits, Sandbox, SandboxState, aio
+from sandboxcore.aio_streams import Store
+
+T = TypeVar("T")
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def spawner_runs() -> None:
+    """What is counted is what comes after the first use."""
+    sandboxcore.run(["true"])
+
+
+def play(main: Coroutine[Any, Any, T], seconds: float = 60) -> T:
+    """Run a coroutine to its end, in a loop of its own."""
+
+    async def bounded() -> T:
+        async with asyncio.timeout(seconds):
+            return await main
+
+    return asyncio.run(bounded())
+
+
+def with_sandbox(action: Callable[[aio.Sandbox], Awaitable[T]], **options: Any) -> T:
+    """The same with a sandbox that runs."""
+
+    async def main() -> T:
+        async with aio.Sandbox(**options) as sandbox:
+            return await action(sandbox)
+
+    return play(main())
+
+
+def python(code: str, *args: str) -> list[str]:
+    return [PYTHON, "-I", "-S", "-c", inspect.cleandoc(code), *args]
+
+
+async def condition(check: Callable[[], Any], what: str, seconds: float = 10) -> Any:
+    """The condition's value as soon as it is true, without stopping the loop."""
+    deadline = time.monotonic() + seconds
+    while not (value := check()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        await asyncio.sleep(0.005)
+    return value
+
+
+def mark() -> str:
+    return f"aio-{os.getpid()}-{time.monotonic_ns()}"
+
+
+# --- the same as without asyncio --------------------------------------------------------------------
+
+FLOOD = "import os\nfor i in range(300): os.write(1, b'%07d\\n' % i * 1000)"
+BOTH = """
+    import os, sys
+    for fd in (1, 2):
+        os.write(fd, b'%d' % fd * 300000)
+    data = sys.stdin.buffer.read()
+    for fd in (2, 1):
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view[:100000]):]
+"""
+TABLE: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "true": (["true"], {}),
+    "status": (["sh", "-c", "exit 42"], {}),
+    "signal": (["sh", "-c", "kill -SEGV $$"], {}),
+    "seccomp": (["sh", "-c", "kill -SYS $$"], {}),
+    "streams": (["sh", "-c", "echo out; echo err >&2"], {}),
+    "merged": (["sh", "-c", "echo out; echo err >&2"], {"stderr": sandboxcore.STDOUT}),
+    "dropped": (["sh", "-c", "echo out; echo err >&2"], {"stdout": sandboxcore.DEVNULL}),
+    "input": (["cat"], {"input": bytes(range(256)) * 20000}),
+    "empty input": (["cat"], {"input": b""}),
+    "bytes-like": (["cat"], {"input": memoryview(b"abc")}),
+    "unread input": (["true"], {"input": bytes(MIB)}),
+    "all at once": (python(BOTH), {"input": bytes(range(256)) * 8000}),
+    "text": (["printf", "a\\r\\nb\\xff"], {"text": True, "errors": "replace"}),
+    "flood": (python(FLOOD), {}),
+    "cwd, env": (["sh", "-c", "pwd; env"], {"cwd": "/tmp", "env": {"A": "b", "PATH": "/usr/bin:/bin"}}),
+    "files": (["sh", "-c", "cat a; ./b"], {"files": {"a": "x\n", "b": ("#!/bin/sh\necho y\n", 0o755)}}),
+    "a daemon": (["sh", "-c", "setsid sleep 300 & echo done"], {}),
+    "timeout": (["sh", "-c", "echo partial; sleep 300"], {"timeout": 0.3}),
+    "timeout of a stopped one": (["sh", "-c", "kill -STOP $$"], {"timeout": 0.3}),
+    "timeout with stuck input": (["sleep", "300"], {"input": bytes(4 * MIB), "timeout": 0.3}),
+    "no program": (["/no/such/program"], {}),
+    "no directory": (["true"], {"cwd": "/no/such/directory"}),
+    "check": (["false"], {"check": True}),
+    "check of a timeout": (["sleep", "300"], {"check": True, "timeout": 0.2}),
+    "stdin=PIPE": (["true"], {"stdin": sandboxcore.PIPE}),
+    "both": (["true"], {"stdin": sandboxcore.DEVNULL, "input": b"x"}),
+    "no arguments": ([], {}),
+}
+
+
+def outcome(result: sandboxcore.ExecResult | Exception) -> tuple[Any, ...]:
+    """What must not depend on who waits."""
+    if isinstance(result, Exception):
+        more = (getattr(result, "stage", ""), getattr(result, "index", 0), getattr(result, "errno", 0))
+        inner = getattr(result, "result", None)
+        return (type(result), *more, *(outcome(inner) if inner else (str(result),)))
+    return (
+        *(result.args, result.returncode, result.cause, result.stdout, result.stderr, result.truncated),
+        *(result.stdout_total, result.stderr_total, set(result.timings), result.capabilities is None),
+    )
+
+
+def attempt(call: Callable[[], sandboxcore.ExecResult]) -> tuple[Any, ...]:
+    try:
+        return outcome(call())
+    except Exception as error:
+        return outcome(error)
+
+
+async def attempt_async(call: Awaitable[sandboxcore.ExecResult]) -> tuple[Any, ...]:
+    try:
+        return outcome(await call)
+    except Exception as error:
+        return outcome(error)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_run_gives_the_same(name: str) -> None:
+    argv, options = TABLE[name]
+    spec = Spec(limits=Limits(output="300K"))
+    expected = attempt(lambda: sandboxcore.run(argv, spec=spec, **options))
+    assert play(attempt_async(aio.run(argv, spec=spec, **options))) == expected
+
+
+def test_exec_gives_the_same() -> None:
+    spec = Spec(limits=Limits(output="300K"))
+    with Sandbox(spec) as sandbox:
+        expected = {name: attempt(partial(sandbox.exec, t[0], **t[1])) for name, t in TABLE.items()}
+
+    async def action(sandbox: aio.Sandbox) -> dict[str, tuple[Any, ...]]:
+        return {name: await attempt_async(sandbox.exec(t[0], **t[1])) for name, t in TABLE.items()}
+
+    assert with_sandbox(action, spec=spec) == expected
+
+
+def test_the_interfaces_are_the_same() -> None:
+    """Parameters cannot drift apart."""
+    only_sync = {"popen": {"text", "encoding", "errors", "bufsize"}}
+    only_async = {"popen": {"limit"}}
+    assert inspect.signature(aio.run).parameters == inspect.signature(sandboxcore.run).parameters
+    for name in (
+        "__init__",
+        "start",
+        "exec",
+        "shell",
+        "popen",
+        "stop",
+        "suspend",
+        "resume",
+        "signal",
+        "close",
+    ):
+        ours = dict(inspect.signature(getattr(aio.Sandbox, name)).parameters)
+        theirs = dict(inspect.signature(getattr(Sandbox, name)).parameters)
+        assert ours.keys() - only_async.get(name, set()) == theirs.keys() - only_sync.get(name, set()), name
+        for key in ours.keys() & theirs.keys():
+            assert ours[key] == theirs[key], (name, key)
+    assert sandboxcore.aio is aio
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 10, 4095, 65536, 65537, 200_000, None])
+def test_the_same_bytes_are_kept(limit: int | None) -> None:
+    """The first and the last half of the limit, as csrc/stream.c has it, whatever the pieces are."""
+    data = b"".join(b"%06d," % number for number in range(30000))
+    sizes = [1, 2, 3, 9, 10, 11, 4095, 65535, 65536, 65537, 131072, 199_999, 200_000, 200_001, len(data)]
+    code = "import sys; sys.stdout.write(''.join('%06d,' % n for n in range(30000))[:int(sys.argv[1])])"
+    with Sandbox(Spec(limits=Limits(output=limit))) as sandbox:
+        for size in sizes:
+            done = sandbox.exec(python(code, str(size)))
+            assert done.stdout_total == size
+            for piece in (max(1, size // 50), 4096, 65536, size):
+                store = Store(limit)
+                for at in range(0, size, piece):
+                    store.add(data[at : min(at + piece, size)])
+                assert (store.value(), store.total) == (done.stdout, size), (size, piece)
+
+
+def test_record_and_capabilities() -> None:
+    async def action(sandbox: aio.Sandbox) -> None:
+        seen = await sandbox.capabilities()
+        assert seen.no_new_privs
+        assert await sandbox.capabilities() is seen
+        done = await sandbox.exec(["true"], record=True)
+        assert done.capabilities is not None
+        fresh = (await aio.run(["true"], record=True)).capabilities
+        expected = sandboxcore.run(["true"], record=True).capabilities
+        assert replace(fresh, namespaces={}) == replace(expected, namespaces={})
+
+    with_sandbox(action)
+
+
+# --- files and descriptors of the caller ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("living", [False, True])
+def test_relays(tmp_path: Path, living: bool) -> None:
+    data = os.urandom(3 * MIB)
+    (tmp_path / "in").write_bytes(data)
+
+    async def main(sandbox: aio.Sandbox) -> None:
+        execute = sandbox.exec if living else aio.run
+        with open(tmp_path / "in", "rb") as source, open(tmp_path / "out", "wb") as target:
+            done = await execute(["cat"], stdin=source, stdout=target)
+        assert (done.stdout, done.stdout_total) == (None, len(data))
+        assert (tmp_path / "out").read_bytes() == data
+
+        read, write = os.pipe()  # the reader is slower, and both ends belong to this very loop
+        sink = bytearray()
+        asyncio.get_running_loop().add_reader(read, lambda: sink.extend(os.read(read, 3000)))
+        with open(tmp_path / "in", "rb") as source:
+            done = await execute(["cat"], stdin=source, stdout=write)
+        os.close(write)
+        await condition(lambda: len(sink) == len(data), "the end of the relay")
+        asyncio.get_running_loop().remove_reader(read)
+        os.close(read)
+        assert bytes(sink) == data
+
+    with leaves_nothing():
+        with_sandbox(main)
+
+
+@pytest.mark.parametrize("living", [False, True])
+def test_a_silent_source_and_a_reader_that_is_gone(living: bool) -> None:
+    async def main(sandbox: aio.Sandbox) -> None:
+        execute = sandbox.exec if living else aio.run
+        source, sink = os.pipe()
+        done = await execute(["echo", "done"], stdin=source, timeout=20)
+        assert done.stdout == b"done\n"
+        os.write(sink, b"fed\n")
+        os.close(sink)
+        assert (await execute(["cat"], stdin=source, timeout=20)).stdout == b"fed\n"
+        os.close(source)
+        read, write = os.pipe()
+        os.close(read)
+        done = await execute(["sh", "-c", "yes; :"], stdout=write, stderr=sandboxcore.DEVNULL, timeout=20)
+        assert done.cause is Cause.EXITED
+        os.close(write)
+        read, write = os.pipe()  # nobody reads: its reader has his time, too
+        began = time.monotonic()
+        done = await execute(["yes"], stdout=write, timeout=0.3)
+        assert done.timed_out
+        assert time.monotonic() - began < 5
+        os.close(read)
+        os.close(write)
+
+    with leaves_nothing():
+        with_sandbox(main)
+
+
+# --- many at once -----------------------------------------------------------------------------------
+
+
+def test_a_hundred_commands_at_once() -> None:
+    async def action(sandbox: aio.Sandbox) -> None:
+        calls = [sandbox.exec(["sh", "-c", f"sleep 0.1; echo {n}; exit {n}"]) for n in range(100)]
+        for number, done in enumerate(await asyncio.gather(*calls)):
+            assert (done.returncode, done.stdout) == (number, b"%d\n" % number)
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_thirty_sandboxes_at_once() -> None:
+    async def main() -> None:
+        spec = Spec(hostname=f"many-{time.monotonic_ns() % 10**9}")  # a plan that nobody has taught yet
+        calls = [aio.run(["sh", "-c", f"hostname; exit {n}"], spec=spec) for n in range(30)]
+        for number, done in enumerate(await asyncio.gather(*calls)):
+            assert (done.returncode, done.stdout) == (number, spec.hostname.encode() + b"\n")
+
+    with leaves_nothing():
+        play(main())
+
+
+def test_no_callback_is_slow(caplog: pytest.LogCaptureFixture) -> None:
+    sandboxcore.run(["true"])  # the spawner runs
+
+    async def action() -> None:
+        asyncio.get_running_loop().slow_callback_duration = 0.5
+        async with aio.Sandbox() as sandbox:
+            await asyncio.gather(*(sandbox.exec(["cat"], input=bytes(MIB)) for _ in range(20)))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    await sandbox.exec(["sleep", "300"])
+            await sandbox.suspend()
+            await sandbox.resume()
+            await sandbox.stop()
+        await asyncio.gather(*(aio.run(["sleep", "300"], timeout=0.2) for _ in range(5)))
+
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        asyncio.run(action(), debug=True)
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_a_loop_in_another_thread() -> None:
+    results: list[sandboxcore.ExecResult] = []
+
+    async def main() -> None:
+        async with aio.Sandbox() as sandbox:
+            results.append(await sandbox.shell("echo living"))
+        results.append(await aio.run(["echo", "fresh"]))
+
+    threads = threading.active_count()
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    assert threading.active_count() <= threads + 1
+    thread.join(30)
+    assert [done.stdout for done in results] == [b"living\n", b"fresh\n"]
+
+
+# --- states -----------------------------------------------------------------------------------------
+
+
+def test_states() -> None:
+    async def main() -> None:
+        sandbox = aio.Sandbox(name="n", labels={"a": "b"}, metadata={"c": 1}, description="d", owner="e")
+        about = (sandbox.name, sandbox.labels, sandbox.metadata, sandbox.description, sandbox.owner)
+        assert about == ("n", {"a": "b"}, {"c": 1}, "d", "e")
+        assert (sandbox.state, sandbox.pid, sandbox.started_at) == (SandboxState.CREATED, 0, None)
+        with pytest.raises(sandboxcore.InvalidTransition):
+            await sandbox.exec(["true"])
+        await sandbox.start()
+        assert sandbox.state is SandboxState.RUNNING
+        first = sandbox.pid
+        with pytest.raises(sandboxcore.InvalidTransition):
+            await sandbox.start()
+        with pytest.raises(sandboxcore.InvalidTransition):
+            await sandbox.resume()
+        process = await sandbox.popen(["sleep", "300"])
+        await sandbox.suspend()
+        assert sandbox.state is SandboxState.PAUSED
+        stat = Path(f"/proc/{process.pid}/stat")
+        await condition(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "its stop")
+        with pytest.raises(sandboxcore.InvalidTransition):
+            await sandbox.exec(["true"])
+        await sandbox.resume()
+        assert (await sandbox.shell("echo on")).stdout == b"on\n"
+        await sandbox.signal(signal.SIGUSR1)
+        assert await process.wait() == -signal.SIGUSR1
+        with pytest.raises(ValueError):
+            await sandbox.signal(signal.SIGSTOP)
+        await sandbox.stop()
+        assert (sandbox.state, gone(first)) == (SandboxState.STOPPED, True)
+        await sandbox.start()
+        assert (await sandbox.exec(["true"])).ok
+        os.kill(sandbox.pid, signal.SIGKILL)
+        await condition(lambda: sandbox.state is SandboxState.STOPPED, "its end")
+        with pytest.raises((sandboxcore.InvalidTransition, sandboxcore.SandboxGone)):
+            await sandbox.exec(["true"])
+        await sandbox.close()
+        await sandbox.close()
+        assert sandbox.state is SandboxState.DESTROYED
+
+    with leaves_nothing():
+        play(main())
+
+
+def test_a_sandbox_that_is_killed_or_closed_under_its_commands() -> None:
+    async def main() -> None:
+        for end in ("kill", "close", "stop"):
+            async with aio.Sandbox() as sandbox:
+                name = mark()
+                script = python("import sys, time\nprint('on', flush=True)\ntime.sleep(300)", name)
+                execution = asyncio.create_task(sandbox.exec(script))
+                process = await sandbox.popen(script)
+                await condition(lambda name=name: len(marked(name)) >= 2, "both commands")
+                assert await process.stdout.readline() == b"on\n"
+                if end == "kill":
+                    os.kill(sandbox.pid, signal.SIGKILL)
+                else:
+                    await getattr(sandbox, end)()
+                done = await execution
+                assert (done.returncode, done.cause) == (-9, Cause.KILLED)
+                assert await process.wait() == -9
+                await condition(lambda name=name: not marked(name), "the end of both")
+                process.close()
+
+    with leaves_nothing():
+        play(main())
+
+
+def test_a_forgotten_sandbox_and_process() -> None:
+    async def main() -> None:
+        name = mark()
+        sandbox = await aio.Sandbox.create()
+        process = await sandbox.popen(python("import time; time.sleep(300)", name))
+        assert marked(name)
+        del process
+        gc.collect()
+        await condition(lambda: not marked(name), "its end")
+        del sandbox
+        gc.collect()
+
+    with leaves_nothing():
+        play(main())
+
+
+# --- cancellation -----------------------------------------------------------------------------------
+
+
+async def cancelled_after(turns: int, work: Coroutine[Any, Any, Any]) -> bool:
+    """Cancel a task after so many turns of the loop, each with a little time; whether that was before its
+    end."""
+    task = asyncio.create_task(work)
+    for turn in range(turns):
+        await asyncio.sleep(0 if turn % 2 else 0.0004)
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        return True
+    return False
+
+
+def test_cancelled_create_leaves_nothing() -> None:
+    async def create() -> None:
+        sandbox = await aio.Sandbox.create()
+        await asyncio.sleep(300)
+        await sandbox.close()
+
+    async def main() -> None:
+        for turns in range(25):
+            assert await cancelled_after(turns, create())
+            gc.collect()
+
+    sandboxcore.run(["true"])
+    with leaves_nothing():
+        play(main())
+
+
+def test_cancelled_run_leaves_nothing() -> None:
+    async def main() -> None:
+        for turns in range(25):
+            assert await cancelled_after(turns, aio.run(["sh", "-c", "sleep 300; :", name]))
+            assert marked(name) == set()
+
+    name = mark()
+    sandboxcore.run(["true"])
+    with leaves_nothing():
+        play(main())
+
+
+def test_cancelled_exec_leaves_nothing() -> None:
+    """The command is gone when the cancellation arrives, and its sandbox goes on."""
+    name = mark()
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        assert (await sandbox.exec(["true"])).ok
+        init = sandbox.pid
+        fds = len(os.listdir("/proc/self/fd"))
+        for turns in range(25):
+            command = ["sh", "-c", "(setsid sleep 300 &) ; sleep 300; :", name]
+            assert await cancelled_after(turns, sandbox.exec(command, input=bytes(MIB)))
+            assert marked(name) == set()
+            assert len(os.listdir("/proc/self/fd")) == fds
+        listing = await sandbox.exec(["sh", "-c", "ls -d /proc/[0-9]* | wc -l"], text=True)
+        assert int(listing.stdout) < 12
+        assert sandbox.pid == init
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_cancelled_popen_leaves_nothing() -> None:
+    name = mark()
+
+    async def popen(sandbox: aio.Sandbox, **options: Any) -> None:
+        async with await sandbox.popen(["sh", "-c", "sleep 300; :", name], **options):
+            await asyncio.sleep(300)
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        assert (await sandbox.exec(["true"])).ok
+        fds = len(os.listdir("/proc/self/fd"))
+        for turns in range(25):
+            for options in ({"stdin": aio.PIPE}, {"pty": True}):
+                assert await cancelled_after(turns, popen(sandbox, **options))
+                await condition(lambda: not marked(name), "the end of the command")
+                await condition(lambda: len(os.listdir("/proc/self/fd")) == fds, "the end of the pipes")
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_cancelled_more_than_once() -> None:
+    """The second cancellation comes while the first is being served."""
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        name = mark()
+        for pause in (0, 0, 0.0005, 0.001):
+            task = asyncio.create_task(sandbox.exec(["sh", "-c", "sleep 300; :", name]))
+            await condition(lambda: marked(name), "the command")
+            for _ in range(3):
+                task.cancel()
+                await asyncio.sleep(pause)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert marked(name) == set()
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_a_command_that_ignores_everything_is_gone_in_time() -> None:
+    code = """
+        import os, signal, sys, time
+        for number in set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(number, signal.SIG_IGN)
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(300)
+    """
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        for execute in (sandbox.exec, aio.run):
+            name = mark()
+            began = time.monotonic()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await execute(python(code, name))
+            assert marked(name) == set()
+            assert time.monotonic() - began < 1.5
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_cancelled_while_it_waits_for_a_launcher_that_is_stopped() -> None:
+    """A launcher that does not answer takes its sandbox with it, but not where we have stopped it."""
+
+    async def main() -> None:
+        async with aio.Sandbox() as sandbox:
+            name = mark()
+            task = asyncio.create_task(sandbox.exec(["sh", "-c", "sleep 300; :", name]))
+            await condition(lambda: marked(name), "the command")
+            await sandbox.suspend()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert sandbox.state is SandboxState.PAUSED
+            await sandbox.resume()
+            await condition(lambda: not marked(name), "the end of the command")
+            assert (await sandbox.exec(["true"])).ok
+
+    with leaves_nothing():
+        play(main())
+
+
+def test_timeout_of_one_whose_sandbox_is_stopped_by_somebody_else() -> None:
+    async def main() -> None:
+        async with aio.Sandbox() as sandbox:
+            name = mark()
+            task = asyncio.create_task(sandbox.exec(["sh", "-c", "sleep 300; :", name], timeout=1))
+            payload = (await condition(lambda: marked(name), "the command")).pop()
+            launcher = int(Path(f"/proc/{payload}/stat").read_text().rpartition(")")[2].split()[1])
+            os.kill(sandbox.pid, signal.SIGSTOP)  # else it would let the launcher go on
+            os.kill(launcher, signal.SIGSTOP)
+            began = time.monotonic()
+            done = await task
+            assert done.timed_out
+            assert time.monotonic() - began < 2.5
+            assert marked(name) == set()
+            await condition(lambda: sandbox.state is SandboxState.STOPPED, "its end")
+
+    with leaves_nothing():
+        play(main())
+
+
+def test_the_end_of_the_loop_is_the_end_of_everything() -> None:
+    """Tasks that are left are cancelled by asyncio.run()."""
+    name = mark()
+    kept: list[asyncio.Task[Any]] = []
+
+    async def main() -> None:
+        sandbox = await aio.Sandbox.create()
+        kept.append(asyncio.create_task(sandbox.exec(["sh", "-c", "sleep 300; :", name])))
+        kept.append(asyncio.create_task(aio.run(["sh", "-c", "sleep 300; :", name])))
+        await condition(lambda: len(marked(name)) >= 2, "both commands")
+
+    with leaves_nothing():
+        asyncio.run(main())
+        assert all(task.cancelled() for task in kept)
+        kept.clear()
+        gc.collect()
+        wait_until(lambda: not marked(name), "their end")
+
+
+# --- processes --------------------------------------------------------------------------------------
+
+
+def test_communicate() -> None:
+    data = os.urandom(5 * MIB)
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        async with await sandbox.popen(["cat"], stdin=aio.PIPE) as process:
+            assert await process.communicate(data) == (data, b"")
+            assert (process.returncode, process.result.cause) == (0, Cause.EXITED)
+        async with await sandbox.popen(["sh", "-c", "echo x; exit 3"], stderr=aio.DEVNULL) as process:
+            assert await process.communicate() == (b"x\n", None)
+            assert process.returncode == 3
+        async with await sandbox.popen(["true"], stdin=aio.PIPE) as process:
+            assert await process.communicate(data) == (b"", b"")
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_communicate_goes_on_after_a_cancellation() -> None:
+    data = os.urandom(3 * MIB)
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        async with await sandbox.popen(["cat"], stdin=aio.PIPE) as process:
+            for pause in (0.0, 0.001, 0.003, 0.01):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await process.communicate(data if process._input is None else None)
+            assert await process.communicate() == (data, b"")
+        name = mark()
+        async with asyncio.timeout(20):
+            task = asyncio.create_task(talk(sandbox, name))
+            await condition(lambda: marked(name), "the command")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert marked(name) == set()
+
+    async def talk(sandbox: aio.Sandbox, name: str) -> None:
+        async with await sandbox.popen(["sh", "-c", "sleep 300; :", name]) as process:
+            try:
+                await process.communicate()
+            finally:
+                assert process.returncode is None
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_a_conversation() -> None:
+    async def action(sandbox: aio.Sandbox) -> None:
+        async with await sandbox.popen(["cat"], stdin=aio.PIPE) as process:
+            assert process.returncode is None
+            assert 0 < process.pid_inside < process.pid or process.pid > 0
+            for number in range(100):
+                process.stdin.write(b"%d\n" % number)
+                await process.stdin.drain()
+                assert await process.stdout.readline() == b"%d\n" % number
+            process.stdin.close()
+            await process.stdin.wait_closed()
+            assert await process.wait() == 0
+            assert await process.stdout.read() == b""
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_signals() -> None:
+    async def action(sandbox: aio.Sandbox) -> None:
+        for send, expected in (
+            (lambda process: process.terminate(), -15),
+            (lambda process: process.kill(), -9),
+            (lambda process: process.send_signal(signal.SIGUSR2), -12),
+        ):
+            async with await sandbox.popen(["sleep", "300"]) as process:
+                send(process)
+                assert await process.wait() == expected
+                send(process)  # does nothing now
+        process = await sandbox.popen(["sleep", "300"])
+        process.close()
+        process.close()
+        with pytest.raises(ValueError):
+            await process.wait()
+        with pytest.raises(sandboxcore.ProgramNotFound) as caught:
+            await sandbox.popen(["/no/such/program"], stdin=aio.PIPE)
+        assert (caught.value.stage, caught.value.errno) == ("exec", 2)
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_the_timeout_of_a_process() -> None:
+    async def action(sandbox: aio.Sandbox) -> None:
+        async with await sandbox.popen(["sleep", "300"], timeout=0.2) as process:
+            assert await process.wait() == -9
+            assert process.result.cause is Cause.TIMEOUT
+
+    with_sandbox(action)
+
+
+def test_events() -> None:
+    async def action(sandbox: aio.Sandbox) -> None:
+        code = "import os\nfor i in range(500): os.write(1, b'o' * 1000); os.write(2, b'e' * 700)"
+        async with await sandbox.popen(python(code)) as process:
+            events = [event async for event in process]
+        assert isinstance(events[-1], aio.Exit)
+        assert events[-1].result.returncode == 0
+        for kind, letter, size in ((aio.Stdout, b"o", 500_000), (aio.Stderr, b"e", 350_000)):
+            pieces = [event for event in events if isinstance(event, kind)]
+            assert b"".join(piece.data for piece in pieces) == letter * size
+            assert [piece.offset for piece in pieces[1:]] == [p.offset + len(p.data) for p in pieces[:-1]]
+        async with await sandbox.popen(["sh", "-c", "echo 1; read x; echo 2"], stdin=aio.PIPE) as process:
+            async for event in process:
+                assert event.data == b"1\n"
+                break
+            process.stdin.write(b"\n")
+            assert await process.stdout.read() == b"2\n"  # nobody waits in the stream any more
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_events_are_not_lost_by_a_cancellation() -> None:
+    code = "import os\nfor i in range(20000): os.write(1 + i % 2, b'%06d' % i)"
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        got: dict[type, bytearray] = {aio.Stdout: bytearray(), aio.Stderr: bytearray()}
+
+        async def consume(process: aio.Process) -> bool:
+            async for event in process:
+                if isinstance(event, aio.Exit):
+                    return True
+                assert event.offset == len(got[type(event)])
+                got[type(event)] += event.data
+            return False
+
+        async with await sandbox.popen(python(code)) as process:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.002):
+                        if await consume(process):
+                            break
+        for number, kind in enumerate((aio.Stdout, aio.Stderr)):
+            assert got[kind] == b"".join(b"%06d" % i for i in range(number, 20000, 2))
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_who_reads_slowly_slows_it() -> None:
+    """The payload says in a file how far it has come; it stops when pipe and bounded buffer are full."""
+    code = """
+        import os
+        done = 0
+        with open('/tmp/far', 'wb', 0) as far:
+            while done < 64 << 20:
+                done += os.write(1, bytes(65536))
+                os.pwrite(far.fileno(), b'%012d' % done, 0)
+    """
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        async def far() -> int:
+            return int((await sandbox.shell("cat /tmp/far")).stdout or 0)
+
+        async with await sandbox.popen(python(code)) as process:
+            first = await anext(aiter(process))
+            assert first.offset == 0
+            last, same = -1, 0
+            while same < 10:
+                await asyncio.sleep(0.02)
+                now = await far()
+                same, last = (same + 1 if now == last and now else 0), now
+            assert 0 < last < 2 * MIB
+            total = len(first.data)
+            async for event in process:
+                if isinstance(event, aio.Stdout):
+                    total += len(event.data)
+            assert total == 64 << 20
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_200_mib_in_flat_memory() -> None:
+    code = "import os\nfor _ in range(3200): os.write(1, bytes(65536))"
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        await sandbox.exec(python(code.replace("3200", "100")))
+        before = peak()
+        total = 0
+        async with await sandbox.popen(python(code)) as process:
+            async for event in process:
+                if isinstance(event, aio.Stdout):
+                    total += len(event.data)
+        assert total == 200 * MIB
+        done = await sandbox.exec(python(code), limits=Limits(output="1M"))
+        assert (done.stdout_total, len(done.stdout), done.truncated) == (200 * MIB, MIB, True)
+        assert peak() - before < 24 << 10
+
+    with_sandbox(action)
+
+
+def test_outputs_end_with_the_command() -> None:
+    """Another command of the sandbox was given the pipe, and keeps it open or even writes."""
+    keeper = """
+        import array, os, socket, sys
+        server = socket.socket(socket.AF_UNIX)
+        server.bind('/tmp/door')
+        server.listen()
+        print('ready', flush=True)
+        peer, _ = server.accept()
+        _, control, _, _ = peer.recvmsg(1, 4096)
+        fds = array.array('i', control[0][2])
+        peer.send(b'x')
+        while True:
+            os.write(fds[0], b'z' * 4096)
+    """
+    giver = """
+        import array, socket, sys
+        peer = socket.socket(socket.AF_UNIX)
+        peer.connect('/tmp/door')
+        peer.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [1]))])
+        peer.recv(1)
+        print('given', flush=True)
+    """
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        for how in ("exec", "popen", "pty"):
+            await sandbox.shell("rm -f /tmp/door")
+            async with await sandbox.popen(python(keeper)) as holder:
+                assert await holder.stdout.readline() == b"ready\n"
+                async with asyncio.timeout(10):
+                    if how == "exec":
+                        output = (await sandbox.exec(python(giver))).stdout
+                    else:
+                        async with await sandbox.popen(python(giver), pty=how == "pty") as process:
+                            output, _ = await process.communicate()
+                assert b"given" in output
+                holder.kill()
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+# --- terminals --------------------------------------------------------------------------------------
+
+
+def test_a_terminal() -> None:
+    async def action(sandbox: aio.Sandbox) -> None:
+        async with await sandbox.popen(
+            ["sh"], pty=(33, 101), env={"PS1": "", "PATH": "/usr/bin:/bin"}
+        ) as process:
+            process.stdin.write(b"stty -echo; tty; stty size\n")
+            seen = await process.stdout.readuntil(b"33 101\r\n")
+            assert b"/dev/pts/" in seen
+            process.resize(44, 102)
+            process.stdin.write(b"stty size\n")
+            await process.stdout.readuntil(b"44 102\r\n")
+            process.stdin.write(b"sleep 300\n")
+            process.stdin.write(b"\x03")
+            process.stdin.write(b"echo interrupted; exit 7\n")
+            assert b"interrupted" in await process.stdout.read()  # ends without an error
+            assert await process.wait() == 7
+            await process.stdout.read()
+        with pytest.raises(ValueError):
+            process.resize(1, 1)
+        async with await sandbox.popen(["tty"], pty=True) as process:
+            output, errors = await process.communicate()
+            assert b"/dev/pts/" in output
+            assert errors is None
+        async with await sandbox.popen(["sh"], pty=True) as process:
+            output, errors = await process.communicate(b"stty -echo; exec cat\nsome text")
+            assert output.endswith(b"some text")
+            assert process.returncode == 0
+        script = "exec </dev/null >/dev/null 2>&1; sleep 0.3; echo again >/dev/tty"
+        async with await sandbox.popen(["sh", "-c", script], pty=True) as process:
+            assert await process.stdout.read() == b"again\r\n"
+        async with await sandbox.popen(["sh", "-c", "echo a; exit 2"], pty=True) as process:
+            events = [event async for event in process]
+        assert events[0] == aio.Stdout(b"a\r\n", 0)
+        assert events[-1].result.returncode == 2
+        async with await sandbox.popen(["cat"]) as process:
+            with pytest.raises(ValueError):
+                process.resize(1, 1)
+
+    with leaves_nothing():
+        with_sandbox(action)
