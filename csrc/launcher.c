@@ -10,6 +10,7 @@
 #include "box.h"
 
 #include <linux/prctl.h>
+#include <poll.h>
 
 enum { SPARE = 2 }; /* so many idle ones are enough */
 
@@ -48,12 +49,23 @@ static void execute(struct sbx_box *box, const struct sbx_message *msg, size_t l
 	sbx_inbox_release(r, mapped);
 }
 
+/* Whoever asked may have let go while the request lay in the queue. */
+static bool given_up(const int *fds, size_t nfds)
+{
+	const struct timespec now = { 0 };
+	struct pollfd p = { .fd = nfds ? fds[0] : -1, .events = POLLRDHUP };
+
+	return sbx_sys(SYS_ppoll, &p, 1, &now, NULL, 0) > 0 && p.revents & (POLLRDHUP | POLLHUP);
+}
+
 static void dispatch(const struct sbx_launcher *l, size_t len, int *fds, size_t nfds)
 {
 	const struct sbx_message *msg = (const void *)l->inbox->bytes;
 	struct sbx_error err = { .stage = SBX_STAGE_NONE };
 	struct sbx_box *box = l->box;
 
+	if (given_up(fds, nfds))
+		return;
 	if (len < sizeof *msg || msg->magic != SBX_REQUEST_MAGIC || nfds == 0)
 		return; /* nobody to answer: closing what came is the answer */
 	box->peers = box->plan->flags & SBX_PLAN_NO_ROOT_ID ? count_all(l->pool) : 0;

@@ -184,7 +184,7 @@ static long serve(struct resident *r)
 			fds[3].fd = fds[4].fd = -1;
 			continue;
 		}
-		if (fds[3].revents || fds[2].revents & gone || (fds[2].revents && !hear(r)))
+		if (fds[3].revents || fds[2].revents & gone)
 			return 0;
 		for (int i = 0; i < 2; i++)
 			if (fds[i].revents)
@@ -192,6 +192,8 @@ static long serve(struct resident *r)
 		ret = reap(r);
 		if (ret < 0 && ret != -EAGAIN && ret != -ENOMEM) /* too many processes: later, perhaps */
 			return ret;
+		if (fds[2].revents && !hear(r)) /* after reaping: its answer says that strays are dead */
+			return 0;
 	}
 }
 

@@ -9,8 +9,10 @@
 #include "stream.h"
 #include "util.h"
 
+#include <linux/sockios.h>
 #include <poll.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 
 enum state { NEW = 0, RUNNING, STOPPING, KILLED, DRAINING, DONE };
@@ -155,37 +157,6 @@ static int hear(struct sbx_run *run, struct sbx_error *err)
 	return 0;
 }
 
-/* --- stdin ------------------------------------------------------------------------------------- */
-
-/* Write the next piece; a reader that is gone is the payload's choice, not an error. */
-static void feed(struct sbx_run *run)
-{
-	const unsigned char *from = run->input ? run->input : run->stdin_buffer;
-	size_t size = run->input ? run->input_size : run->stdin_size;
-	ssize_t n = write(run->stdin_fd, from + run->stdin_offset, size - run->stdin_offset);
-
-	if (n < 0 && errno != EAGAIN && errno != EINTR)
-		drop(&run->stdin_fd);
-	if (n > 0)
-		run->stdin_offset += (size_t)n;
-	if (run->input && run->stdin_offset == size)
-		drop(&run->stdin_fd);
-}
-
-static int refill(struct sbx_run *run)
-{
-	if (!run->stdin_buffer && !(run->stdin_buffer = malloc(65536)))
-		return -ENOMEM;
-	ssize_t n = sbx_read_some(run->stdin_relay, run->stdin_buffer, 65536);
-	if (n < 0 && (errno == EAGAIN || errno == EINTR))
-		return 0;
-	run->stdin_offset = 0;
-	run->stdin_size = n > 0 ? (size_t)n : 0;
-	if (n <= 0)
-		drop(&run->stdin_fd); /* the source has ended or broken: so does stdin */
-	return 0;
-}
-
 /* --- the loop ---------------------------------------------------------------------------------- */
 
 /* The init to kill when nothing else helps: the run's own, or that of the sandbox it is in. */
@@ -213,10 +184,10 @@ static void watch(const struct sbx_run *run, struct pollfd *p)
 static int serve_streams(struct sbx_run *run, const struct pollfd *p, struct sbx_error *err)
 {
 	if (p[STDIN].revents & POLLOUT)
-		feed(run);
+		sbx_stdin_feed(run);
 	else if (p[STDIN].revents & (POLLERR | POLLNVAL))
 		drop(&run->stdin_fd);
-	if (run->stdin_fd >= 0 && p[SOURCE].revents && refill(run) < 0)
+	if (run->stdin_fd >= 0 && p[SOURCE].revents && sbx_stdin_refill(run) < 0)
 		return sbx_fail(err, SBX_STAGE_HOST, 13, -ENOMEM);
 	for (int i = 0; i < 2; i++) {
 		struct sbx_stream *s = &run->out[i];
@@ -235,6 +206,18 @@ static int serve_streams(struct sbx_run *run, const struct pollfd *p, struct sbx
 	return 0;
 }
 
+/*
+ * Whether requests lie in the socket that no launcher has taken: they all are busy. Ours may be among them,
+ * and will be dropped, because we let go of it; if it is not, its launcher kills it for the same reason.
+ * unix(7), SIOCOUTQ.
+ */
+static bool waits_in_queue(const struct sbx_run *run)
+{
+	int bytes = 0;
+
+	return ioctl(run->spawner, SIOCOUTQ, &bytes) == 0 && bytes > 0;
+}
+
 /* The clock struck: first let init end it and report, then let the kernel, then admit defeat. */
 static int escalate(struct sbx_run *run, uint64_t now, struct sbx_error *err)
 {
@@ -246,6 +229,12 @@ static int escalate(struct sbx_run *run, uint64_t now, struct sbx_error *err)
 		(void)shutdown(run->control, SHUT_WR);
 		return 0;
 	case STOPPING:
+		if (run->kind == SBX_MESSAGE_EXEC && waits_in_queue(run)) {
+			run->exit.status = SIGKILL;
+			run->lost = 1;
+			run->state = DRAINING;
+			return 0;
+		}
 		run->state = KILLED;
 		run->give_up_ns = now + HARD_NS;
 		if (last_resort(run) >= 0)

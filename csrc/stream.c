@@ -176,6 +176,36 @@ void sbx_stream_finish(struct sbx_stream *s)
 	reverse(ring, end);
 }
 
+/* Write the next piece; a reader that is gone is the payload's choice, not an error. */
+void sbx_stdin_feed(struct sbx_run *run)
+{
+	const unsigned char *from = run->input ? run->input : run->stdin_buffer;
+	size_t size = run->input ? run->input_size : run->stdin_size;
+	ssize_t n = write(run->stdin_fd, from + run->stdin_offset, size - run->stdin_offset);
+
+	if (n < 0 && errno != EAGAIN && errno != EINTR)
+		sbx_close(sbx_steal_fd(&run->stdin_fd));
+	if (n > 0)
+		run->stdin_offset += (size_t)n;
+	if (run->input && run->stdin_offset == size)
+		sbx_close(sbx_steal_fd(&run->stdin_fd));
+}
+
+/* The next piece for stdin, from the caller's descriptor. */
+int sbx_stdin_refill(struct sbx_run *run)
+{
+	if (!run->stdin_buffer && !(run->stdin_buffer = malloc(65536)))
+		return -ENOMEM;
+	ssize_t n = sbx_read_some(run->stdin_relay, run->stdin_buffer, 65536);
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return 0;
+	run->stdin_offset = 0;
+	run->stdin_size = n > 0 ? (size_t)n : 0;
+	if (n <= 0)
+		sbx_close(sbx_steal_fd(&run->stdin_fd)); /* the source has ended or broken: so does stdin */
+	return 0;
+}
+
 /*
  * A write to a pipe whose reader is gone raises SIGPIPE in this thread, which not every host program
  * ignores. Block it meanwhile, and take back the one that this call caused.

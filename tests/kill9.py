@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ class Client:
         self.private: list[Sandbox] = []
 
     def run(self) -> None:
-        everything = [self.execute, self.execute, self.stream, self.detach, self.detach, self.pause, self.create,
-                      self.stop, self.start, self.destroy, self.private_one, self.sentinel, self.collect]  # fmt: skip
+        often = [self.execute, self.detach, self.sentinel]
+        rarely = [self.stream, self.pause, self.create, self.stop, self.start, self.destroy, self.private_one]
+        everything = [*often, *often, *rarely, self.collect]
         print("ready", flush=True)
         while not select.select([0], [], [], 0)[0]:
             try:
@@ -273,7 +275,7 @@ class Conductor:
     def check_records(self) -> None:
         """Each is true, and what runs is of use."""
         for record in self.records():
-            with PersistentSandbox.connect(record.id, state_dir=self.state) as box:
+            with closing(PersistentSandbox.connect(record.id, state_dir=self.state)) as box:
                 if box.state is SandboxState.PAUSED:
                     box.resume()
                 assert (box.state is SandboxState.RUNNING) == (record.state in ("running", "paused")), record
@@ -302,7 +304,7 @@ class Conductor:
 
     def make_room(self) -> None:
         for record in self.records():
-            with PersistentSandbox.connect(record.id, state_dir=self.state) as box:
+            with closing(PersistentSandbox.connect(record.id, state_dir=self.state)) as box:
                 if len(list(Path(self.state, "sandboxes", record.id).iterdir())) > 60:
                     box.destroy()
 

@@ -874,7 +874,8 @@ def test_a_terminal() -> None:
             process.resize(44, 102)
             process.stdin.write(b"stty size\n")
             await process.stdout.readuntil(b"44 102\r\n")
-            process.stdin.write(b"sleep 300\n")
+            process.stdin.write(b"sh -c 'echo on; exec sleep 300'\n")
+            await process.stdout.readuntil(b"on\r\n")
             process.stdin.write(b"\x03")
             process.stdin.write(b"echo interrupted; exit 7\n")
             assert b"interrupted" in await process.stdout.read()  # ends without an error

@@ -536,6 +536,7 @@ def test_exec_with_a_terminal(shared: Shell) -> None:
         human.resize(33, 99)
         human.send("stty size\n")
         human.expect("33 99")
+        human.expect("in> ")
         human.send("sh -c 'echo slee''ping; exec sleep 100'\n")
         human.expect("[\r\n]sleeping\r\n")
         human.send("\x03")  # for the sleep, not for us
@@ -606,6 +607,7 @@ def test_attach_replay_detach(shared: Shell) -> None:
         human.resize(41, 101)
         human.send("echo; stty size\n")
         human.expect("41 101")
+        human.expect("in> ")
         human.send("sh -c 'echo sleeping; exec sleep 100'\n")
         human.expect("sleeping\r\n")
         human.send("\x03")

@@ -608,7 +608,7 @@ def test_private_ones_end_with_the_host_process(way: str) -> None:
     with host_process(PLAIN.replace('"300", sys.argv[1]', "sys.argv[1]"), mark, way) as process:
         forked, *inits = map(int, process.stdout.readline().split())
         try:
-            assert len(marked(mark)) >= 5
+            wait_until(lambda: len(marked(mark)) >= 5, "every command in sight", PATIENCE)
             process.kill()
             process.wait(PATIENCE)
             wait_until(lambda: all(gone(pid) for pid in inits), "the end of the sandboxes", 5)

@@ -46,8 +46,8 @@ def test_a_shell_with_job_control() -> None:
         human.expect(r"\[1\] \d+")
         human.send("jobs\n")
         human.expect(r"\[1\]\+ +Running +sleep 100 &")
-        human.send("kill %1; wait\n")
-        human.expect("Terminated")
+        human.send("kill %1; wait %1; echo ended=$?\n")
+        human.expect("ended=143")
         human.send("echo ca''lled; cat\n")
         human.expect("called\r\n")
         human.send("hello\n")
@@ -418,11 +418,12 @@ def test_a_terminal_that_somebody_else_holds() -> None:
     code = f"""
     with Sandbox() as sandbox:
         thief = sandbox.popen(["sh", "-c", {thief!r}])
-        done = sandbox.interact(["sh", "-c", "sleep 0.5; exit 4"])
+        done = sandbox.interact(["sh", "-c", "read x; exit 4"])
         report([done.returncode, thief.poll()])
     """
     with at_terminal(code) as human:
         human.expect("y\r\ny\r\n")
+        human.send("\n")
         assert human.reported() == [4, None]
         assert human.wait() == 0
 

@@ -250,6 +250,21 @@ def test_equality_and_hash() -> None:
     assert SandboxSpec(ro=["/a"]) != SandboxSpec(rw=["/a"])
 
 
+def test_relative_sources_mean_the_directory_where_the_spec_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        specs.append(SandboxSpec(ro=["./a:/a", Path("b")], rw=[("c", "/c"), "~/d:/d"]))
+    first, second = specs
+    assert first.fingerprint != second.fingerprint
+    assert [mount.source for mount in first.all_mounts()][:2] == [f"{tmp_path}/one/a", f"{tmp_path}/one/c"]
+    assert SandboxSpec.from_dict(first.to_dict()) == first
+    assert SandboxSpec(ro=first.ro, rw=first.rw).fingerprint == first.fingerprint
+
+
 def test_every_field_counts_in_the_fingerprint() -> None:
     variants = {
         "profile": "full",
