@@ -13,6 +13,7 @@
 #include <sys/resource.h>
 #include <sys/wait.h>
 
+enum { RETRY_NS = 50000000 };
 enum slot { CHILDREN, LISTEN, FIRST_PUMP, SLOTS = FIRST_PUMP + SBX_PUMPS };
 
 struct command {
@@ -109,7 +110,7 @@ static void reap(struct command *c)
 
 	for (;;) {
 		long pid = sbx_sys(SYS_wait4, -1, &status, WNOHANG, &usage);
-		if (pid == -EINTR)
+		if (pid < 0 && pid != -ECHILD)
 			continue;
 		if (pid <= 0) {
 			c->gone = pid != 0;
@@ -227,7 +228,7 @@ static long wait_for_event(const struct command *c, struct pollfd *fds, uint64_t
 {
 	uint64_t now = deadline ? sbx_now() : 0, left = deadline > now ? deadline - now : 0;
 	struct timespec limit = { (time_t)(left / 1000000000), (long)(left % 1000000000) };
-	bool at_once = false;
+	bool at_once = false, again = !c->gone && (c->ended || c->killed);
 
 	fds[CHILDREN] = (struct pollfd){ .fd = c->box->spawner->children, .events = POLLIN };
 	fds[LISTEN] = (struct pollfd){ .fd = c->listen, .events = POLLIN | POLLRDHUP };
@@ -237,9 +238,9 @@ static long wait_for_event(const struct command *c, struct pollfd *fds, uint64_t
 						(struct pollfd){ .fd = p->from, .events = POLLIN };
 		at_once |= c->gone && p->from >= 0 && (!p->size || c->killed);
 	}
-	if (at_once)
-		limit = (struct timespec){ 0 };
-	return sbx_sys(SYS_ppoll, fds, SLOTS, deadline || at_once ? &limit : NULL, NULL, 0);
+	if (at_once || again) /* what could not be killed, because memory or a descriptor was lacking, is tried again */
+		limit = (struct timespec){ .tv_nsec = at_once ? 0 : RETRY_NS };
+	return sbx_sys(SYS_ppoll, fds, SLOTS, deadline || at_once || again ? &limit : NULL, NULL, 0);
 }
 
 static void watch(struct command *c)

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from sandboxcore import _native, host, sandbox
 from sandboxcore.aio_exec import converse
+from sandboxcore.aio_files import AsyncFileServer, Files
 from sandboxcore.aio_loop import Flag, born, readable, with_spawner, writable
 from sandboxcore.aio_process import Process, start_process
 from sandboxcore.capabilities import SandboxCapabilities
@@ -45,7 +46,7 @@ from sandboxcore.result import Decoder, ExecResult, make_result
 from sandboxcore.spawner import Spawner
 from sandboxcore.spec import Limits, SandboxSpec
 
-__all__ = ["DEVNULL", "PIPE", "STDOUT", "Exit", "Process", "Sandbox", "Stderr", "Stdout", "run"]
+__all__ = ["DEVNULL", "PIPE", "STDOUT", "Exit", "Files", "Process", "Sandbox", "Stderr", "Stdout", "run"]
 
 
 async def run(
@@ -111,6 +112,7 @@ class Sandbox:
         self.spec, self.id, self.name, self.labels = own.spec, own.id, own.name, own.labels
         self.description, self.metadata, self.owner = own.description, own.metadata, own.owner
         self.created_at = own.created_at
+        self._file_server = AsyncFileServer()
         self._moving = asyncio.Lock()
         self._processes: weakref.WeakSet[Process] = weakref.WeakSet()
         self._busy = 0  # commands that run, or start, without a Process yet
@@ -208,6 +210,7 @@ class Sandbox:
         link = self._own._link
         watch = os.dup(link.pidfd) if link is not None and wait else -1
         try:
+            self._file_server.close()
             self._own._end(state)
             if watch >= 0:
                 await readable(watch, ANSWER_PATIENCE)
@@ -229,6 +232,11 @@ class Sandbox:
 
     def __repr__(self) -> str:
         return f"<aio.Sandbox {self._own.name} {self._own._state.value}>"
+
+    @property
+    def files(self) -> Files:
+        """Its files: :class:`sandboxcore.files.Files`, with coroutines."""
+        return Files(self._own, self._file_server)
 
     # --- commands -------------------------------------------------------------------------------
 

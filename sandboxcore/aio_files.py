@@ -33,25 +33,35 @@ class AsyncFileServer(FileServer):
         """Put one request and wait for its answer. Raises OSError, TimeoutError, ServerLost."""
         ask.paths()  # what is wrong with them is found before anything is sent
         async with self._turn:
+            self._unwanted = False
             try:
                 record = await self._put(link, ask)
             except BaseException:  # the answer may still come: it must not be taken for the next one's
                 self._drop()
                 raise
+            if self._unwanted:
+                self._drop()
         return ask.answer(record)
 
+    def close(self) -> None:
+        """Let go of the server. Never waits: whoever is at it closes behind himself. Idempotent."""
+        self._unwanted = True
+        if not self._turn.locked():
+            self._drop()
+
     async def _put(self, link: Link, ask: Ask) -> _native.Record:
+        about, text = ask.about or ask.path, "the sandbox takes no requests"
         try:
-            await writable(link.work.fileno(), ANSWER_PATIENCE)
-            connection = self._connect(link)
+            with link:
+                await writable(link.work.fileno(), ANSWER_PATIENCE)
+                connection = self._connect(link)
             ask.send(connection.fileno())
-        except (BrokenPipeError, ConnectionError):
-            raise ServerLost(taken=False) from None
-        try:
+            text = f"no answer within {REPLY_PATIENCE:.0f} s"
             await readable(connection.fileno(), REPLY_PATIENCE)
+        except (ConnectionError, _native.NativeFailure):  # it is closed
+            raise ServerLost(taken=False) from None
         except TimeoutError:
-            about = ask.about or ask.path
-            raise TimeoutError(E.ETIMEDOUT, f"no answer within {REPLY_PATIENCE:.0f} s", about) from None
+            raise TimeoutError(E.ETIMEDOUT, text, about) from None
         try:
             record = _native.receive(connection.fileno())
         except ConnectionError:

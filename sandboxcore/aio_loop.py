@@ -98,17 +98,21 @@ async def readable(fd: int, seconds: float | None = None) -> None:
 
 async def writable(fd: int, seconds: float) -> None:
     """Wait until a blocking socket takes a message at once; many may wait. Raises TimeoutError."""
+    if _takes(fd):
+        return
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
-    while not _takes(fd):
-        copy, ready = os.dup(fd), Flag()  # a loop has one callback for each descriptor
-        try:
+    copy = os.dup(fd)  # a loop has one callback for each descriptor; and this one stays
+    try:
+        while not _takes(copy):
+            ready = Flag()
             loop.add_writer(copy, ready.set)
             if not await ready.until(ready.is_set, deadline - loop.time()):
                 raise TimeoutError
-        finally:
             loop.remove_writer(copy)
-            os.close(copy)
+    finally:
+        loop.remove_writer(copy)
+        os.close(copy)
 
 
 def _takes(fd: int) -> bool:

@@ -16,8 +16,9 @@ from typing import IO, Self
 
 from sandboxcore.aio_exec import HARD
 from sandboxcore.aio_loop import News
-from sandboxcore.command import CHUNK, Ending, Event, Exit, Pipes, Scope, Stderr, Stdout
+from sandboxcore.command import Ending, Event, Exit, Scope, Stderr, Stdout
 from sandboxcore.link import START_PATIENCE
+from sandboxcore.pipes import CHUNK, Pipes
 from sandboxcore.result import ExecResult
 
 TIOCGPTPEER = 0x5441  # ioctl_tty(2); not in termios
@@ -100,7 +101,9 @@ class _Output(_Input):
     """An output. It ends with the command, also where another command of the sandbox, which was given the
     pipe or the terminal (SCM_RIGHTS), still has it open."""
 
-    REST = 0.2  # seconds for a terminal to say so itself: its driver may have more than it tells of
+    # A terminal's driver may have more than it tells of: it has this long to say itself that it is over
+    REST = 0.2  # seconds
+    ROOM = 65536  # bytes
 
     def __init__(self, reader: asyncio.StreamReader, life: Life, file: IO[bytes]) -> None:
         super().__init__(reader, loop=life.loop)
@@ -128,16 +131,16 @@ class _Output(_Input):
         if self._pipe is not None and self._left is None and not self._pipe.is_closing():
             self._left = self._waiting()
             if os.isatty(self._file.fileno()):
+                self._left = max(self._left, self.ROOM)
                 self._loop_of_life.call_later(self.REST, self._hang_up)
-            else:
-                self._stop()
+            self._stop()
 
     def _waiting(self) -> int:
         return int.from_bytes(fcntl.ioctl(self._file.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
 
     def _hang_up(self) -> None:
         if self._pipe is not None and not self._pipe.is_closing():
-            self._left = self._waiting()
+            self._left = min(self._left or 0, self._waiting())
             self._stop()
 
     def _stop(self) -> None:

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from sandboxcore import _native
-from sandboxcore.command import Event, Exit, Scope, Stderr, Stdout, Terminal
+from sandboxcore.command import Event, Exit, Scope, Stderr, Stdout
 from sandboxcore.errors import SandboxGone, SpecError
 from sandboxcore.journal import Journal, Log
 from sandboxcore.link import ANSWER_PATIENCE, Home
+from sandboxcore.pipes import Terminal
 from sandboxcore.plan import Plan
 from sandboxcore.request import Program
 from sandboxcore.result import Decoder, ExecResult, make_result

@@ -125,8 +125,10 @@ class Link:
             return None
         try:
             pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return None
+        except OSError as error:
+            if error.errno not in (E.ESRCH, E.EINVAL, E.ENOENT):
+                raise
+            return None  # gone; or the number is a thread's now
         socks: list[socket.socket] = []
         try:
             if start_ticks(pid) == ticks and not _poll(pidfd, 0):  # else the number is somebody else's now

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from sandboxcore import _native, host
 from sandboxcore.capabilities import SandboxCapabilities
-from sandboxcore.command import Ending, Pipes, Process, check_buffering
+from sandboxcore.command import Ending, Process
 from sandboxcore.detached import DEFAULT_KEEP, DetachedCommand, PrivateDoor
 from sandboxcore.errors import (
     InvalidTransition,
@@ -31,6 +31,7 @@ from sandboxcore.files import Files, FileServer
 from sandboxcore.journal import Journal
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
 from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Birth, Home, Link, pid_of
+from sandboxcore.pipes import Pipes, check_buffering
 from sandboxcore.plan import command_limits, compile_plan, tightened
 from sandboxcore.process import render, with_spawner
 from sandboxcore.request import (

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any, Literal, Protocol
 
-from sandboxcore.command import Outputs, Process, Terminal, poll_once
+from sandboxcore.command import Process
 from sandboxcore.errors import SpecError
+from sandboxcore.pipes import Outputs, Terminal, poll_once
 
 Parting = Literal["ended", "detached", "hangup"]
 

@@ -289,9 +289,10 @@ class Conductor:
     @staticmethod
     def check_commands(box: PersistentSandbox) -> None:
         """A command runs if and only if there is its process."""
+        every = [inside(pid) for pid in descendants(box.pid) if not gone(pid)]
+        numbers = {one[-1] for one in every if one}
         for command in box.commands():
             with command:
-                numbers = {inside(pid)[-1] for pid in descendants(box.pid) if inside(pid) and not gone(pid)}
                 if command.status == "running":
                     assert command.pid_inside in numbers or command.status != "running", (command, box.record)
 

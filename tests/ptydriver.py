@@ -1,6 +1,5 @@
 """A person at a terminal: starts a program on a pseudo-terminal, types, and waits for what appears."""
 
-import fcntl
 import json
 import os
 import pty
@@ -180,8 +179,3 @@ report([done.returncode, done.cause])
 """
     with at_terminal(code, size=size, **about) as human:
         yield human
-
-
-def waiting_bytes(fd: int) -> int:
-    """How much could be read."""
-    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)

@@ -20,6 +20,7 @@ import pytest
 from support import PYTHON, Spec, gone, leaves_nothing, marked, wait_until
 
 import sandboxcore
+import sandboxcore.files
 from sandboxcore import Cause, Limits, Sandbox, SandboxState, aio
 from sandboxcore.aio_streams import Store
 
@@ -181,6 +182,11 @@ def test_the_interfaces_are_the_same() -> None:
         assert ours.keys() - only_async.get(name, set()) == theirs.keys() - only_sync.get(name, set()), name
         for key in ours.keys() & theirs.keys():
             assert ours[key] == theirs[key], (name, key)
+    names = [name for name, _ in inspect.getmembers(sandboxcore.files.Files, inspect.isfunction)]
+    for name in names:
+        if not name.startswith("_"):
+            ours = dict(inspect.signature(getattr(aio.Files, name)).parameters)
+            assert ours == dict(inspect.signature(getattr(sandboxcore.files.Files, name)).parameters), name
     assert sandboxcore.aio is aio
 
 
@@ -573,6 +579,33 @@ def test_cancelled_while_it_waits_for_a_launcher_that_is_stopped() -> None:
         play(main())
 
 
+def test_cancelled_before_a_launcher_took_it() -> None:
+    """It never runs, and its sandbox goes on."""
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        assert (await sandbox.exec(["true"])).ok
+        init = sandbox.pid
+        os.kill(init, signal.SIGSTOP)
+        launchers = Path(f"/proc/{init}/task/{init}/children").read_text().split()
+        for launcher in launchers:
+            os.kill(int(launcher), signal.SIGSTOP)
+        for command in (sandbox.exec, sandbox.popen):
+            task = asyncio.create_task(command(["touch", "/tmp/it-ran"]))
+            await asyncio.sleep(0.05)
+            began = time.monotonic()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert time.monotonic() - began < 3
+        for pid in (*launchers, init):
+            os.kill(int(pid), signal.SIGCONT)
+        assert (await sandbox.shell("ls /tmp")).stdout == b""
+        assert sandbox.pid == init
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
 def test_timeout_of_one_whose_sandbox_is_stopped_by_somebody_else() -> None:
     async def main() -> None:
         async with aio.Sandbox() as sandbox:
@@ -858,6 +891,80 @@ def test_outputs_end_with_the_command() -> None:
 
     with leaves_nothing():
         with_sandbox(action)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_files(tmp_path: Path) -> None:
+    """One thread of operations, on both sides."""
+    data = os.urandom(3 * MIB)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "f").write_bytes(data)
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        files = sandbox.files
+        assert await files.write("a/b", data, mode=0o600) == len(data)
+        assert await files.read("a/b") == data
+        assert await files.read("a/b", offset=5, size=7) == data[5:12]
+        await files.write_many({"a/c": "text", "a/d": (b"x", 0o755)})
+        assert await files.read("a/c", text=True) == "text"
+        assert [info.name for info in await files.list("a")] == ["b", "c", "d"]
+        assert ((await files.stat("a/d")).mode, await files.exists("a/e")) == (0o755, False)
+        await files.mkdir("x/y", parents=True)
+        await files.rename("a/c", "x/y/c")
+        await files.symlink("y/c", "x/link")
+        await files.chmod("x/y/c", 0o640)
+        assert (await sandbox.shell("cat x/link; stat -c %a x/y/c")).stdout == b"text640\n"
+        with await files.open("x/y/c", "r+b") as file:
+            file.seek(0, 2)
+            file.write(b" and more")
+        await files.copy_in(tmp_path / "tree", "tree")
+        await files.copy_out("tree", tmp_path / "copy")
+        assert (tmp_path / "copy" / "f").read_bytes() == data
+        archive = await files.tar("x")
+        await files.untar(archive, "z")
+        assert await files.read("z/link") == b"text and more"
+        await files.remove("x", recursive=True)
+        with pytest.raises(FileNotFoundError) as caught:
+            await files.read("x/link")
+        assert caught.value.filename.endswith("x/link")
+        many = [files.write(f"many/{n}", b"%d" % n) for n in range(50)]
+        await asyncio.gather(*many)
+        assert [await files.read(f"many/{n}") for n in range(50)] == [b"%d" % n for n in range(50)]
+        for turns in range(12):
+            assert await cancelled_after(turns, endless(files))
+            assert await files.read("many/7") == b"7"
+        await sandbox.stop()
+        with pytest.raises(sandboxcore.InvalidTransition):
+            await files.read("many/7")
+        await sandbox.start()
+        assert not await files.exists("many")
+
+    async def endless(files: aio.Files) -> None:
+        while True:
+            await files.write("endless", data)
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_the_files_of_a_sandbox_that_is_closed_meanwhile() -> None:
+    async def endless(files: aio.Files) -> None:
+        while True:
+            await files.write("endless", b"x")
+
+    async def main() -> None:
+        for _ in range(5):
+            async with aio.Sandbox() as sandbox:
+                tasks = [asyncio.create_task(endless(sandbox.files)) for _ in range(5)]
+                await asyncio.sleep(0.01)
+            for task in tasks:
+                with pytest.raises((sandboxcore.SandboxGone, sandboxcore.InvalidTransition)):
+                    await task
+
+    with leaves_nothing():
+        play(main())
 
 
 # --- terminals --------------------------------------------------------------------------------------

@@ -39,9 +39,10 @@ from sandboxcore import (
     SpecError,
     UnsupportedHost,
 )
-from sandboxcore.command import Exit, Stderr, Stdout, Terminal
+from sandboxcore.command import Exit, Stderr, Stdout
 from sandboxcore.detached import DetachedCommand
 from sandboxcore.persistent import PersistentSandbox
+from sandboxcore.pipes import Terminal
 
 PATIENCE = 30
 SLEEP = ["sleep", "300"]
@@ -632,6 +633,16 @@ def test_the_payload_kills_launchers(box: Sandbox) -> None:
     assert result.cause is (Cause.KILLED if rootless else Cause.TIMEOUT)
     assert box.exec(["true"], timeout=PATIENCE).ok
     wait_until(lambda: not sleepers(box), "nothing of the command left", PATIENCE)
+
+
+def test_the_payload_kills_everything_it_may(box: Sandbox) -> None:
+    """Its own id is everybody's where there is one id only: other commands of the sandbox end, too, and are
+    told of; the sandbox stays."""
+    other = box.detach(SLEEP)
+    box.detach(sh("kill -9 -1; sleep 300"), timeout=1).wait(PATIENCE)
+    assert other.wait(PATIENCE).cause in (Cause.KILLED, Cause.SIGNALED)
+    assert box.exec(["true"], timeout=PATIENCE).ok
+    wait_until(lambda: not sleepers(box), "nothing of the commands left", PATIENCE)
 
 
 def sleepers(sandbox: Sandbox) -> list[int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import sandboxcore
-from sandboxcore import _native, plan, process, request, spawner
+from sandboxcore import Cause, Sandbox, _native, command, plan, process, request, sandbox, spawner
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
@@ -101,7 +101,8 @@ def faulty(fault_helper: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list
         return render(*args)  # type: ignore[arg-type]
 
     monkeypatch.setenv("SANDBOXCORE_SPAWNER", str(fault_helper))
-    monkeypatch.setattr(process, "render", collect)
+    for module in (process, sandbox, command):
+        monkeypatch.setattr(module, "render", collect)
     drop_spawners()
     yield failures
     drop_spawners()
@@ -216,3 +217,123 @@ def test_every_call_of_the_template(
     after = settled()
     assert after[0] == before[0]
     assert after[1] - before[1] <= 1  # the one new template of the last, good attempt
+
+
+# --- living sandboxes ---------------------------------------------------------------------------
+
+
+def by_exec(living: Sandbox, folder: Path) -> tuple[sandboxcore.ExecResult, bytes]:
+    done = living.exec(
+        ["/bin/sh", "-c", FINGERPRINT], files={"injected": "data"}, stderr=sandboxcore.STDOUT, timeout=20
+    )
+    return done, done.stdout
+
+
+def by_relay(living: Sandbox, folder: Path) -> tuple[sandboxcore.ExecResult, bytes]:
+    """Its streams are copied by the launcher."""
+    with (folder / "out").open("wb") as out, open("/dev/zero", "rb") as zero:
+        files = {"injected": "data"}
+        with living.popen(
+            ["/bin/sh", "-c", FINGERPRINT], stdin=zero, stdout=out, stderr=sandboxcore.STDOUT, files=files
+        ) as process:
+            process.wait(20)
+    assert process.result is not None
+    return process.result, (folder / "out").read_bytes()
+
+
+def by_terminal(living: Sandbox, folder: Path) -> tuple[sandboxcore.ExecResult, bytes]:
+    with living.popen(["/bin/sh", "-c", FINGERPRINT], pty=True, files={"injected": "data"}) as process:
+        output = process.communicate(timeout=20)[0] or b""
+    assert process.result is not None
+    return process.result, output
+
+
+WAYS = {"exec": by_exec, "relay": by_relay, "terminal": by_terminal}
+STAGES_OF_COMMANDS = {"fork", "session", "stdio", "cred", "file", "cwd", "rlimit", "exec"}
+NORMAL_ENDS = (sandboxcore.SetupError, sandboxcore.UnsupportedHost)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("code", [errno.EUCLEAN, errno.EINTR, errno.EAGAIN, errno.ENOMEM])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_call_of_a_command(
+    faulty: list[_native.NativeFailure],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    way: str,
+    code: int,
+) -> None:
+    """In the launcher and in its child: an error that says where, or the same command, or, where a stream
+    broke, less of its output. The sandbox stays."""
+    with Sandbox(SPEC) as living:
+        done, clean = WAYS[way](living, tmp_path)
+        assert done.ok, clean
+        init, before = living.pid, len(os.listdir("/proc/self/fd"))
+        stages, survived = set(), 0
+        for number in range(1, 3000):
+            monkeypatch.setattr(request, "FAULT", (number, code))
+            faulty.clear()
+            try:
+                done, output = WAYS[way](living, tmp_path)
+            except NORMAL_ENDS:
+                assert faulty[0].errno in (code, errno.EPERM), faulty
+                stages.add(faulty[0].stage)
+                survived = 0
+            else:
+                assert done.cause is not Cause.TIMEOUT, number
+                whole = done.cause is Cause.EXITED and done.returncode == 0
+                assert output == clean if whole and way != "relay" else clean.startswith(output), (
+                    number,
+                    done,
+                )
+                survived = survived + 1 if whole and output == clean else 0
+            if survived == 50:
+                break
+        monkeypatch.setattr(request, "FAULT", (0, 0))
+        assert WAYS[way](living, tmp_path)[1] == clean
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert living.pid == init
+        if code == errno.EUCLEAN:
+            assert stages >= STAGES_OF_COMMANDS
+            assert ("pty" in stages) is (way == "terminal")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("code", [errno.EUCLEAN, errno.EINTR, errno.ENOMEM])
+def test_every_call_of_a_living_sandbox(
+    faulty: list[_native.NativeFailure], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+) -> None:
+    """From its birth to its first commands, in init and in its first launcher."""
+    with Sandbox(SPEC) as living:
+        clean = by_exec(living, tmp_path)[1]
+    before = settled()
+    stages, survived = set(), 0
+    for number in range(1, 3000):
+        faulty.clear()
+        monkeypatch.setattr(request, "FAULT", (number, code))
+        living = Sandbox(SPEC)
+        try:
+            living.start()
+            monkeypatch.setattr(request, "FAULT", (0, 0))
+            done, output = by_exec(living, tmp_path)
+        except NORMAL_ENDS:
+            stages.add(faulty[0].stage)
+            survived = 0
+        except (sandboxcore.SandboxGone, sandboxcore.InvalidTransition):
+            survived = 0  # it stood already: its end is the answer
+        else:
+            assert done.cause is Cause.KILLED or output == clean, (number, done)
+            survived = survived + 1 if output == clean else 0
+        finally:
+            living.close()
+        if survived == 30:
+            break
+    monkeypatch.setattr(request, "FAULT", (0, 0))
+    with Sandbox(SPEC) as living:
+        assert by_exec(living, tmp_path)[1] == clean
+    assert settled() == before
+    if code == errno.EUCLEAN:
+        assert stages >= {"idmap", "session", "init", "mount", "nslimit", "proc", "hostname", "cred"}
+        assert stages >= {"landlock", "seccomp", "launcher"}

@@ -548,6 +548,23 @@ def test_a_reused_number(state: Path, bystander: subprocess.Popen[bytes], look: 
     assert bystander.poll() is None
 
 
+def test_a_number_that_a_thread_has(state: Path) -> None:
+    """pidfd_open(2) takes processes only, and says EINVAL or ENOENT of others."""
+    box = PersistentSandbox(name="box", state_dir=state)
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait, args=(PATIENCE,))
+    thread.start()
+    try:
+        assert thread.native_id
+        with Store(state) as store:
+            ticks = start_ticks(thread.native_id)
+            store.change(box.id, state="running", pid=thread.native_id, ticks=ticks, boot=boot_id())
+        assert [record.state for record in list_sandboxes(state)] == ["stopped"]
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_a_number_that_nobody_has(state: Path) -> None:
     box = PersistentSandbox(name="box", state_dir=state)
     with Store(state) as store:
