@@ -68,18 +68,31 @@ static long announce(struct command *c)
 	return ret;
 }
 
+static void note(struct command *c, enum sbx_journal_state state)
+{
+	if (!(c->box->request->flags & SBX_REQUEST_DETACHED))
+		return;
+	c->streams.log.head.state = state;
+	c->streams.log.head.pid = c->pid;
+	(void)sbx_log_save(&c->streams.log);
+}
+
 static int start(struct command *c, int *fds, size_t nfds, struct sbx_error *err)
 {
-	c->pid = sbx_streams_open(&c->streams, c->box, err) < 0 ? -1 : sbx_child_start(c->box, err);
+	bool open = sbx_streams_open(&c->streams, c->box, err) == 0;
+
+	if (open)
+		note(c, SBX_JOURNAL_RUNNING); /* before it does: where there is one id only, it may kill us at once */
+	c->pid = open ? sbx_child_start(c->box, err) : -1;
 	sbx_streams_hand_over(&c->streams, c->box, fds, nfds);
-	if (c->pid < 0)
-		return -1;
-	if (c->box->error.stage != SBX_STAGE_NONE) {
+	if (c->pid >= 0 && c->box->error.stage != SBX_STAGE_NONE) {
 		(void)sbx_sys(SYS_wait4, c->pid, NULL, 0, NULL);
 		*err = c->box->error;
-		return -1;
+		c->pid = -1;
 	}
-	return 0;
+	if (open)
+		note(c, c->pid < 0 ? SBX_JOURNAL_NEW : SBX_JOURNAL_RUNNING);
+	return c->pid < 0 ? -1 : 0;
 }
 
 /* --- while it runs ---------------------------------------------------------------------------- */
@@ -314,11 +327,6 @@ void sbx_command_run(struct sbx_box *box, int *fds, size_t nfds, struct sbx_erro
 
 	memset(c.followers, -1, sizeof c.followers);
 	if (start(&c, fds, nfds, err) == 0) {
-		if (detached) {
-			c.streams.log.head.state = SBX_JOURNAL_RUNNING;
-			c.streams.log.head.pid = c.pid;
-			(void)sbx_log_save(&c.streams.log);
-		}
 		if (announce(&c) < 0) /* whoever asked has gone already */
 			c.killed = true;
 		if (detached)

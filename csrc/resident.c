@@ -170,9 +170,11 @@ static long serve(struct resident *r)
 		{ .fd = box->control, .events = POLLIN | POLLRDHUP },
 	};
 	char drop[256];
+	bool again = false;
 
 	for (;;) {
-		long ret = sbx_sys(SYS_ppoll, fds, SBX_COUNT(fds), NULL, NULL, 0);
+		struct timespec soon = { .tv_nsec = 50000000 };
+		long ret = sbx_sys(SYS_ppoll, fds, SBX_COUNT(fds), again ? &soon : NULL, NULL, 0);
 		if (ret < 0 && ret != -EINTR)
 			return ret;
 		if (ret < 0)
@@ -190,7 +192,8 @@ static long serve(struct resident *r)
 			if (fds[i].revents)
 				(void)sbx_sys(SYS_read, fds[i].fd, drop, sizeof drop);
 		ret = reap(r);
-		if (ret < 0 && ret != -EAGAIN && ret != -ENOMEM) /* too many processes: later, perhaps */
+		again = ret == -EAGAIN || ret == -ENOMEM; /* too many processes: later, perhaps */
+		if (ret < 0 && !again)
 			return ret;
 		if (fds[2].revents && !hear(r)) /* after reaping: its answer says that strays are dead */
 			return 0;

@@ -206,6 +206,10 @@ class Sandbox:
                 busy = self._busy > 0 or any(p.returncode is None for p in list(self._processes))
                 await self._end(SandboxState.DESTROYED, wait=busy)
 
+    async def destroy(self) -> None:
+        """The same as :meth:`close`."""
+        await self.close()
+
     async def _end(self, state: SandboxState, *, wait: bool) -> None:
         link = self._own._link
         watch = os.dup(link.pidfd) if link is not None and wait else -1

@@ -254,7 +254,7 @@ class Birth:
         except ConnectionResetError:
             record = None
         if record is None:
-            raise _native.NativeFailure.of("spawner", 15, E.EPIPE)
+            raise _native.NativeFailure.of("spawner" if self.pidfd < 0 else "init", 15, E.EPIPE)
         if record.error:
             raise record.error
         if record.kind == "PIDFD":

@@ -333,7 +333,7 @@ def test_every_call_of_a_living_sandbox(
     monkeypatch.setattr(request, "FAULT", (0, 0))
     with Sandbox(SPEC) as living:
         assert by_exec(living, tmp_path)[1] == clean
-    assert settled() == before
+    assert all(now <= then for now, then in zip(settled(), before, strict=True))
     if code == errno.EUCLEAN:
         assert stages >= {"idmap", "session", "init", "mount", "nslimit", "proc", "hostname", "cred"}
         assert stages >= {"landlock", "seccomp", "launcher"}

@@ -28,6 +28,7 @@ LAYERS = (
     ("sandbox",),
     ("persistent", "aio_loop", "aio_streams"),
     ("aio_exec", "aio_files"),
+    ("aio_life",),
     ("aio_process",),
     ("aio",),
     ("cli_common", "cli_filter"),
