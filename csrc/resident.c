@@ -18,12 +18,15 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 
+enum { MAX_STOPS = 64 };
+
 struct resident {
 	struct sbx_box *box;
 	struct sbx_pool *pool;
 	struct sbx_inbox *inbox; /* each launcher has its own copy */
 	int poke;		 /* eventfd: no launcher is idle */
 	bool stopped;		 /* by the host's will */
+	unsigned stops;		 /* of launchers, by somebody else's */
 	pid_t pids[SBX_MAX_LAUNCHERS];
 };
 
@@ -81,6 +84,20 @@ static bool is_launcher(const struct resident *r, pid_t pid)
 	return false;
 }
 
+/*
+ * A launcher was stopped. Whoever does that again and again keeps it from its work, and from keeping time: then
+ * every command is killed at once, which no fork slips through.
+ */
+static void resist(struct resident *r, pid_t pid)
+{
+	if (r->stopped)
+		return;
+	if (++r->stops % MAX_STOPS == 0)
+		(void)sbx_sys(SYS_kill, -1, SIGKILL);
+	else
+		(void)sbx_sys(SYS_kill, pid, SIGCONT);
+}
+
 /* Reap what has ended; kill what a dead launcher left behind. */
 static long reap(struct resident *r)
 {
@@ -96,8 +113,7 @@ static long reap(struct resident *r)
 		if (pid <= 0)
 			break;
 		if (WIFSTOPPED(status)) { /* where there is one id only, a payload can do that to a launcher */
-			if (!r->stopped)
-				(void)sbx_sys(SYS_kill, pid, SIGCONT);
+			resist(r, (pid_t)pid);
 			continue;
 		}
 		strays |= !is_launcher(r, (pid_t)pid) || !WIFEXITED(status);

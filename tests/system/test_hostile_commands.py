@@ -79,10 +79,10 @@ ENDLESS = {
         time.sleep(600)
     """,
     "stops everything": """
+        say_ready()
         if os.fork() == 0:
             while True:
                 os.kill(-1, signal.SIGSTOP)
-        say_ready()
         time.sleep(600)
     """,
     "zombies": """
@@ -221,7 +221,10 @@ def test_its_time_limit_ends_it(sandbox: Sandbox, mark: str, name: str) -> None:
     took = timed(action)
     assert took < TIMEOUT + GRACE
     (done,) = results
-    assert (done.returncode, done.cause) == (-9, Cause.TIMEOUT), done
+    # where it can stop its launcher, init puts an end to that before the time is up
+    causes = (Cause.TIMEOUT, Cause.KILLED) if name == "stops everything" else (Cause.TIMEOUT,)
+    assert done.returncode == -9
+    assert done.cause in causes, done
     assert b"ready" in done.stderr, done
     nothing_is_left(sandbox, mark, may_be_gone=name in WITHOUT_MERCY)
 
