@@ -15,9 +15,10 @@
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 
-enum state { NEW = 0, RUNNING, STOPPING, KILLED, DRAINING, DONE };
+enum state { NEW = 0, RUNNING, STOPPING, KILLED, LOST, DRAINING, DONE };
 
 enum { SIGNAL_NS = 100000000 };			    /* how long a signal of the host may wait */
+enum { LOST_NS = 50000000 };			    /* init's time to kill what a dead launcher left */
 enum { SOFT_NS = 500000000, HARD_NS = 2000000000 }; /* init's chance to report; then the kernel's */
 
 enum slot { CONTROL, PIDFD, STDIN, SOURCE, OUT, ERR, OUT_RELAY, ERR_RELAY, SLOTS };
@@ -130,9 +131,9 @@ static int hear(struct sbx_run *run, struct sbx_error *err)
 		if (run->kind == SBX_MESSAGE_RUN && run->pidfd < 0)
 			return sbx_fail(err, SBX_STAGE_SPAWNER, 15, len < 0 ? len : -EPIPE);
 		run->lost = 1;
-		if (run->kind == SBX_MESSAGE_EXEC && run->state != KILLED) { /* its launcher was killed, so it was */
-			run->exit.status = SIGKILL;
-			drain(run);
+		if (run->kind == SBX_MESSAGE_EXEC && run->state != KILLED) {
+			run->state = LOST;
+			run->give_up_ns = sbx_now() + LOST_NS;
 		}
 		return 0;
 	}
@@ -240,6 +241,10 @@ static int escalate(struct sbx_run *run, uint64_t now, struct sbx_error *err)
 		if (last_resort(run) >= 0)
 			(void)syscall(SYS_pidfd_send_signal, last_resort(run), SIGKILL, NULL, 0);
 		return 0;
+	case LOST: /* only the launcher was killed, and so the command; init lives */
+		run->exit.status = SIGKILL;
+		drain(run);
+		return 0;
 	default: /* a process in uninterruptible sleep: it dies when the kernel lets it */
 		return sbx_fail(err, SBX_STAGE_INIT, 20, -ETIME);
 	}
@@ -247,7 +252,7 @@ static int escalate(struct sbx_run *run, uint64_t now, struct sbx_error *err)
 
 static uint64_t next_deadline(const struct sbx_run *run)
 {
-	if (run->state == STOPPING || run->state == KILLED)
+	if (run->state == STOPPING || run->state == KILLED || run->state == LOST)
 		return run->give_up_ns;
 	if (run->state == RUNNING && run->timeout_ns >= 0)
 		return run->began_ns + (uint64_t)run->timeout_ns;

@@ -264,6 +264,7 @@ class Store:
         while True:
             with self._understood():
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            _lock_fds.add(fd)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 if not _same_file(fd, path):  # it was removed while we waited
@@ -275,6 +276,7 @@ class Store:
                         path.unlink(missing_ok=True)
                 return
             finally:
+                _lock_fds.discard(fd)
                 os.close(fd)
 
 
@@ -331,6 +333,7 @@ def _command(row: sqlite3.Row) -> CommandRecord:
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
 _inherited: list[sqlite3.Connection | None] = []
+_lock_fds: set[int] = set()
 
 
 def _after_fork_in_child() -> None:
@@ -338,6 +341,9 @@ def _after_fork_in_child() -> None:
     for store in _stores:
         _inherited.append(store._db)
         store._lock, store._db = threading.RLock(), None
+    for fd in _lock_fds:  # the lock would last as long as the child
+        os.close(fd)
+    _lock_fds.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -193,6 +193,8 @@ def alive(mark: str) -> list[int]:
 
 def nothing_is_left(sandbox: Sandbox, mark: str, *, may_be_gone: bool = False) -> None:
     """Outside nothing has the mark; inside there is nobody but init, launchers and the one who looks."""
+    if may_be_gone:  # a launcher that was killed reports nothing: init ends what it left, at once, but later
+        wait_until(lambda: not alive(mark), "the end of what a killed launcher left", 0.5)
     assert alive(mark) == []
     if may_be_gone and sandbox.state == "stopped":
         sandbox.start()

@@ -348,6 +348,34 @@ def test_a_forked_child_has_its_own_connection(store: Store) -> None:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_does_not_keep_a_lock(store: Store) -> None:
+    entry = kept(store, record())
+    reading, writing = os.pipe()
+    locked, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store.locked(entry.id):
+            locked.set()
+            release.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert locked.wait(30)
+    child = os.fork()
+    if child == 0:
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    release.set()
+    thread.join(30)
+    with store.locked(entry.id, wait=False):  # while the child lives
+        pass
+    os.close(writing)
+    os.close(reading)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_a_name_longer_than_an_address(tmp_path: Path) -> None:
     """unix(7): 107 bytes."""
     with Store(tmp_path / ("d" * 120) / "state") as store:
