@@ -177,7 +177,7 @@ def exec_(name: str, command: tuple[str, ...], tty: bool, detach: bool, as_json:
 
 
 def _environment(sandbox: "PersistentSandbox", given: tuple[str, ...], tty: bool) -> dict[str, str]:
-    from sandboxcore.sandbox import USER_VARIABLES
+    from sandboxcore.execution import USER_VARIABLES
 
     ours = {name: os.environ[name] for name in USER_VARIABLES if tty and name in os.environ}
     return {**sandbox.environment, **ours, **sandbox.spec.env, **pairs(given, "--env")}

@@ -25,6 +25,7 @@ LAYERS = (
     ("fileops",),
     ("filetree",),
     ("files",),
+    ("execution",),
     ("sandbox",),
     ("persistent", "aio_loop", "aio_streams"),
     ("aio_exec", "aio_files"),
