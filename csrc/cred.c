@@ -8,10 +8,16 @@
 #include <linux/capability.h>
 #include <linux/prctl.h>
 
+/*
+ * A change of ids makes the memory as dumpable as the sysctl fs.suid_dumpable says, and until exec it is shared with init
+ * or a launcher: no /proc/PID/mem for the payload's other processes. proc(5), PR_SET_DUMPABLE.
+ */
 static long set_ids(uint32_t uid, uint32_t gid)
 {
 	long ret = sbx_sys(SYS_setresgid, gid, gid, gid);
-	return ret < 0 ? ret : sbx_sys(SYS_setresuid, uid, uid, uid);
+	if (ret >= 0)
+		ret = sbx_sys(SYS_setresuid, uid, uid, uid);
+	return ret < 0 ? ret : sbx_sys(SYS_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0);
 }
 
 static long set_capabilities(uint64_t caps)

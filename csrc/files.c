@@ -191,19 +191,17 @@ static long parse(struct ask *a, struct inbox *inbox, long len)
 	a->op = op;
 	a->path = inbox->bytes + sizeof *op;
 	size -= sizeof *op + strlen(a->path) + 1;
-	a->second = size ? a->path + strlen(a->path) + 1 : NULL;
-	if (a->second && strlen(a->second) + 1 != size)
-		return -EPROTO;
+	a->second = a->path + strlen(a->path) + 1; /* if there is one */
 	bool two = op->op == SBX_FILE_RENAME || op->op == SBX_FILE_SYMLINK;
-	if (two != (a->second != NULL))
+	if (two != (size > 0) || (size && strlen(a->second) + 1 != size))
 		return -EPROTO;
-	if (strlen(a->path) >= PATH_ROOM || (two && strlen(a->second) >= PATH_ROOM))
+	if (strlen(a->path) >= PATH_ROOM || size > PATH_ROOM)
 		return -ENAMETOOLONG;
 	bool plain = op->op != SBX_FILE_OPEN && op->op != SBX_FILE_MKDIR;
 	return plain && op->flags ? -EINVAL : 0;
 }
 
-/* Returns a descriptor for OPEN, 0 for the others, or -errno. */
+/* Returns a descriptor (never 0) for OPEN, 0 for the others, or -errno. */
 static long perform(const struct ask *a)
 {
 	switch (a->op->op) {
@@ -236,16 +234,17 @@ static bool serve(int sock, int root, struct inbox *inbox)
 	_cleanup_fd_ int fd = -1;
 	size_t nfds = 1;
 
-	long ret = sbx_receive(sock, inbox->bytes, sizeof inbox->bytes, &dir, &nfds);
-	if (ret <= 0 && ret != -EMSGSIZE && ret != -EMFILE)
+	long len = sbx_receive(sock, inbox->bytes, sizeof inbox->bytes, &dir, &nfds), ret = len;
+	if (len <= 0 && len != -EMSGSIZE && len != -EMFILE)
 		return false;
-	struct ask a = { .root = root, .dir = dir };
-	if (ret > 0)
-		ret = parse(&a, inbox, ret);
-	if (ret == 0)
-		ret = perform(&a);
-	if (ret >= 0 && a.op->op == SBX_FILE_OPEN)
-		fd = (int)ret;
+	if (len > 0) {
+		struct ask a = { .root = root, .dir = dir };
+		ret = parse(&a, inbox, len);
+		if (ret == 0)
+			ret = perform(&a);
+		if (ret > 0)
+			fd = (int)ret;
+	}
 	done.error.err = ret < 0 ? (int32_t)-ret : 0;
 	return sbx_send_record(sock, &done, NULL, 0, fd) >= 0;
 }

@@ -5,6 +5,7 @@ The launcher of a detached command keeps the last bytes of its output, and how i
 
 import contextlib
 import errno as E
+import io
 import os
 import select
 import signal
@@ -232,13 +233,16 @@ class DetachedCommand:
     def send_signal(self, number: int, scope: Scope = "process") -> None:
         """Send a signal to its process, its process group, or everything below it ("tree"). Does nothing
         once it has ended. Raises TimeoutError if its sandbox is paused and takes no more."""
+        self._signal(number, scope, ANSWER_PATIENCE)
+
+    def _signal(self, number: int, scope: Scope, patience: float) -> None:
         if scope not in _SCOPES:
             raise ValueError(f"scope: {scope!r} is none of {', '.join(_SCOPES)}")
         if not 0 <= number <= 64:
             raise ValueError(f"{number} is not the number of a signal")
         flags = _native.constant(f"SCOPE_{scope.upper()}")
         with contextlib.suppress(SandboxGone):
-            self._send("SIGNAL", flags=flags, signal=number)
+            self._send("SIGNAL", flags=flags, signal=number, patience=patience)
 
     def terminate(self) -> None:
         """SIGTERM to its process."""
@@ -299,15 +303,21 @@ class DetachedCommand:
                 self._send("INPUT", [theirs.fileno()], flags=int(last))
             if not _poll(ours, ANSWER_PATIENCE):
                 raise TimeoutError(f"command {self.id}: its launcher does not answer")
-            try:
-                record = _native.receive(ours.fileno())
-            except ConnectionResetError:
-                record = None
+            fd = self._lent(ours)
+        return Terminal(fd) if self.pty else _Lent(fd, "wb")
+
+    def _lent(self, answer: socket.socket) -> int:
+        """What a launcher lends in answer to INPUT."""
+        try:
+            record = _native.receive(answer.fileno())
+        except ConnectionResetError:
+            record = None
         if record is None:
             raise SandboxGone(f"command {self.id}: it has ended")
         if record.error:
             raise ValueError(f"command {self.id}: it has neither a terminal nor, any more, stdin=PIPE")
-        return Terminal(record.fd) if self.pty else open(record.fd, "wb", 0)
+        os.set_blocking(record.fd, False)  # for all borrowers at once: some of them have an event loop
+        return record.fd
 
     def attach(
         self, *, stdin: int = 0, stdout: int = 1, detach_keys: bytes | None = DETACH_KEYS
@@ -335,7 +345,10 @@ class DetachedCommand:
         return self.result if parting == "ended" else None
 
     def _forget(self) -> None:
-        """It never started: let go of everything, whoever still holds this handle, such as a traceback."""
+        """It never started, or must not have: let go of everything, whoever still holds this handle, such as
+        a traceback."""
+        with contextlib.suppress(SandboxGone, TimeoutError):
+            self._send("SIGNAL", flags=_native.constant("SCOPE_TREE"), signal=signal.SIGKILL, patience=0)
         self.close()
         self._door.close()
 
@@ -355,6 +368,22 @@ class DetachedCommand:
 
     def __repr__(self) -> str:
         return f"<DetachedCommand {self.id} {list(self.args)!r}>"
+
+
+class _Lent(io.FileIO):
+    """The pipe to a command's stdin, which does not block, for one who wants to."""
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        while left:
+            done = super().write(left)
+            if done is None:
+                poller = select.poll()
+                poller.register(self, select.POLLOUT)
+                poller.poll()
+            left = left[done or 0 :]
+        return size
 
 
 def _poll(sock: socket.socket, seconds: float | None) -> bool:

@@ -8,16 +8,17 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from sandboxcore import host
 from sandboxcore.detached import DetachedCommand, Door
 from sandboxcore.errors import InvalidTransition, SandboxNotFound, SpecError
+from sandboxcore.files import FileServer
 from sandboxcore.journal import Journal
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
-from sandboxcore.link import ANSWER_PATIENCE, Link, boot_id, pid_of, start_ticks
-from sandboxcore.plan import Plan, compile_plan, reopened_plan
+from sandboxcore.link import ANSWER_PATIENCE, Home, Link, boot_id, pid_of, start_ticks
+from sandboxcore.plan import Plan, reopened_plan
 from sandboxcore.request import Request
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.spec import SandboxSpec
@@ -107,6 +108,7 @@ class PersistentSandbox(Sandbox):
         self._capabilities = None
         self._running = weakref.WeakSet()
         self._detached = {}
+        self._file_server = FileServer()
         self._pid = os.getpid()
         self._adopt(record)
         self._look()
@@ -152,6 +154,7 @@ class PersistentSandbox(Sandbox):
         self._state, self.stopped_at = SandboxState.STOPPED, now
 
     def _let_go(self) -> None:
+        self._file_server.close()
         if self._link is not None:
             self._link.close()
             self._link = None
@@ -171,21 +174,23 @@ class PersistentSandbox(Sandbox):
     def start(self) -> None:
         """Start it, also again after :meth:`stop`; then everything private in it is new and empty."""
         with self._lock, self._store.locked(self.id):
-            check_move(self.name, self.state, SandboxState.RUNNING, "start")
-            if self._state is SandboxState.PAUSED:
-                raise InvalidTransition(self.name, "paused", "start; resume it")
-            self._plan = compile_plan(self.spec, host.features())
-            home = self._store.home(self.id)
-            home.path.mkdir(mode=0o700, exist_ok=True)
-            link = self._begin(home)
-            try:
-                self._on_record(link, self._plan)
-                link.stay()
-            except BaseException:
-                link.kill(wait=0)
-                raise
-            self._link = link
-            self._look()
+            self._may_start()
+            self._started(self._begin(self._home()))
+
+    def _home(self) -> Home:
+        home = self._store.home(self.id)
+        home.path.mkdir(mode=0o700, exist_ok=True)
+        return home
+
+    def _started(self, link: Link) -> None:
+        try:
+            self._on_record(link, self._plan)
+            link.stay()
+        except BaseException:
+            link.kill(wait=0)
+            raise
+        self._link = link
+        self._look()
 
     def _on_record(self, link: Link, plan: Plan) -> None:
         pid, now = pid_of(link.pidfd), time.time()
@@ -269,12 +274,13 @@ class PersistentSandbox(Sandbox):
     # --- detached commands ----------------------------------------------------------------------
 
     def _new_command(
-        self, request: Request, keep: int, *, pty: bool
+        self, request: Request, keep: int, *, pty: bool, wait: bool = True
     ) -> tuple[DetachedCommand, socket.socket]:
         home, command_id, now = self._store.home(self.id), new_id("cmd"), time.time()
         args = [os.fsdecode(arg) for arg in request.args]
         record = CommandRecord(id=command_id, sandbox=self.id, args=args, pty=pty, started_at=now)
-        with contextlib.ExitStack() as undo, self._store.locked(self.id):  # gc() removes what is on no record
+        # Locked, because gc() removes what is on no record
+        with contextlib.ExitStack() as undo, self._store.locked(self.id, wait=wait):
             if self._store.get(self.id) is None:
                 raise SandboxNotFound(f"sandbox {self.name} is not on record any more")
             undo.callback(home.remove, command_id, f"{command_id}.journal")
@@ -323,10 +329,15 @@ def list_sandboxes(
 ) -> list[SandboxRecord]:
     """What is on record, oldest first, corrected by what is really there. ``labels``: only those with all of
     these."""
-    wanted = (labels or {}).items()
     with Store(state_dir) as store:
-        every = [_true_record(store, record) for record in store.all()]
-    return [record for record in every if record is not None and wanted <= record.labels.items()]
+        return [record for record in _true_records(store, labels or {}) if record is not None]
+
+
+def _true_records(store: Store, labels: Mapping[str, str]) -> Iterator[SandboxRecord | None]:
+    """Each sandbox; None for what is not wanted, or was removed just now."""
+    for record in store.all():
+        true = _true_record(store, record)
+        yield true if true is not None and labels.items() <= true.labels.items() else None
 
 
 def _true_record(store: Store, record: SandboxRecord) -> SandboxRecord | None:
@@ -352,21 +363,29 @@ def gc(state_dir: StatePath = None, *, dry_run: bool = False) -> Collected:
     ended: list[str] = []
     removed: list[str] = []
     with Store(state_dir) as store:
-        for record in store.all():
-            if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not _runs(store, record):
-                ended.append(record.id)
-                if not dry_run:
-                    store.end(record, time.time())
-            with contextlib.suppress(BlockingIOError), store.locked(record.id, wait=False):
-                removed += _clear(store, record.id, dry_run=dry_run)
-        for stray in store.strays():
-            with contextlib.suppress(BlockingIOError), store.locked(stray, wait=False):
-                if store.get(stray) is None and store.home(stray).path.is_dir():
-                    removed.append(stray)
-                    if not dry_run:
-                        store.home(stray).end()
-                        store.remove(stray)
+        for _ in _collect(store, ended, removed, dry_run=dry_run):
+            pass
     return Collected(tuple(ended), tuple(removed))
+
+
+def _collect(store: Store, ended: list[str], removed: list[str], *, dry_run: bool) -> Iterator[None]:
+    """A step for each sandbox; no lock is held between them."""
+    for record in store.all():
+        if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not _runs(store, record):
+            ended.append(record.id)
+            if not dry_run:
+                store.end(record, time.time())
+        with contextlib.suppress(BlockingIOError), store.locked(record.id, wait=False):
+            removed += _clear(store, record.id, dry_run=dry_run)
+        yield
+    for stray in store.strays():
+        with contextlib.suppress(BlockingIOError), store.locked(stray, wait=False):
+            if store.get(stray) is None and store.home(stray).path.is_dir():
+                removed.append(stray)
+                if not dry_run:
+                    store.home(stray).end()
+                    store.remove(stray)
+        yield
 
 
 def _runs(store: Store, record: SandboxRecord) -> bool:

@@ -234,6 +234,41 @@ class Sandbox(Execution):
         keep: the last so many bytes of stdout and of stderr are kept; default 1 MiB.
         """
         link = self._ready("detach")
+        request, kept = self._kept(
+            argv,
+            stdin=stdin,
+            pty=pty,
+            keep=keep,
+            timeout=timeout,
+            user=user,
+            limits=limits,
+            cwd=cwd,
+            env=env,
+            files=files,
+        )
+        command, later = self._new_command(request, kept, pty=bool(pty))
+        try:
+            ending = self._released(link, request, command, later)
+            ending.await_start(START_PATIENCE)
+            ending.close()
+        except BaseException:
+            self._forget_command(command)
+            raise
+        return command
+
+    def _kept(
+        self,
+        argv: Sequence[Program],
+        *,
+        stdin: File,
+        pty: bool | tuple[int, int],
+        keep: int | str,
+        timeout: float | None,
+        user: int | str | None,
+        limits: Limits | None,
+        **options: Any,
+    ) -> tuple[Request, int]:
+        """The request of :meth:`detach`, and how many bytes of each stream to keep."""
         flags, size = ["DETACHED"], (24, 80)
         if pty:
             flags, size = [*flags, "PTY"], pty if isinstance(pty, tuple) else size
@@ -247,32 +282,22 @@ class Sandbox(Execution):
         seconds = self._deadline(timeout, self._bounds(limits))
         extras = self._extras(user, limits, flags=tuple(flags), timeout=seconds, size=size)
         null, log = _native.constant("STDIO_NULL"), _native.constant("STDIO_LOG")
-        request = Request(
-            self._plan,
-            argv,
-            cwd=cwd,
-            env=env,
-            files=files,
-            pass_fds=(),
-            stdio=(null, log, log),
-            extras=extras,
-        )
-        command, later = self._new_command(request, kept, pty=bool(pty))
-        try:
-            with later:
-                fds = [later.fileno(), command._journal.fd]
-                ending = Ending(self._plan, request, self._submit(link, request, fds))
-            ending.await_start(START_PATIENCE)
-            ending.close()
-        except BaseException:
-            self._forget_command(command)
-            raise
-        return command
+        request = Request(self._plan, argv, pass_fds=(), stdio=(null, log, log), extras=extras, **options)
+        return request, kept
+
+    def _released(
+        self, link: Link, request: Request, command: DetachedCommand, later: socket.socket
+    ) -> Ending:
+        """A detached command that was asked for, until it has started."""
+        with later:
+            fds = [later.fileno(), command._journal.fd]
+            return Ending(self._plan, request, self._submit(link, request, fds))
 
     def _new_command(
-        self, request: Request, keep: int, *, pty: bool
+        self, request: Request, keep: int, *, pty: bool, wait: bool = True
     ) -> tuple[DetachedCommand, socket.socket]:
-        """A command on record that is yet to start, and the socket by which its launcher will hear."""
+        """A command on record that is yet to start, and the socket by which its launcher will hear. Raises
+        BlockingIOError with ``wait=False`` where it would have to wait for another process."""
         journal = Journal.create(None, keep)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         door, now = PrivateDoor(ours), time.time()

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import sandboxcore
-from sandboxcore import Cause, Sandbox, _native, command, plan, process, request, sandbox, spawner
+from sandboxcore import Cause, Sandbox, _native, command, execution, plan, process, request, spawner
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
@@ -102,7 +102,7 @@ def faulty(fault_helper: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list
         return render(*args)  # type: ignore[arg-type]
 
     monkeypatch.setenv("SANDBOXCORE_SPAWNER", str(fault_helper))
-    for module in (process, sandbox, command):
+    for module in (process, execution, command):
         monkeypatch.setattr(module, "render", collect)
     drop_spawners()
     yield failures

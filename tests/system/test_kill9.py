@@ -32,6 +32,7 @@ def test_kill9(tmp_path: Path) -> None:
             output, errors = conductor.communicate(timeout=50 + 6 * ROUNDS)
         finally:
             conductor.send_signal(signal.SIGKILL)
+    print(errors)
     assert (conductor.returncode, errors) == (0, "")
     killed = ast.literal_eval(output)
     print(killed)

@@ -702,8 +702,8 @@ RACER = """
                 action(box)
         return call
     def execute(box):
-        done = box.exec(["echo", "x"], timeout=20)
-        assert done.cause in ("exited", "killed"), done
+        done = box.exec(["echo", "x"], timeout=15)
+        assert done.cause in ("exited", "killed") or box.state != "running", (done, box)
     def detach(box):
         command = box.detach(["true"])
         command.wait(20)
@@ -732,6 +732,7 @@ def test_processes_race(state: Path) -> None:
     with leaves_nothing(), contextlib.ExitStack() as stack:
         racers = [stack.enter_context(host_process(RACER, str(state), str(seed + n), "4")) for n in range(4)]
         outputs = [racer.communicate(timeout=60) for racer in racers]
+        print(outputs)
         assert [error for _, error in outputs] == [""] * 4
         for output, _ in outputs:
             count, fds = map(int, output.split())
