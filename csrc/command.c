@@ -153,25 +153,46 @@ static void send_signal(struct command *c, uint32_t scope, int sig)
 		(void)sbx_sys(SYS_kill, scope == SBX_SCOPE_GROUP ? -c->pid : c->pid, sig);
 }
 
-static void tell_followers(struct command *c)
+static void tell(int *follower)
 {
-	for (int i = 0; i < SBX_MAX_FOLLOWERS; i++) {
-		if (c->followers[i] < 0)
-			continue;
-		long ret = sbx_sys(SYS_sendto, c->followers[i], "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, NULL, 0);
-		if (ret < 0 && ret != -EAGAIN)
-			sbx_close(sbx_steal_fd(&c->followers[i]));
-	}
+	if (*follower < 0)
+		return;
+	long ret = sbx_sys(SYS_sendto, *follower, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, NULL, 0);
+	if (ret < 0 && ret != -EAGAIN)
+		sbx_close(sbx_steal_fd(follower));
 }
 
+static void tell_followers(struct command *c)
+{
+	for (int i = 0; i < SBX_MAX_FOLLOWERS; i++)
+		tell(&c->followers[i]);
+}
+
+/* Those that have left make room. */
+static void drop_followers(struct command *c)
+{
+	struct timespec now = { 0 };
+	struct pollfd fds[SBX_MAX_FOLLOWERS];
+
+	for (int i = 0; i < SBX_MAX_FOLLOWERS; i++)
+		fds[i] = (struct pollfd){ .fd = c->followers[i] };
+	if (sbx_sys(SYS_ppoll, fds, SBX_MAX_FOLLOWERS, &now, NULL, 0) <= 0)
+		return;
+	for (int i = 0; i < SBX_MAX_FOLLOWERS; i++)
+		if (fds[i].revents)
+			sbx_close(sbx_steal_fd(&c->followers[i]));
+}
+
+/* Without room its end closes with the message. */
 static void add_follower(struct command *c, int *fd)
 {
+	drop_followers(c);
 	for (int i = 0; i < SBX_MAX_FOLLOWERS; i++)
 		if (c->followers[i] < 0) {
 			c->followers[i] = sbx_steal_fd(fd);
-			break;
+			tell(&c->followers[i]); /* it may have missed something before */
+			return;
 		}
-	tell_followers(c); /* it may have missed something before; or its end closes here */
 }
 
 /* `last`: it is given away, so that closing it is end-of-file for the command. */

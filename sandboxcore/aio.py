@@ -11,25 +11,18 @@ gone, or have been killed and are going, before :class:`asyncio.CancelledError` 
 A sandbox and its processes belong to the event loop in which they were made.
 """
 
-import asyncio
-import errno as E
 import os
-import signal
-import weakref
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
 
-from sandboxcore import _native, host, sandbox
+from sandboxcore import _native, host
+from sandboxcore.aio_detached import DetachedCommand
 from sandboxcore.aio_exec import converse
-from sandboxcore.aio_files import AsyncFileServer, Files
-from sandboxcore.aio_loop import Flag, born, readable, with_spawner, writable
-from sandboxcore.aio_process import Process, start_process
-from sandboxcore.capabilities import SandboxCapabilities
+from sandboxcore.aio_files import Files
+from sandboxcore.aio_loop import with_spawner
+from sandboxcore.aio_persistent import PersistentSandbox, gc, list_sandboxes
+from sandboxcore.aio_process import Process
+from sandboxcore.aio_sandbox import Sandbox
 from sandboxcore.command import Exit, Stderr, Stdout
-from sandboxcore.errors import InvalidTransition
-from sandboxcore.lifecycle import SandboxState, check_move
-from sandboxcore.link import ANSWER_PATIENCE, Link
 from sandboxcore.plan import compile_plan
 from sandboxcore.request import (
     DEVNULL,
@@ -44,9 +37,24 @@ from sandboxcore.request import (
 )
 from sandboxcore.result import Decoder, ExecResult, make_result
 from sandboxcore.spawner import Spawner
-from sandboxcore.spec import Limits, SandboxSpec
+from sandboxcore.spec import SandboxSpec
 
-__all__ = ["DEVNULL", "PIPE", "STDOUT", "Exit", "Files", "Process", "Sandbox", "Stderr", "Stdout", "run"]
+__all__ = [
+    "DEVNULL",
+    "PIPE",
+    "STDOUT",
+    "DetachedCommand",
+    "Exit",
+    "Files",
+    "PersistentSandbox",
+    "Process",
+    "Sandbox",
+    "Stderr",
+    "Stdout",
+    "gc",
+    "list_sandboxes",
+    "run",
+]
 
 
 async def run(
@@ -86,290 +94,3 @@ async def run(
     if check:
         result.check_returncode()
     return result
-
-
-class Sandbox:
-    """:class:`sandboxcore.Sandbox` for asyncio, with the same parameters and states.
-
-    ``async with Sandbox() as sandbox`` starts it; ``await Sandbox.create()`` makes a started one; else
-    :meth:`start` does. Many tasks may use it at once.
-    """
-
-    def __init__(
-        self,
-        spec: SandboxSpec | None = None,
-        *,
-        name: str | None = None,
-        labels: Mapping[str, str] | None = None,
-        description: str = "",
-        metadata: Mapping[str, Any] | None = None,
-        owner: str | None = None,
-    ) -> None:
-        self._own = sandbox.Sandbox(
-            spec, name=name, labels=labels, description=description, metadata=metadata, owner=owner
-        )
-        own = self._own
-        self.spec, self.id, self.name, self.labels = own.spec, own.id, own.name, own.labels
-        self.description, self.metadata, self.owner = own.description, own.metadata, own.owner
-        self.created_at = own.created_at
-        self._file_server = AsyncFileServer()
-        self._moving = asyncio.Lock()
-        self._processes: weakref.WeakSet[Process] = weakref.WeakSet()
-        self._busy = 0  # commands that run, or start, without a Process yet
-
-    @classmethod
-    async def create(cls, spec: SandboxSpec | None = None, **about: Any) -> Self:
-        """Make one and start it."""
-        made = cls(spec, **about)
-        await made.start()
-        return made
-
-    # --- states ---------------------------------------------------------------------------------
-
-    @property
-    def state(self) -> SandboxState:
-        """A :class:`SandboxState`. One that was killed from outside is stopped."""
-        return self._own.state
-
-    @property
-    def pid(self) -> int:
-        """The number of its init, as this process sees it; 0 when it does not run."""
-        return self._own.pid
-
-    @property
-    def started_at(self) -> float | None:
-        """When it was started last, in seconds since the epoch."""
-        return self._own.started_at
-
-    @property
-    def stopped_at(self) -> float | None:
-        """When it ended, unless it runs."""
-        return self._own.stopped_at
-
-    @property
-    def last_active_at(self) -> float:
-        """When it took or finished its last command."""
-        return self._own.last_active_at
-
-    async def start(self) -> None:
-        """Start it, also again after :meth:`stop`; then everything private in it is new and empty."""
-        async with self._moving:
-            self._own._may_start()
-            self._own._started(await born(self._own._plan))
-
-    async def suspend(self) -> None:
-        """Stop every process in it (SIGSTOP, all at once) until :meth:`resume`."""
-        async with self._moving:
-            check_move(self._own.name, self.state, SandboxState.PAUSED, "suspend")
-            await self._tell(signal.SIGSTOP, SandboxState.PAUSED)
-
-    async def resume(self) -> None:
-        """Let it go on after :meth:`suspend`."""
-        async with self._moving:
-            if self.state is not SandboxState.PAUSED:
-                raise InvalidTransition(self._own.name, self.state.value, "resume")
-            await self._tell(signal.SIGCONT, SandboxState.RUNNING)
-
-    async def signal(self, number: int) -> None:
-        """Send a signal to every process of every command. After SIGKILL it is empty, and still runs."""
-        if number in (signal.SIGSTOP, signal.SIGCONT):
-            raise ValueError("use suspend() and resume()")
-        self._own._ready("signal")
-        await self._tell(number, None)
-
-    async def _tell(self, number: int, then: SandboxState | None) -> None:
-        """Have init send a signal; what it has done then is what the state says, even when cancelled."""
-        loop, answered = asyncio.get_running_loop(), Flag()
-        with self._own._link_now().ask_init(number) as answer:
-            loop.add_reader(answer.fileno(), answered.set)
-            try:
-                await answered.insist(answered.is_set, ANSWER_PATIENCE)
-            finally:
-                loop.remove_reader(answer.fileno())
-                if answered.is_set():
-                    Link.hear_init(answer)
-                    self._own._state = then or self._own._state
-        if not answered.is_set():
-            raise TimeoutError(f"init does not answer within {ANSWER_PATIENCE} s")
-
-    async def stop(self) -> None:
-        """Kill everything in it, wait until it is gone. What is private in it is lost; it can start again."""
-        async with self._moving:
-            check_move(self._own.name, self.state, SandboxState.STOPPED, "stop")
-            await self._end(SandboxState.STOPPED, wait=True)
-
-    async def close(self) -> None:
-        """End it for good. Waits for commands that run, at most 5 s, and for nothing if there are none.
-        Idempotent."""
-        async with self._moving:
-            if self.state is not SandboxState.DESTROYED:
-                busy = self._busy > 0 or any(p.returncode is None for p in list(self._processes))
-                await self._end(SandboxState.DESTROYED, wait=busy)
-
-    async def destroy(self) -> None:
-        """The same as :meth:`close`."""
-        await self.close()
-
-    async def _end(self, state: SandboxState, *, wait: bool) -> None:
-        link = self._own._link
-        watch = os.dup(link.pidfd) if link is not None and wait else -1
-        try:
-            self._file_server.close()
-            self._own._end(state)
-            if watch >= 0:
-                await readable(watch, ANSWER_PATIENCE)
-        except TimeoutError:
-            raise TimeoutError("a process in uninterruptible sleep cannot be killed yet") from None
-        finally:
-            if watch >= 0:
-                os.close(watch)
-
-    async def __aenter__(self) -> Self:
-        if self.state is SandboxState.CREATED:
-            await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def __repr__(self) -> str:
-        return f"<aio.Sandbox {self._own.name} {self._own._state.value}>"
-
-    @property
-    def files(self) -> Files:
-        """Its files: :class:`sandboxcore.files.Files`, with coroutines."""
-        return Files(self._own, self._file_server)
-
-    # --- commands -------------------------------------------------------------------------------
-
-    async def exec(
-        self,
-        argv: Sequence[Program],
-        *,
-        input: StrOrBytes | None = None,
-        stdin: File = None,
-        stdout: File = PIPE,
-        stderr: File = PIPE,
-        timeout: float | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-        env: Mapping[str, str] | None = None,
-        user: int | str | None = None,
-        limits: Limits | None = None,
-        executable: Program | None = None,
-        umask: int | None = None,
-        text: bool = False,
-        encoding: str | None = None,
-        errors: str | None = None,
-        check: bool = False,
-        files: Mapping[str, FileContent] | None = None,
-        pass_fds: Sequence[int] = (),
-        record: bool = False,
-    ) -> ExecResult:
-        """:meth:`sandboxcore.Sandbox.exec`. When cancelled, the command is gone before that is raised."""
-        own = self._own
-        seconds = own._deadline(timeout, own._bounds(limits))
-        link = await self._ready("exec", seconds)
-        extras = own._extras(user, limits, flags=("NOTIFY",), executable=executable, umask=umask)
-        request, streams = own._captured(
-            argv,
-            input=input,
-            stdio=(stdin, stdout, stderr),
-            encoding=encoding,
-            limits=limits,
-            extras=extras,
-            cwd=cwd,
-            env=env,
-            files=files,
-            pass_fds=pass_fds,
-            record=record,
-        )
-        done = await self._converse(link, request, streams, seconds)
-        return own._concluded(request, streams, done, Decoder(text, encoding, errors), check=check)
-
-    async def _ready(self, wanted: str, seconds: float | None) -> Link:
-        """The link, when it takes a command at once."""
-        link = self._own._ready(wanted)
-        try:
-            patience = ANSWER_PATIENCE if seconds is None else min(seconds, ANSWER_PATIENCE)
-            await writable(link.work.fileno(), patience)
-        except TimeoutError:
-            failure = _native.NativeFailure.of("launcher", 11, E.EAGAIN)
-            raise self._own._rendered(None, failure) from None
-        return self._own._ready(wanted)
-
-    async def _converse(
-        self, link: Link, request: Request, streams: _native.Streams, seconds: float | None
-    ) -> _native.NativeResult:
-        def paused() -> bool:  # then its launcher kills the command when it goes on
-            return self.state is SandboxState.PAUSED
-
-        self._busy += 1
-        try:
-            return await converse(
-                "EXEC", link.work.fileno(), request, streams, seconds, sandbox=link.pidfd, spare=paused
-            )
-        except _native.NativeFailure as failure:
-            raise self._own._rendered(request, failure) from None
-        finally:
-            self._busy -= 1
-
-    async def shell(self, script: str, **options: Any) -> ExecResult:
-        """:meth:`exec` of ``/bin/sh -c script``."""
-        return await self.exec(["/bin/sh", "-c", script], **options)
-
-    async def popen(
-        self,
-        argv: Sequence[Program],
-        *,
-        stdin: File = None,
-        stdout: File = PIPE,
-        stderr: File = PIPE,
-        pty: bool | tuple[int, int] = False,
-        timeout: float | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-        env: Mapping[str, str] | None = None,
-        user: int | str | None = None,
-        limits: Limits | None = None,
-        executable: Program | None = None,
-        umask: int | None = None,
-        files: Mapping[str, FileContent] | None = None,
-        pass_fds: Sequence[int] = (),
-        limit: int = 1 << 16,
-    ) -> Process:
-        """:meth:`sandboxcore.Sandbox.popen`, but that streams are bytes, as everywhere in asyncio.
-
-        limit: of the :class:`asyncio.StreamReader`, in bytes; the longest line that it finds.
-        """
-        own = self._own
-        seconds = own._deadline(timeout, own._bounds(limits))
-        await self._ready("popen", seconds)
-        ending, pipes = own._launched(
-            argv,
-            stdio=(DEVNULL if stdin is None else stdin, stdout, stderr),
-            pty=pty,
-            user=user,
-            limits=limits,
-            about={"timeout": seconds, "executable": executable, "umask": umask},
-            cwd=cwd,
-            env=env,
-            files=files,
-            pass_fds=pass_fds,
-        )
-        self._busy += 1
-        try:
-            process = await start_process(ending, pipes, limit)
-        finally:
-            self._busy -= 1
-        self._processes.add(process)
-        return process
-
-    async def capabilities(self) -> SandboxCapabilities:
-        """What was applied, read back from the kernel by a command that does everything but the exec."""
-        if self._own._capabilities is None:
-            link = await self._ready("look", None)
-            request, streams = self._own._looking()
-            done = await self._converse(link, request, streams, 10)
-            self._own._capabilities = self._own._seen(request, streams, done)
-        return self._own._capabilities

@@ -49,6 +49,9 @@ class AsyncFileServer(FileServer):
         if not self._turn.locked():
             self._drop()
 
+    def __del__(self) -> None:
+        self._drop()
+
     async def _put(self, link: Link, ask: Ask) -> _native.Record:
         about, text = ask.about or ask.path, "the sandbox takes no requests"
         try:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from sandboxcore import _native
-from sandboxcore.link import START_PATIENCE, Birth, Link
+from sandboxcore.link import START_PATIENCE, Birth, Home, Link
 from sandboxcore.plan import Plan
 from sandboxcore.process import ATTEMPTS, help_spawner, reach_spawner
 from sandboxcore.request import Request
@@ -19,6 +19,8 @@ from sandboxcore.spawner import Spawner
 Done = TypeVar("Done")
 
 TEACH_PATIENCE = 60.0  # seconds for a template: a source may be on a slow network file system
+LOCK_PATIENCE = 120.0  # seconds for another process to start, stop or remove a persistent sandbox
+LONGEST_PAUSE = 0.05  # seconds between two attempts at what nobody tells of
 
 
 class News:
@@ -94,6 +96,19 @@ async def readable(fd: int, seconds: float | None = None) -> None:
             raise TimeoutError
     finally:
         loop.remove_reader(fd)
+
+
+async def patiently(action: Callable[[], Done], seconds: float, text: str) -> Done:
+    """Try what raises BlockingIOError until it does not. Raises TimeoutError, with ``text``."""
+    loop = asyncio.get_running_loop()
+    deadline, pause = loop.time() + seconds, 0.001
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return action()
+        if loop.time() >= deadline:
+            raise TimeoutError(text)
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 async def writable(fd: int, seconds: float) -> None:
@@ -178,12 +193,12 @@ def unsent(error: OSError) -> _native.NativeFailure:
     return _native.NativeFailure.of("spawner" if code in (E.EPIPE, E.ECONNRESET) else "host", 11, code)
 
 
-async def born(plan: Plan) -> Link:
-    """A sandbox that stands. Whoever is cancelled here leaves none."""
+async def born(plan: Plan, home: Home | None = None) -> Link:
+    """A sandbox that stands; with ``home``, a persistent one. Whoever is cancelled here leaves none."""
 
     async def action(connection: Spawner) -> Link:
         try:
-            birth = Birth.send(plan, connection)
+            birth = Birth.send(plan, connection, home)
         except OSError as error:
             raise unsent(error) from error
         loop = asyncio.get_running_loop()

@@ -449,6 +449,8 @@ def test_many_followers(box: Sandbox) -> None:
     """More than a launcher tells of news: all see everything, nobody waits in a busy loop."""
     command = box.detach(sh("echo first; read line; echo $line; exit 6"), stdin=PIPE)
     seen: list[bytes] = []
+    busy: list[float] = []
+    reading = threading.Semaphore(0)
 
     def follow() -> None:
         data, code = b"", None
@@ -457,18 +459,24 @@ def test_many_followers(box: Sandbox) -> None:
                 code = event.result.returncode
             else:
                 data += event.data
+                reading.release()
         assert code == 6
         seen.append(data)
 
     def finish() -> None:
-        before = time.process_time()
-        time.sleep(0.5)  # long enough for a busy loop to show
-        assert time.process_time() - before < 0.4
-        with command.input() as stdin:
-            stdin.write(b"last\n")
+        try:
+            for _ in range(24):
+                assert reading.acquire(timeout=PATIENCE)
+            before = time.process_time()
+            time.sleep(1)  # long enough for a busy loop to show
+            busy.append(time.process_time() - before)
+        finally:
+            with command.input() as stdin:
+                stdin.write(b"last\n")
 
     run_all([*[follow] * 24, finish])
     assert seen == [b"first\nlast\n"] * 24
+    assert busy[0] < 0.6
 
 
 def test_a_follower_that_leaves(box: Sandbox) -> None:

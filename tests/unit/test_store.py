@@ -352,6 +352,7 @@ def test_a_forked_child_has_its_own_connection(store: Store) -> None:
 def test_a_forked_child_does_not_keep_a_lock(store: Store) -> None:
     entry = kept(store, record())
     reading, writing = os.pipe()
+    up, child_up = os.pipe()
     locked, release = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -365,14 +366,16 @@ def test_a_forked_child_does_not_keep_a_lock(store: Store) -> None:
     child = os.fork()
     if child == 0:
         os.close(writing)
+        os.write(child_up, b"x")
         os.read(reading, 1)
         os._exit(0)
+    assert os.read(up, 1) == b"x"
     release.set()
     thread.join(30)
     with store.locked(entry.id, wait=False):  # while the child lives
         pass
-    os.close(writing)
-    os.close(reading)
+    for fd in (writing, reading, up, child_up):
+        os.close(fd)
     assert os.waitpid(child, 0)[1] == 0
 
 

@@ -1,0 +1,189 @@
+"""Persistent sandboxes for asyncio: :class:`PersistentSandbox`, :func:`list_sandboxes`, :func:`gc`.
+
+A statement of the database blocks, for it is short. Another process may hold a sandbox's lock for as long as
+a start takes; that is waited for without blocking.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Self
+
+from sandboxcore import persistent
+from sandboxcore.aio_loop import LOCK_PATIENCE, Flag, patiently, writable
+from sandboxcore.aio_sandbox import Sandbox
+from sandboxcore.lifecycle import SandboxState, check_move
+from sandboxcore.link import ANSWER_PATIENCE, Home
+from sandboxcore.persistent import Collected, StatePath
+from sandboxcore.spec import SandboxSpec
+from sandboxcore.store import SandboxRecord, Store
+
+
+class PersistentSandbox(Sandbox):
+    """:class:`sandboxcore.persistent.PersistentSandbox` for asyncio, with the same parameters and states.
+
+    Leaving an ``async with`` block, and :meth:`close`, let go of the handle; :meth:`stop` and
+    :meth:`destroy` end the sandbox.
+    """
+
+    _own: persistent.PersistentSandbox
+
+    def __init__(
+        self,
+        spec: SandboxSpec | None = None,
+        *,
+        name: str | None = None,
+        state_dir: StatePath = None,
+        **about: Any,
+    ) -> None:
+        self._handle(persistent.PersistentSandbox(spec, name=name, state_dir=state_dir, **about))
+
+    @classmethod
+    async def create(cls, spec: SandboxSpec | None = None, **about: Any) -> Self:
+        """Make one and start it. One that cannot start, or is not to, leaves no record."""
+        made = cls(spec, **about)
+        try:
+            await made.start()
+        except BaseException as error:
+            if not made._undone() and not isinstance(error, GeneratorExit):
+                await made.destroy()
+            raise
+        return made
+
+    def _undone(self) -> bool:
+        """Forget it at once, unless somebody works on it just now."""
+        own = self._own
+        with contextlib.suppress(BlockingIOError), own._store.locked(own.id, wait=False):
+            own._look()
+            if own._link is not None:
+                own._link.kill(wait=0)
+            self._forget()
+        if own._state is SandboxState.DESTROYED:
+            own.close()
+        return own._state is SandboxState.DESTROYED
+
+    def _forget(self) -> None:
+        """The caller holds its lock."""
+        own = self._own
+        own._let_go()
+        own._store.remove(own.id)
+        own._state = SandboxState.DESTROYED
+
+    @classmethod
+    async def connect(cls, key: str, *, state_dir: StatePath = None) -> Self:
+        """The sandbox of a name or id. Raises :class:`SandboxNotFound`."""
+        self = cls.__new__(cls)
+        self._handle(persistent.PersistentSandbox.connect(key, state_dir=state_dir))
+        return self
+
+    @property
+    def record(self) -> SandboxRecord:
+        """What is on record now, as plain data."""
+        return self._own.record
+
+    # --- states ---------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _changing(self) -> AsyncIterator[None]:
+        own = self._own
+
+        def attempt() -> contextlib.ExitStack:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(own._store.locked(own.id, wait=False))
+                return stack.pop_all()
+
+        async with self._moving:
+            with await patiently(attempt, LOCK_PATIENCE, self._held()):
+                yield
+
+    def _home(self) -> Home:
+        return self._own._home()
+
+    def _is_now(self, state: SandboxState) -> None:
+        self._own._store.change(self._own.id, state=state.value)
+        self._own._look()
+
+    async def suspend(self) -> None:
+        """Stop every process in it (SIGSTOP, all at once) until :meth:`resume`."""
+        own = self._own
+        async with self._changing():
+            check_move(own.name, self.state, SandboxState.PAUSED, "suspend")
+            await writable(own._link_now().keeper.fileno(), ANSWER_PATIENCE)
+            # On record first: a paused one that runs, because we die here, can be resumed; the reverse hangs.
+            self._is_now(SandboxState.PAUSED)
+            try:
+                await self._tell(signal.SIGSTOP, SandboxState.PAUSED)
+            except Exception:  # a cancellation comes when it is done
+                self._is_now(SandboxState.RUNNING)
+                raise
+
+    async def _end(self, state: SandboxState, *, wait: bool) -> None:
+        """Kill it and wait until it is gone, although cancelled, but not for ever; and put that on record."""
+        own, gone = self._own, Flag()
+        loop, watch = asyncio.get_running_loop(), os.dup(own._link_now().pidfd)
+        self._file_server.close()
+        loop.add_reader(watch, gone.set)
+        try:
+            own._link_now().kill(wait=0)
+            await gone.insist(gone.is_set, ANSWER_PATIENCE)
+        finally:
+            loop.remove_reader(watch)
+            os.close(watch)
+            own._let_go()
+            if gone.is_set():
+                own._note_end(own._record)
+        if not gone.is_set():
+            raise TimeoutError("a process in uninterruptible sleep cannot be killed yet")
+
+    async def close(self) -> None:
+        """Let go of the handle; the sandbox stays. Commands of this handle that are not detached end.
+        Idempotent."""
+        async with self._moving:
+            self._close()
+
+    def _close(self) -> None:
+        for process in list(self._processes):
+            process.close()
+        self._file_server.close()
+        self._own.close()
+
+    async def destroy(self) -> None:
+        """End it for good and forget it, with the journals of its commands. Idempotent.
+
+        Whoever is cancelled while it ends has destroyed it; while somebody else works on it, not."""
+        own = self._own
+        if own._state is not SandboxState.DESTROYED:
+            async with self._changing():
+                own._look()
+                try:
+                    if own._link is not None:
+                        await self._end(SandboxState.STOPPED, wait=True)
+                finally:
+                    if own._state not in (SandboxState.RUNNING, SandboxState.PAUSED):
+                        self._forget()
+        self._close()
+
+
+async def list_sandboxes(
+    state_dir: StatePath = None, *, labels: Mapping[str, str] | None = None
+) -> list[SandboxRecord]:
+    """:func:`sandboxcore.persistent.list_sandboxes`."""
+    found = []
+    with Store(state_dir) as store:
+        for record in persistent._true_records(store, labels or {}):
+            if record is not None:
+                found.append(record)
+            await asyncio.sleep(0)
+    return found
+
+
+async def gc(state_dir: StatePath = None, *, dry_run: bool = False) -> Collected:
+    """:func:`sandboxcore.persistent.gc`."""
+    ended: list[str] = []
+    removed: list[str] = []
+    with Store(state_dir) as store:
+        for _ in persistent._collect(store, ended, removed, dry_run=dry_run):
+            await asyncio.sleep(0)
+    return Collected(tuple(ended), tuple(removed))
