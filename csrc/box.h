@@ -198,6 +198,7 @@ int sbx_probe(void);
 
 /* message.c: datagrams with descriptors */
 int sbx_send_record(int sock, const struct sbx_record *rec, const void *text, size_t size, int fd);
+long sbx_send_applied(const struct sbx_box *box);
 void sbx_send_error(int sock, const struct sbx_error *err);
 long sbx_receive(int sock, void *buf, size_t size, int *fds, size_t *nfds);
 

@@ -33,28 +33,13 @@ struct command {
 
 /* --- start ------------------------------------------------------------------------------------ */
 
-static long send_applied(const struct sbx_box *box)
-{
-	for (uint32_t sent = 0; sent < box->applied_size;) {
-		uint32_t size = box->applied_size - sent;
-		if (size > SBX_MAX_INLINE)
-			size = SBX_MAX_INLINE;
-		const struct sbx_record rec = { .kind = SBX_RECORD_APPLIED, .size = size };
-		long ret = sbx_send_record(box->control, &rec, box->applied + sent, size, -1);
-		if (ret < 0)
-			return ret;
-		sent += size;
-	}
-	return 0;
-}
-
 /* What the host wants to know before the end. */
 static long announce(struct command *c)
 {
 	const struct sbx_record lent = { .kind = SBX_RECORD_LENT };
 	struct sbx_record started = { .kind = SBX_RECORD_STARTED, .pid = c->pid };
 	uint32_t flags = c->box->request->flags;
-	long ret = send_applied(c->box);
+	long ret = sbx_send_applied(c->box);
 
 	if (ret >= 0 && c->streams.master >= 0 && !(flags & SBX_REQUEST_DETACHED)) {
 		ret = sbx_send_record(c->box->control, &lent, NULL, 0, c->streams.master);

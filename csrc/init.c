@@ -95,22 +95,6 @@ static long report(struct sbx_box *box, int status)
 	return sbx_send_record(box->control, &rec, NULL, 0, -1);
 }
 
-/* The text that the payload left, in datagrams of a size that every socket takes. */
-static long send_applied(const struct sbx_box *box)
-{
-	for (uint32_t sent = 0; sent < box->applied_size;) {
-		uint32_t size = box->applied_size - sent;
-		if (size > SBX_MAX_INLINE)
-			size = SBX_MAX_INLINE;
-		const struct sbx_record rec = { .kind = SBX_RECORD_APPLIED, .size = size };
-		long ret = sbx_send_record(box->control, &rec, box->applied + sent, size, -1);
-		if (ret < 0)
-			return ret;
-		sent += size;
-	}
-	return 0;
-}
-
 int sbx_init_run(struct sbx_box *box, pid_t payload, struct sbx_error *err)
 {
 	int keep[] = { box->control, box->spawner->host_pidfd, box->spawner->children };
@@ -123,7 +107,7 @@ int sbx_init_run(struct sbx_box *box, pid_t payload, struct sbx_error *err)
 		return sbx_fail(err, SBX_STAGE_INIT, 6, ret);
 	if (sbx_cred_keep_kill(err) < 0)
 		return -1;
-	ret = send_applied(box);
+	ret = sbx_send_applied(box);
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_RECORD, 100, ret);
 	ret = wait_for_end(box, payload, &status);

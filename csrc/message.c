@@ -41,6 +41,22 @@ void sbx_send_error(int sock, const struct sbx_error *err)
 	(void)sbx_send_record(sock, &rec, NULL, 0, -1); /* a host that is gone needs no answer */
 }
 
+/* The text that the payload left, in datagrams of a size that every socket takes. */
+long sbx_send_applied(const struct sbx_box *box)
+{
+	for (uint32_t sent = 0; sent < box->applied_size;) {
+		uint32_t size = box->applied_size - sent;
+		if (size > SBX_MAX_INLINE)
+			size = SBX_MAX_INLINE;
+		const struct sbx_record rec = { .kind = SBX_RECORD_APPLIED, .size = size };
+		long ret = sbx_send_record(box->control, &rec, box->applied + sent, size, -1);
+		if (ret < 0)
+			return ret;
+		sent += size;
+	}
+	return 0;
+}
+
 /*
  * Receive one datagram and at most *nfds descriptors; *nfds becomes their number. A datagram that
  * does not fit, or brings more descriptors than wanted or than this process may open, is -EMSGSIZE or

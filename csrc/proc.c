@@ -9,14 +9,6 @@
 
 enum { ZOMBIE = 'Z', DEAD = 'X' };
 
-struct dirent64 {
-	uint64_t ino;
-	int64_t off;
-	unsigned short len;
-	unsigned char type;
-	char name[];
-};
-
 struct who {
 	pid_t pid, parent, group;
 	bool dead; /* has ended and waits for its parent */
@@ -114,7 +106,7 @@ static long signal_once(pid_t ancestor, const pid_t *spare, size_t count, int si
 		if (len <= 0)
 			return len < 0 ? len : found;
 		for (long at = 0; at < len;) {
-			const struct dirent64 *entry = (const void *)(entries + at);
+			const struct sbx_dirent *entry = (const void *)(entries + at);
 			struct who who;
 			at += entry->len;
 			if (!look(proc, entry->name, &who) || who.pid <= 1 || who.dead ||

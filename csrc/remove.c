@@ -12,14 +12,6 @@ enum { KNOWN_LEVELS = 65536 }; /* so many ways back up are remembered */
 
 #define PATIENCE_NS 50000000000u /* less than the host's */
 
-struct dirent64 {
-	uint64_t ino;
-	int64_t off;
-	unsigned short len;
-	unsigned char type;
-	char name[];
-};
-
 struct level {
 	uint64_t dev, ino;
 };
@@ -63,7 +55,7 @@ static long clear_directory(int dir, char name[SBX_NAME_MAX], uint64_t deadline)
 		if (sbx_now() > deadline)
 			return -ETIMEDOUT;
 		for (long at = 0; at < len;) {
-			const struct dirent64 *entry = (const void *)(entries + at);
+			const struct sbx_dirent *entry = (const void *)(entries + at);
 			const char *text = entry->name;
 			at += entry->len;
 			if (text[0] == '.' && (!text[1] || (text[1] == '.' && !text[2])))

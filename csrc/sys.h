@@ -82,6 +82,15 @@ static inline int sbx_openat2(int dir, const char *path, int flags, unsigned mod
 /* Inside a root that may hold hostile links: nothing leads out of `dir`, no link is followed. */
 #define SBX_RESOLVE_STRICT (RESOLVE_IN_ROOT | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS)
 
+/* getdents64(2) */
+struct sbx_dirent {
+	uint64_t ino;
+	int64_t off;
+	unsigned short len;
+	unsigned char type;
+	char name[];
+};
+
 static inline int sbx_fsopen(const char *fstype)
 {
 	return (int)sbx_sys(SYS_fsopen, fstype, FSOPEN_CLOEXEC);

@@ -67,6 +67,16 @@ class Execution:
             raise SandboxGone(f"sandbox {self.name}: it is {self._state.value}")
         return self._link
 
+    def _tell(self, number: int) -> None:
+        """Have init send a signal to every command. Raises SandboxGone where init has ended."""
+        link = self._link_now()
+        try:
+            link.tell_init(number)
+        except (OSError, _native.NativeFailure):
+            if not self._is_gone(link):
+                raise
+            raise SandboxGone(f"sandbox {self.name}: its init has ended") from None
+
     def _ready(self, wanted: str) -> Link:
         """The link, if it takes commands now."""
         with self._lock:

@@ -210,7 +210,7 @@ class PersistentSandbox(Sandbox):
             # On record first: a paused one that runs, because we die here, can be resumed; the reverse hangs.
             self._store.change(self.id, state=SandboxState.PAUSED.value)
             try:
-                self._link_now().tell_init(signal.SIGSTOP)
+                self._tell(signal.SIGSTOP)
             except BaseException:
                 self._store.change(self.id, state=SandboxState.RUNNING.value)
                 raise
@@ -221,7 +221,7 @@ class PersistentSandbox(Sandbox):
         with self._lock, self._store.locked(self.id):
             if self.state is not SandboxState.PAUSED:
                 raise InvalidTransition(self.name, self._state.value, "resume")
-            self._link_now().tell_init(signal.SIGCONT)
+            self._tell(signal.SIGCONT)
             self._store.change(self.id, state=SandboxState.RUNNING.value)
             self._look()
 

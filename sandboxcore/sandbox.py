@@ -147,7 +147,7 @@ class Sandbox(Execution):
         """Stop every process in it (SIGSTOP, all at once) until :meth:`resume`."""
         with self._lock:
             check_move(self.name, self.state, SandboxState.PAUSED, "suspend")
-            self._link_now().tell_init(signal.SIGSTOP)
+            self._tell(signal.SIGSTOP)
             self._state = SandboxState.PAUSED
 
     def resume(self) -> None:
@@ -155,7 +155,7 @@ class Sandbox(Execution):
         with self._lock:
             if self.state is not SandboxState.PAUSED:
                 raise InvalidTransition(self.name, self._state.value, "resume")
-            self._link_now().tell_init(signal.SIGCONT)
+            self._tell(signal.SIGCONT)
             self._state = SandboxState.RUNNING
 
     def stop(self) -> None:
@@ -327,7 +327,8 @@ class Sandbox(Execution):
         """Send a signal to every process of every command. After SIGKILL it is empty, and still runs."""
         if number in (signal.SIGSTOP, signal.SIGCONT):
             raise ValueError("use suspend() and resume()")
-        self._ready("signal").tell_init(number)
+        self._ready("signal")
+        self._tell(number)
 
     @property
     def capabilities(self) -> SandboxCapabilities:

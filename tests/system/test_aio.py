@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from loops import cancelled_after, condition, play
 from support import PYTHON, Spec, gone, leaves_nothing, marked, wait_until
 
 import sandboxcore
 import sandboxcore.files
+import sandboxcore.persistent
 from sandboxcore import Cause, Limits, Sandbox, SandboxState, aio
 from sandboxcore.aio_streams import Store
+from sandboxcore.detached import DetachedCommand
+from sandboxcore.persistent import PersistentSandbox
 
 T = TypeVar("T")
 MIB = 1 << 20
@@ -32,16 +36,6 @@ MIB = 1 << 20
 def spawner_runs() -> None:
     """What is counted is what comes after the first use."""
     sandboxcore.run(["true"])
-
-
-def play(main: Coroutine[Any, Any, T], seconds: float = 60) -> T:
-    """Run a coroutine to its end, in a loop of its own."""
-
-    async def bounded() -> T:
-        async with asyncio.timeout(seconds):
-            return await main
-
-    return asyncio.run(bounded())
 
 
 def with_sandbox(action: Callable[[aio.Sandbox], Awaitable[T]], **options: Any) -> T:
@@ -56,15 +50,6 @@ def with_sandbox(action: Callable[[aio.Sandbox], Awaitable[T]], **options: Any) 
 
 def python(code: str, *args: str) -> list[str]:
     return [PYTHON, "-I", "-S", "-c", inspect.cleandoc(code), *args]
-
-
-async def condition(check: Callable[[], Any], what: str, seconds: float = 10) -> Any:
-    """The condition's value as soon as it is true, without stopping the loop."""
-    deadline = time.monotonic() + seconds
-    while not (value := check()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        await asyncio.sleep(0.005)
-    return value
 
 
 def mark() -> str:
@@ -160,28 +145,39 @@ def test_exec_gives_the_same() -> None:
     assert with_sandbox(action, spec=spec) == expected
 
 
+def members(kind: type) -> dict[str, Any]:
+    """The public methods and properties of a class, and how it is made."""
+    found = inspect.getmembers(kind, lambda value: inspect.isroutine(value) or isinstance(value, property))
+    made_by_others = kind.__name__ == "DetachedCommand"
+    return {n: v for n, v in found if not n.startswith("_") or (n == "__init__" and not made_by_others)}
+
+
 def test_the_interfaces_are_the_same() -> None:
     """Parameters cannot drift apart."""
     only_sync = {"popen": {"text", "encoding", "errors", "bufsize"}}
     only_async = {"popen": {"limit"}}
     assert inspect.signature(aio.run).parameters == inspect.signature(sandboxcore.run).parameters
-    for name in (
-        "__init__",
-        "start",
-        "exec",
-        "shell",
-        "popen",
-        "stop",
-        "suspend",
-        "resume",
-        "signal",
-        "close",
-    ):
-        ours = dict(inspect.signature(getattr(aio.Sandbox, name)).parameters)
-        theirs = dict(inspect.signature(getattr(Sandbox, name)).parameters)
-        assert ours.keys() - only_async.get(name, set()) == theirs.keys() - only_sync.get(name, set()), name
-        for key in ours.keys() & theirs.keys():
-            assert ours[key] == theirs[key], (name, key)
+    twins: list[tuple[type, type]] = [
+        (Sandbox, aio.Sandbox),
+        (PersistentSandbox, aio.PersistentSandbox),
+        (DetachedCommand, aio.DetachedCommand),
+    ]
+    for sync, twin in twins:
+        for name, theirs in members(sync).items():
+            if name in ("interact", "attach"):  # they belong to a terminal
+                continue
+            ours = members(twin)[name]
+            if isinstance(theirs, property):
+                assert isinstance(ours, property) != (name == "capabilities"), name
+                continue
+            mine, others = (dict(inspect.signature(function).parameters) for function in (ours, theirs))
+            different = only_async.get(name, set()), only_sync.get(name, set())
+            assert mine.keys() - different[0] == others.keys() - different[1], (sync, name)
+            for key in mine.keys() & others.keys():
+                assert mine[key] == others[key], (sync, name, key)
+    for name in ("gc", "list_sandboxes"):
+        theirs = inspect.signature(getattr(sandboxcore.persistent, name)).parameters
+        assert inspect.signature(getattr(aio, name)).parameters == theirs, name
     names = [name for name, _ in inspect.getmembers(sandboxcore.files.Files, inspect.isfunction)]
     for name in names:
         if not name.startswith("_"):
@@ -427,20 +423,6 @@ def test_a_forgotten_sandbox_and_process() -> None:
 
 
 # --- cancellation -----------------------------------------------------------------------------------
-
-
-async def cancelled_after(turns: int, work: Coroutine[Any, Any, Any]) -> bool:
-    """Cancel a task after so many turns of the loop, each with a little time; whether that was before its
-    end."""
-    task = asyncio.create_task(work)
-    for turn in range(turns):
-        await asyncio.sleep(0 if turn % 2 else 0.0004)
-    task.cancel()
-    try:
-        await task
-    except asyncio.CancelledError:
-        return True
-    return False
 
 
 def test_cancelled_create_leaves_nothing() -> None:

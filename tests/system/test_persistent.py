@@ -29,6 +29,7 @@ from support import (
 from sandboxcore import (
     PIPE,
     InvalidTransition,
+    Sandbox,
     SandboxError,
     SandboxGone,
     SandboxNotFound,
@@ -36,7 +37,7 @@ from sandboxcore import (
     SetupError,
     SpecError,
 )
-from sandboxcore.link import boot_id, start_ticks
+from sandboxcore.link import Link, boot_id, start_ticks
 from sandboxcore.persistent import PersistentSandbox, gc, list_sandboxes
 from sandboxcore.store import Store
 
@@ -500,6 +501,27 @@ def test_exec_while_init_is_killed(box: PersistentSandbox) -> None:
     thread.join(PATIENCE)
     assert results
     wait_until(lambda: box.state is SandboxState.STOPPED, "the truth", PATIENCE)
+
+
+@pytest.mark.parametrize("kind", [Sandbox, PersistentSandbox])
+def test_init_is_killed_just_then(kind: type[Sandbox], state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look and the message: what is told to nobody is SandboxGone."""
+    tell = Link.tell_init
+
+    def after_its_end(link: Link, number: int) -> None:
+        signal.pidfd_send_signal(link.pidfd, signal.SIGKILL)
+        wait_until(lambda: not link.alive(), "the end of init", PATIENCE)
+        tell(link, number)
+
+    about = {} if kind is Sandbox else {"state_dir": state}
+    for wanted in (Sandbox.suspend, Sandbox.signal):
+        box = kind.create(**about)
+        with monkeypatch.context() as patch:
+            patch.setattr(Link, "tell_init", after_its_end)
+            with pytest.raises(SandboxGone):
+                getattr(box, wanted.__name__)(*([15] if wanted is Sandbox.signal else []))
+        assert box.state is SandboxState.STOPPED
+        box.destroy()
 
 
 @pytest.fixture
