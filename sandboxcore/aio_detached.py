@@ -118,7 +118,9 @@ class Borrowed(asyncio.StreamWriter):
                 self.close()
                 await self.wait_closed()
         finally:
-            self.transport.abort()
+            if self.transport.get_write_buffer_size():  # else it is closed, or about to be
+                self.transport.abort()
+            self.close()
 
 
 class DetachedCommand:

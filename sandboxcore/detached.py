@@ -347,7 +347,7 @@ class DetachedCommand:
     def _forget(self) -> None:
         """It never started, or must not have: let go of everything, whoever still holds this handle, such as
         a traceback."""
-        with contextlib.suppress(SandboxGone, TimeoutError):
+        with contextlib.suppress(SandboxGone, OSError):
             self._send("SIGNAL", flags=_native.constant("SCOPE_TREE"), signal=signal.SIGKILL, patience=0)
         self.close()
         self._door.close()

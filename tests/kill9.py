@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +336,9 @@ def conduct(state: str, rounds: int, seed: int) -> None:
             conductor.round(number)
         except BaseException:
             print(f"round {number} of seed {seed}", file=sys.stderr, flush=True)
+            for pid in descendants(os.getpid()):  # persistent ones would stay
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             raise
         if number == 4:  # everything was imported and opened once
             before = resources()

@@ -369,6 +369,7 @@ def test_the_maker_is_killed_in_the_middle(state: Path, step: str) -> None:
             persistent.Link.stay = die
         Box.create(name="box", state_dir=sys.argv[1])
     """
+    Sandbox.create().close()  # this process has its spawner
     with leaves_nothing():
         assert host_program(code, str(state), step).returncode == -9
         if step in ("locked", "home"):
@@ -751,6 +752,7 @@ def test_processes_race(state: Path) -> None:
     """Start, stop, suspend, destroy, exec, gc on one name at once: no deadlock, no leak, the truth."""
     seed = int.from_bytes(os.urandom(3))
     print(f"seed {seed}")
+    Sandbox.create().close()  # this process has its spawner
     with leaves_nothing(), contextlib.ExitStack() as stack:
         racers = [stack.enter_context(host_process(RACER, str(state), str(seed + n), "4")) for n in range(4)]
         outputs = [racer.communicate(timeout=60) for racer in racers]
