@@ -95,7 +95,10 @@ class Subscription:
 
 
 class Borrowed(asyncio.StreamWriter):
-    """A command's stdin or terminal: write, ``await drain()``, close; or leave it by ``async with``."""
+    """A command's stdin or terminal: write, ``await drain()``, close; or leave it by ``async with``.
+
+    Up to 4096 bytes that are drained before the next are written arrive in one piece, whoever else writes.
+    """
 
     def resize(self, rows: int, columns: int) -> None:
         """Give the terminal another size. Raises ValueError where it is none."""
@@ -276,4 +279,5 @@ async def _writer(fd: int) -> Borrowed:
     except BaseException:
         file.close()
         raise
+    transport.set_write_buffer_limits(0)  # drained means: in the pipe
     return Borrowed(transport, protocol, None, loop)

@@ -113,7 +113,7 @@ class InvalidTransition(SandboxError, RuntimeError):
     """The sandbox is in a ``state`` that does not allow what was ``wanted``."""
 
     def __init__(self, name: str, state: str, wanted: str) -> None:
-        super().__init__(f"sandbox {name}: cannot {wanted} while {state}")
+        super().__init__(f"{name}: cannot {wanted} while {state}")
         self.name, self.state, self.wanted = name, state, wanted
 
     def __reduce__(self) -> tuple[Any, ...]:

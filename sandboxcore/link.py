@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from sandboxcore import _native
+from sandboxcore.errors import SandboxError
 from sandboxcore.plan import Plan
 from sandboxcore.request import sandbox_request
 from sandboxcore.spawner import Spawner
@@ -75,8 +76,9 @@ def start_ticks(pid: int) -> int:
 
 
 def boot_id() -> str:
-    """Changes with every boot: random(4)."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """Whose numbers our processes have: the machine since its last boot, random(4), and the pid namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def pid_of(pidfd: int) -> int:
@@ -121,7 +123,12 @@ class Link:
     @classmethod
     def reopen(cls, home: Home, pid: int, ticks: int, boot: str) -> Self | None:
         """The way to a persistent sandbox that was on record as this process; None if that is gone."""
-        if not pid or boot != boot_id():
+        here = boot_id()
+        if boot.split()[:1] == here.split()[:1] and boot != here:
+            raise SandboxError(
+                f"{home.path}: belongs to another pid namespace, perhaps of a container: use it there"
+            )
+        if not pid or boot != here:
             return None
         try:
             pidfd = os.pidfd_open(pid)

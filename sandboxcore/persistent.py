@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from sandboxcore import host
 from sandboxcore.detached import DetachedCommand, Door
-from sandboxcore.errors import InvalidTransition, SandboxNotFound, SpecError
+from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.files import FileServer
 from sandboxcore.journal import Journal
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
@@ -389,7 +389,10 @@ def _collect(store: Store, ended: list[str], removed: list[str], *, dry_run: boo
 
 
 def _runs(store: Store, record: SandboxRecord) -> bool:
-    link = Link.reopen(store.home(record.id), record.pid, record.ticks, record.boot)
+    try:
+        link = Link.reopen(store.home(record.id), record.pid, record.ticks, record.boot)
+    except SandboxError:  # of another pid namespace: not ours to say
+        return True
     if link is not None:
         link.close()
     return link is not None

@@ -312,6 +312,15 @@ class Sandbox(Execution):
             ours.close()
         command._forget()
 
+    def forget(self, command_id: str) -> None:
+        """Remove an ended detached command with its journal. Raises :class:`SandboxNotFound`, and
+        :class:`InvalidTransition` while it runs."""
+        command = self.command(command_id)
+        if command.returncode is None:
+            command.close()
+            raise InvalidTransition(command_id, "running", "forget a command")
+        self._forget_command(command)
+
     def commands(self) -> list[DetachedCommand]:
         """The detached commands, oldest first, ended ones too."""
         return [command.again() for command in list(self._detached.values())]

@@ -29,6 +29,7 @@ from support import (
 from sandboxcore import (
     PIPE,
     Cause,
+    InvalidTransition,
     Limits,
     ProgramNotFound,
     Sandbox,
@@ -739,6 +740,20 @@ def test_many_at_once(box: Sandbox) -> None:
         assert command.wait(PATIENCE).returncode == number
         assert command.logs().data == b"%d\n" % number
     assert len(box.commands()) == 40
+
+
+def test_forgotten_commands(box: Sandbox) -> None:
+    ended, running = box.detach(["true"]), box.detach(SLEEP)
+    assert ended.wait(PATIENCE).ok
+    with pytest.raises(InvalidTransition, match="running"):
+        box.forget(running.id)
+    box.forget(ended.id)
+    assert [command.id for command in box.commands()] == [running.id]
+    with pytest.raises(SandboxNotFound):
+        box.forget(ended.id)
+    if isinstance(box, PersistentSandbox):
+        home = box._store.home(box.id).path
+        assert sorted(os.listdir(home)) == sorted([running.id, f"{running.id}.journal", "keeper", "work"])
 
 
 def test_a_closed_sandbox_takes_none(box: Sandbox) -> None:

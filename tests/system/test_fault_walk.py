@@ -125,7 +125,7 @@ def counts() -> tuple[int, int, int]:
 
 
 def settled() -> tuple[int, int, int]:
-    """The counts once the spawner has reaped every sandbox, and closed what its last request brought; only the
+    """The counts once the spawner has reaped every sandbox and closed what its last request brought; only the
     maker of namespaces is left."""
     gc.collect()  # what earlier tests left to the collector would go meanwhile
     deadline = time.monotonic() + 20

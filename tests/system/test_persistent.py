@@ -544,6 +544,21 @@ def test_after_a_reboot(state: Path, bystander: subprocess.Popen[bytes]) -> None
     assert bystander.poll() is None
 
 
+def test_another_pid_namespace(state: Path) -> None:
+    """Two containers with one state directory: the numbers of one mean nothing in the other."""
+    box = PersistentSandbox.create(name="box", state_dir=state)
+    boot = box.record.boot
+    with Store(state) as store:
+        store.change(box.id, boot=f"{boot.split()[0]} 1")
+        with pytest.raises(SandboxError, match="another pid namespace"):
+            connect("box", state)
+        assert [record.state for record in list_sandboxes(state)] == ["running"]
+        assert gc(state).ended == ()
+        store.change(box.id, boot=boot)
+    assert box.exec(["true"]).ok
+    box.destroy()
+
+
 @pytest.mark.parametrize("look", ["state", "list", "gc", "connect", "destroy", "stop"])
 def test_a_reused_number(state: Path, bystander: subprocess.Popen[bytes], look: str) -> None:
     box = PersistentSandbox.create(name="box", state_dir=state)

@@ -40,7 +40,7 @@ def test_every_pair(before: SandboxState, after: SandboxState) -> None:
         check_move("box", before, after, "go on")
     error = caught.value
     assert (error.name, error.state, error.wanted) == ("box", before.value, "go on")
-    assert str(error) == f"sandbox box: cannot go on while {before.value}"
+    assert str(error) == f"box: cannot go on while {before.value}"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
