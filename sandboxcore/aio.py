@@ -1,8 +1,9 @@
-"""The same for asyncio: :func:`run`, :class:`Sandbox` and :class:`Process` under the same names.
+"""The same for asyncio: :func:`run`, :class:`Sandbox`, :class:`PersistentSandbox`, :class:`Process` and
+:class:`DetachedCommand` under the same names.
 
 Everything waits by the event loop's own callbacks; there is no thread behind it. What still blocks is what
 starting a program takes anyway: the first use in a process starts the spawner, and looks at what the host
-can do, which takes some tens of milliseconds.
+can do, which takes some tens of milliseconds; and statements of a persistent sandbox's database.
 
 Who is cancelled leaves nothing: a sandbox that was to be created, a command that was to be executed, are
 gone, or have been killed and are going, before :class:`asyncio.CancelledError` is raised. The command of a

@@ -20,6 +20,7 @@ from sandboxcore.aio_streams import Captured, Fed, Relayed
 from sandboxcore.request import Request
 
 SOFT, HARD = 0.5, 2.0  # seconds: the chance of init or launcher to report; then the kernel's
+LOST = 0.05  # seconds for init to kill what a dead launcher left
 RELAY_PATIENCE = 0.2  # seconds at least for whoever reads what is relayed
 
 
@@ -69,6 +70,7 @@ class Conversation:
         self._record: _native.Record | None = None
         self._failure: _native.NativeFailure | None = None
         self._applied = b""
+        self._lost_timer: asyncio.TimerHandle | None = None
         self._sent = self._started = self._ended = self._lost = self._dead = False
         self._timed_out = self._killed = self._given_up = False
 
@@ -170,9 +172,15 @@ class Conversation:
             return
         self._lost = not self._ended
         if self._lost and not self._fresh and not self._killed:
-            self._end(None)  # its launcher was killed, so it was
+            self._lost_timer = self._loop.call_later(LOST, self._launcher_died)
         elif self._fresh or not self._ended:
             self._loop.add_reader(self._pidfd, self._died)
+
+    def _launcher_died(self) -> None:
+        """It was killed, and so the command; init lives, and has killed what was left of it."""
+        if not self._settled():
+            self._end(None)
+        self._news.tell()
 
     def _died(self) -> None:
         """Init has ended, and so everything has."""
@@ -272,6 +280,8 @@ class Conversation:
     def close(self) -> None:
         """Let go of everything."""
         self._drop_control()
+        if self._lost_timer is not None:
+            self._lost_timer.cancel()
         if self._feed is not None:
             self._feed.close()
         for output in self._outputs.values():

@@ -2,12 +2,11 @@
 
 import asyncio
 import errno as E
-import os
 from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from sandboxcore import _native
-from sandboxcore.aio_loop import readable, writable
+from sandboxcore.aio_loop import has_ended, readable, writable
 from sandboxcore.errors import SandboxGone
 from sandboxcore.fileops import Ask, Data, FileInfo, Operations, Path, Steps
 from sandboxcore.files import REPLY_PATIENCE, FileServer, ServerLost
@@ -95,25 +94,13 @@ class Files:
             except ServerLost as lost:
                 final = again or (lost.taken and not ask.idempotent)
                 if final:
-                    await self._settle(link)
+                    await has_ended(link)
                 if self._sandbox.state is not SandboxState.RUNNING:
                     raise SandboxGone(f"sandbox {self._sandbox.name}: its init has ended") from None
                 if final:
                     text = "its file server was killed; the change may be made"
                     raise ConnectionError(E.ECONNRESET, f"sandbox {self._sandbox.name}: {text}") from None
                 again = True
-
-    async def _settle(self, link: Link) -> None:
-        """Its end may be on the way."""
-        if link.pidfd < 0:
-            return
-        copy = os.dup(link.pidfd)
-        try:
-            await readable(copy, 1)
-        except TimeoutError:
-            pass
-        finally:
-            os.close(copy)
 
     async def _run(self, steps: Steps[T]) -> T:
         try:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from sandboxcore import _native
-from sandboxcore.link import START_PATIENCE, Birth, Home, Link
+from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Birth, Home, Link
 from sandboxcore.plan import Plan
 from sandboxcore.process import ATTEMPTS, help_spawner, reach_spawner
 from sandboxcore.request import Request
@@ -134,6 +134,38 @@ def _takes(fd: int) -> bool:
     poller = select.poll()
     poller.register(fd, select.POLLOUT)
     return bool(poller.poll(0))
+
+
+async def tell_init(link: Link, number: int, done: Callable[[], None]) -> None:
+    """:meth:`Link.tell_init`; what is ``done`` behind it is done although cancelled meanwhile."""
+    loop, answered = asyncio.get_running_loop(), Flag()
+    with link.ask_init(number) as answer:
+        loop.add_reader(answer.fileno(), answered.set)
+        try:
+            await answered.insist(answered.is_set, ANSWER_PATIENCE)
+        finally:
+            loop.remove_reader(answer.fileno())
+            if answered.is_set():
+                link.hear_init(answer)
+                done()
+    if not answered.is_set():
+        raise TimeoutError(f"init does not answer within {ANSWER_PATIENCE} s")
+
+
+async def has_ended(link: Link) -> bool:
+    """Whether init has. Its sockets are closed a moment before that shows."""
+    try:
+        with link:
+            copy = os.dup(link.pidfd)
+    except _native.NativeFailure:  # closed by somebody who ended it
+        return True
+    try:
+        await readable(copy, 1)
+        return True
+    except TimeoutError:
+        return False
+    finally:
+        os.close(copy)
 
 
 # --- the spawner ------------------------------------------------------------------------------------

@@ -14,11 +14,19 @@ from sandboxcore import _native, sandbox
 from sandboxcore.aio_detached import DetachedCommand, await_start
 from sandboxcore.aio_exec import converse
 from sandboxcore.aio_files import AsyncFileServer, Files
-from sandboxcore.aio_loop import LOCK_PATIENCE, Flag, born, patiently, readable, writable
+from sandboxcore.aio_loop import (
+    LOCK_PATIENCE,
+    born,
+    has_ended,
+    patiently,
+    readable,
+    tell_init,
+    writable,
+)
 from sandboxcore.aio_process import Process, start_process
 from sandboxcore.capabilities import SandboxCapabilities
 from sandboxcore.detached import DEFAULT_KEEP
-from sandboxcore.errors import InvalidTransition
+from sandboxcore.errors import InvalidTransition, SandboxGone
 from sandboxcore.lifecycle import SandboxState, check_move
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link
 from sandboxcore.request import DEVNULL, PIPE, File, FileContent, Program, Request, StrOrBytes
@@ -132,19 +140,13 @@ class Sandbox:
 
     async def _tell(self, number: int, then: SandboxState | None) -> None:
         """Have init send a signal; what it has done then is what the state says, even when cancelled."""
-        loop, answered = asyncio.get_running_loop(), Flag()
-        with self._own._link_now().ask_init(number) as answer:
-            loop.add_reader(answer.fileno(), answered.set)
-            try:
-                await answered.insist(answered.is_set, ANSWER_PATIENCE)
-            finally:
-                loop.remove_reader(answer.fileno())
-                if answered.is_set():
-                    Link.hear_init(answer)
-                    if then is not None:
-                        self._is_now(then)
-        if not answered.is_set():
-            raise TimeoutError(f"init does not answer within {ANSWER_PATIENCE} s")
+        link = self._own._link_now()
+        try:
+            await tell_init(link, number, lambda: None if then is None else self._is_now(then))
+        except (OSError, _native.NativeFailure):
+            if not await has_ended(link):
+                raise
+            raise SandboxGone(f"sandbox {self._own.name}: its init has ended") from None
 
     def _is_now(self, state: SandboxState) -> None:
         self._own._state = state
@@ -375,6 +377,11 @@ class Sandbox:
     def command(self, command_id: str) -> DetachedCommand:
         """A detached command by its id. Raises :class:`SandboxNotFound`."""
         return DetachedCommand(self._own.command(command_id))
+
+    def forget(self, command_id: str) -> None:
+        """Remove an ended detached command with its journal. Raises :class:`SandboxNotFound`, and
+        :class:`InvalidTransition` while it runs."""
+        self._own.forget(command_id)
 
     @property
     def environment(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import pytest
 from loops import cancelled_after, condition, play
-from support import PYTHON, Spec, gone, leaves_nothing, marked, wait_until
+from support import PYTHON, Spec, gone, leaves_nothing, marked, parents, wait_until
 
 import sandboxcore
 import sandboxcore.files
@@ -535,6 +535,25 @@ def test_a_command_that_ignores_everything_is_gone_in_time() -> None:
                     await execute(python(code, name))
             assert marked(name) == set()
             assert time.monotonic() - began < 1.5
+
+    with leaves_nothing():
+        with_sandbox(action)
+
+
+def test_a_launcher_that_is_killed() -> None:
+    """What it left is gone, too, when the end is told; the sandbox goes on."""
+    name = mark()
+
+    async def action(sandbox: aio.Sandbox) -> None:
+        assert (await sandbox.exec(["true"])).ok
+        task = asyncio.create_task(sandbox.exec(["sh", "-c", "(setsid sleep 300 &) ; sleep 300; :", name]))
+        found, parent_of = await condition(lambda: marked(name), "the command"), parents()
+        (launcher,) = {parent_of[pid] for pid in found if pid in parent_of} - found
+        os.kill(launcher, signal.SIGKILL)
+        result = await task
+        assert result.cause is Cause.KILLED
+        await condition(lambda: not marked(name), "the end of what it left", 0.5)
+        assert (await sandbox.exec(["true"])).ok
 
     with leaves_nothing():
         with_sandbox(action)

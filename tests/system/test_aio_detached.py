@@ -176,6 +176,10 @@ def test_list_and_find(living: Callable[[Action], None]) -> None:
         assert again.status == "running"
         with pytest.raises(SandboxNotFound):
             sandbox.command("cmd-nobody")
+        with pytest.raises(InvalidTransition):
+            sandbox.forget(second.id)
+        sandbox.forget(first.id)
+        assert [command.id for command in sandbox.commands()] == [second.id]
 
     living(action)
 
@@ -464,7 +468,7 @@ def test_cancelled_detach_leaves_nothing(living: Callable[[Action], None]) -> No
                     (command,) = sandbox.commands()
                     command.kill()
                     await command.wait(PATIENCE)
-                    sandbox._own._forget_command(command._own)
+                    sandbox.forget(command.id)
                     del command
                 assert marked(name) == set(), turns
                 assert sandbox.commands() == []
@@ -690,6 +694,22 @@ def test_list_and_gc(state: Path) -> None:
         await second.destroy()
 
     play(main())
+
+
+def test_told_what_init_cannot_hear(state: Path) -> None:
+    async def main() -> None:
+        box = await aio.PersistentSandbox.create(name="box", state_dir=state)
+        link = box._own._link_now()
+        os.kill(box.pid, signal.SIGKILL)
+        with pytest.raises(SandboxGone):
+            await box._tell(signal.SIGTERM, None)
+        assert box._own._link is link  # nobody had looked
+        assert box.state == "stopped"
+        await box.destroy()
+
+    with leaves_nothing():
+        play(main())
+        gc.collect()
 
 
 # --- the lock ---------------------------------------------------------------------------------------
