@@ -307,6 +307,8 @@ static int step(struct sbx_run *run, struct sbx_error *err)
 		run->state = DONE;
 	if (p[CONTROL].revents && hear(run, err) < 0)
 		return -1;
+	if (run->state == DRAINING && run->out[0].fd < 0 && run->out[1].fd < 0)
+		run->state = DONE; /* their ends came before the command's */
 	if (p[PIDFD].revents && run->lost && run->state < DRAINING) {
 		run->exit.status = SIGKILL; /* its init was killed, so everything was */
 		drain(run);

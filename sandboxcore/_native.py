@@ -4,8 +4,9 @@ Failures leave here bare, as :class:`NativeFailure` (stage, index, errno); :mod:
 renders them with what it knows about the plan.
 """
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -18,6 +19,7 @@ MAX_PASS = cast(int, lib.SBX_MAX_PASS)
 MAX_LATE = cast(int, lib.SBX_MAX_LATE)
 
 
+@functools.cache
 def constant(name: str) -> int:
     """The value of an enumerator of ``plan.h``, without its ``SBX_`` prefix."""
     return cast(int, getattr(lib, f"SBX_{name}"))
@@ -41,38 +43,45 @@ class NativeFailure(Exception):
         return cls(error)
 
 
+@functools.cache
+def _type(name: str) -> tuple[int, int, Any]:
+    """A C type's size, its alignment, and the type of a pointer to it."""
+    return ffi.sizeof(name), ffi.alignof(name), ffi.typeof(f"{name} *")
+
+
 class Arena:
     """Writes one plan or request: a header, arrays of records, strings; linked by offsets."""
 
-    def __init__(self, header: str, arrays: dict[str, tuple[str, int]]) -> None:
+    def __init__(self, header: str, arrays: Mapping[str, tuple[str, int]]) -> None:
         """``arrays`` maps a span of the header to its record type and number of records."""
-        size = ffi.sizeof(header)
-        self._layout: dict[str, tuple[str, int, int]] = {}
+        size, _, pointer = _type(header)
+        self._layout: dict[str, tuple[Any, int, int]] = {}
         for name, (kind, count) in arrays.items():
-            align = ffi.alignof(kind)
-            size = (size + align - 1) // align * align
-            self._layout[name] = (kind, size, count)
-            size += ffi.sizeof(kind) * count
-        self._header = header
+            if count:
+                each, align, of_kind = _type(kind)
+                size = (size + align - 1) // align * align
+                self._layout[name] = (of_kind, size, each)
+                size += each * count
         self._fixed = bytearray(size)
         self._strings = bytearray()
         self._known: dict[bytes, int] = {}
         # One buffer and plain pointers into it: views of views crash CPython's collector in a cycle
         self._base = ffi.from_buffer(self._fixed, require_writable=True)
-        self.head = ffi.cast(f"{header} *", self._base)
-        for name, (_, offset, count) in self._layout.items():
+        self.head = ffi.cast(pointer, self._base)
+        for name, (_, offset, _each) in self._layout.items():
             span = getattr(self.head, name)
-            span.off, span.count = (offset, count) if count else (0, 0)
+            span.off, span.count = offset, arrays[name][1]
 
     def record(self, name: str, index: int) -> Any:
         """The record ``index`` of the array ``name``, to be filled."""
-        kind, offset, _ = self._layout[name]
-        return ffi.cast(f"{kind} *", self._base + offset + ffi.sizeof(kind) * index)
+        pointer, offset, each = self._layout[name]
+        return ffi.cast(pointer, self._base + offset + each * index)
 
     def raw(self, name: str, data: bytes) -> None:
         """Fill the array ``name`` with bytes as they are."""
-        _, offset, _ = self._layout[name]
-        self._fixed[offset : offset + len(data)] = data
+        if data:
+            _, offset, _each = self._layout[name]
+            self._fixed[offset : offset + len(data)] = data
 
     def data(self, data: bytes) -> int:
         """Store bytes with a NUL behind them; returns their offset. Equal ones are stored once."""

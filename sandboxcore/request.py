@@ -1,10 +1,12 @@
 """One command's bytes: argv, environment, streams and files, as C wants them (``csrc/plan.h``)."""
 
 import errno
+import functools
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import IO, Any
 
 from sandboxcore import _native
@@ -27,6 +29,9 @@ ARG_MAX = 128 * 1024  # MAX_ARG_STRLEN of execve(2): the longest single argument
 FAULT = (0, 0)
 
 
+_NULL, _PASSED, _STDOUT = (_native.constant(f"STDIO_{name}") for name in ("NULL", "PASSED", "STDOUT"))
+
+
 def make_streams(
     plan: Plan,
     input: StrOrBytes | None,
@@ -38,7 +43,6 @@ def make_streams(
 ) -> tuple[_native.Streams, tuple[int, int, int]]:
     """Which pipes there are, and the request's word for each of stdin, stdout and stderr."""
     stdin, stdout, stderr = files
-    null, passed, merged = (_native.constant(f"STDIO_{name}") for name in ("NULL", "PASSED", "STDOUT"))
     if input is not None and stdin is not None:
         raise ValueError("stdin and input arguments may not both be used.")
     source = -1
@@ -46,14 +50,14 @@ def make_streams(
         raise ValueError("stdin=PIPE has nobody to write to it; use input=")
     if stdin is not None and stdin != DEVNULL:
         source = _open_descriptor(stdin)
-    capture, relay, stdio = [], [], [passed if source >= 0 or input is not None else null]
+    capture, relay, stdio = [], [], [_PASSED if source >= 0 or input is not None else _NULL]
     for number, target in ((1, stdout), (2, stderr)):
         if target == STDOUT:
             if number == 1:
                 raise ValueError("STDOUT can only be used for stderr")
-            stdio.append(merged)
+            stdio.append(_STDOUT)
             continue
-        stdio.append(null if target == DEVNULL else passed)
+        stdio.append(_NULL if target == DEVNULL else _PASSED)
         if target == PIPE:
             capture.append(number)
         elif target != DEVNULL:
@@ -163,9 +167,9 @@ class Request:
         head = arena.head
         args = [os.fsencode(arg) for arg in self.args]
         program = os.fsencode(self.program)
-        if any(b"\0" in arg for arg in (*args, program)) or "\0" in self.cwd:
+        if b"\0" in b"".join(args) + program or "\0" in self.cwd:
             raise ValueError("embedded null byte")  # as subprocess says it
-        if too_long := next((arg for arg in (*args, *env) if len(arg) >= ARG_MAX), None):
+        if too_long := next((arg for arg in chain(args, env) if len(arg) >= ARG_MAX), None):
             hint = f"one of the arguments or variables has {len(too_long)} bytes"
             raise ExecError("exec", errno.E2BIG, subject=os.fsdecode(program), hint=hint)
         arena.strings("argv", args)
@@ -208,7 +212,12 @@ def _candidates(program: bytes, path: str) -> list[bytes]:
     """Where execvp(3) would look, in order."""
     if b"/" in program or not program:
         return [program]
-    return [os.path.join(os.fsencode(directory or "."), program) for directory in path.split(":")]
+    return [directory + program for directory in _directories(path)]
+
+
+@functools.lru_cache(16)
+def _directories(path: str) -> tuple[bytes, ...]:
+    return tuple(os.path.join(os.fsencode(directory or "."), b"") for directory in path.split(":"))
 
 
 def _file(cwd: str, path: str, content: FileContent) -> tuple[str, bytes, int]:
