@@ -6,6 +6,7 @@ renders them with what it knows about the plan.
 
 import functools
 import os
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -47,6 +48,39 @@ class NativeFailure(Exception):
 def _type(name: str) -> tuple[int, int, Any]:
     """A C type's size, its alignment, and the type of a pointer to it."""
     return ffi.sizeof(name), ffi.alignof(name), ffi.typeof(f"{name} *")
+
+
+class Header:
+    """Packs a struct of ``plan.h`` in one call: its layout comes from cffi, its values by name."""
+
+    def __init__(self, kind: str) -> None:
+        self.names: list[str] = []
+        formats = "="
+        for name, field in ffi.typeof(kind).fields:
+            flat, count = _flattened(field.type)
+            if field.offset != struct.calcsize(formats):
+                raise AssertionError(f"{kind}.{name}: padding before it")
+            self.names += [name] if count == 1 else [f"{name}{number}" for number in range(count)]
+            formats += flat
+        self._struct = struct.Struct(formats)
+        self.size = self._struct.size
+        if self.size != ffi.sizeof(kind):
+            raise AssertionError(f"{kind}: padding at its end")
+
+    def pack_into(self, out: bytearray, values: Mapping[str, int]) -> None:
+        """Write the fields that are named; the others become 0."""
+        self._struct.pack_into(out, 0, *[values.get(name, 0) for name in self.names])
+
+
+def _flattened(kind: Any) -> tuple[str, int]:
+    """A C type as format characters of :mod:`struct`, and how many values it has."""
+    if kind.kind == "struct":
+        parts = [_flattened(field.type) for _, field in kind.fields]
+        return "".join(part for part, _ in parts), sum(count for _, count in parts)
+    if kind.kind == "array":
+        part, count = _flattened(kind.item)
+        return part * kind.length, count * kind.length
+    return {"uint32_t": "I", "int32_t": "i", "uint64_t": "Q"}[kind.cname], 1
 
 
 class Arena:
@@ -144,7 +178,7 @@ def spawner_plan(spawner: int, plan_id: int, plan: bytes) -> None:
         raise NativeFailure(error)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: that costs microseconds per command
 class Streams:
     """Where stdin comes from and stdout and stderr go, in descriptors of this process.
 
@@ -160,7 +194,7 @@ class Streams:
     owner: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NativeResult:
     """One finished run, in C's words: a wait status, bytes, nanoseconds and microseconds."""
 

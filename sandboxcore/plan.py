@@ -86,6 +86,11 @@ class Plan:
         """Whether the sandbox stays in the host's network namespace."""
         return self.spec.network == "host"
 
+    @property
+    def ids(self) -> tuple[int, int]:
+        """uid and gid of the payload, as seen inside."""
+        return self.spec.ids()
+
     def outside(self, ids: tuple[int, int] | None = None) -> tuple[int, int] | None:
         """A payload's ids outside (default: the spec's), where they are not the caller's own."""
         if self.host.mode != "root":

@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import struct
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,14 +97,59 @@ class Extras:
     limits: Limits | None = None  # what rlimits was made from
 
 
+_HEADER = _native.Header("struct sbx_request")
+_FIXED = {
+    "magic": _native.constant("REQUEST_MAGIC"),
+    "layout": _native.constant("LAYOUT"),
+}
+_FILE = struct.Struct("=4I")  # struct sbx_file
+_RLIMIT = struct.Struct("=2I2Q")  # struct sbx_rlimit
+
+
 def sandbox_request(plan: Plan, *, persistent: bool) -> bytes:
     """The request for a sandbox that stays, without a command."""
-    arena = _native.Arena("struct sbx_request", {})
-    arena.head.plan = plan.id
     names = ("SANDBOX", "PERSISTENT") if persistent else ("SANDBOX",)
-    arena.head.flags = sum(_native.constant(f"REQUEST_{name}") for name in names)
-    arena.head.fault_at, arena.head.fault_errno = FAULT
-    return arena.finish(_native.constant("REQUEST_MAGIC"))
+    out = bytearray(_HEADER.size)
+    _HEADER.pack_into(
+        out,
+        {
+            **_FIXED,
+            "size": len(out),
+            "flags": sum(_native.constant(f"REQUEST_{name}") for name in names),
+            "plan": plan.id,
+            "fault_at": FAULT[0],
+            "fault_errno": FAULT[1],
+        },
+    )
+    return bytes(out)
+
+
+@functools.lru_cache(64)
+def _frame(env: tuple[bytes, ...], cwd: str) -> tuple[bytes, dict[str, int]]:
+    """What many requests have in common: room for the header, the environment, the directory."""
+    out, values = bytearray(_HEADER.size), dict(_FIXED)
+    values["env0"], values["env1"] = _append(out, env)
+    values["cwd"], _ = _append(out, [os.fsencode(cwd)])
+    return bytes(out), values
+
+
+def _append(out: bytearray, strings: Sequence[bytes]) -> tuple[int, int]:
+    """Strings one behind the other; returns their offset and number."""
+    if not strings:
+        return 0, 0
+    offset = len(out)
+    out += b"\0".join(strings) + b"\0"
+    return offset, len(strings)
+
+
+def _append_records(out: bytearray, records: Sequence[bytes]) -> tuple[int, int]:
+    """Records of one size, aligned; returns their offset and number."""
+    if not records:
+        return 0, 0
+    out += bytes(-len(out) % 8)
+    offset = len(out)
+    out += b"".join(records)
+    return offset, len(records)
 
 
 class Request:
@@ -156,15 +202,6 @@ class Request:
         stdio: tuple[int, int, int],
         extras: Extras,
     ) -> bytes:
-        arena = _native.Arena(
-            "struct sbx_request",
-            {
-                "files": ("struct sbx_file", len(self.files)),
-                "pass": ("int32_t", len(self.pass_fds)),
-                "rlimits": ("struct sbx_rlimit", len(extras.rlimits)),
-            },
-        )
-        head = arena.head
         args = [os.fsencode(arg) for arg in self.args]
         program = os.fsencode(self.program)
         if b"\0" in b"".join(args) + program or "\0" in self.cwd:
@@ -172,26 +209,38 @@ class Request:
         if too_long := next((arg for arg in chain(args, env) if len(arg) >= ARG_MAX), None):
             hint = f"one of the arguments or variables has {len(too_long)} bytes"
             raise ExecError("exec", errno.E2BIG, subject=os.fsdecode(program), hint=hint)
-        arena.strings("argv", args)
-        arena.strings("env", env)
-        arena.strings("paths", _candidates(program, path))
-        head.plan, head.cwd, head.umask = plan.id, arena.data(os.fsencode(self.cwd)), self.umask
-        head.flags = sum(_native.constant(f"REQUEST_{name}") for name in extras.flags)
-        head.stdio = stdio
-        head.uid, head.gid = extras.ids or plan.spec.ids()
-        head.rows, head.columns = extras.size
-        head.timeout_ns = max(1, int(extras.timeout * 1e9)) if extras.timeout is not None else 0
-        for index, (_, number, soft, hard) in enumerate(extras.rlimits):
-            limit = arena.record("rlimits", index)
-            limit.resource, limit.soft, limit.hard = number, soft, hard
-        head.fault_at, head.fault_errno = FAULT
-        for index, (name, data, mode) in enumerate(self.files):
-            file = arena.record("files", index)
-            file.path, file.mode = arena.data(os.fsencode(name)), mode
-            file.data, file.size = arena.data(data), len(data)
-        for index, number in enumerate(self.pass_fds):
-            arena.record("pass", index)[0] = number
-        return arena.finish(_native.constant("REQUEST_MAGIC"))
+        frame, common = _frame(env, self.cwd)
+        out, values = bytearray(frame), common.copy()
+        values["argv0"], values["argv1"] = _append(out, args)
+        values["paths0"], values["paths1"] = _append(out, _candidates(program, path))
+        if self.files:
+            values["files0"], values["files1"] = _append_records(
+                out, [self._file(out, f) for f in self.files]
+            )
+        if self.pass_fds:
+            passed = [number.to_bytes(4, "little") for number in self.pass_fds]
+            values["pass0"], values["pass1"] = _append_records(out, passed)
+        if extras.rlimits:
+            limits = [_RLIMIT.pack(number, 0, soft, hard) for _, number, soft, hard in extras.rlimits]
+            values["rlimits0"], values["rlimits1"] = _append_records(out, limits)
+        if extras.timeout is not None:
+            values["timeout_ns"] = max(1, int(extras.timeout * 1e9))
+        values["size"], values["plan"], values["umask"] = len(out), plan.id, self.umask
+        values["flags"] = sum(_native.constant(f"REQUEST_{name}") for name in extras.flags)
+        values["stdio0"], values["stdio1"], values["stdio2"] = stdio
+        values["uid"], values["gid"] = extras.ids or plan.ids
+        values["rows"], values["columns"] = extras.size
+        values["fault_at"], values["fault_errno"] = FAULT
+        _HEADER.pack_into(out, values)
+        return bytes(out)
+
+    @staticmethod
+    def _file(out: bytearray, file: tuple[str, bytes, int]) -> bytes:
+        """One file to write: its name and content go to the end of `out`, the record is returned."""
+        name, data, mode = file
+        path, _ = _append(out, [os.fsencode(name)])
+        content, _ = _append(out, [data])
+        return _FILE.pack(path, mode, content, len(data))
 
     def subject(self, failure: _native.NativeFailure) -> str:
         """What an error of this request is about."""

@@ -1,10 +1,9 @@
 """What a command did: :class:`ExecResult`, and how it is made from what C reports."""
 
 import enum
-import itertools
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,11 +119,6 @@ class Decoder:
         return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-_CLOCKS = tuple(
-    _native.constant(f"CLOCK_{name}") for name in ("RECEIVED", "STARTED", "FORK", "EXEC", "EXITED")
-)
-
-
 def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
     if done.timed_out or done.lost:
         return Cause.TIMEOUT if done.timed_out else Cause.KILLED
@@ -143,14 +137,33 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
     return Cause.SIGNALED
 
 
-def _timings(done: _native.NativeResult) -> dict[str, float]:
-    if done.lost:
-        return {"total": (done.ended - done.began) / 1e9}
-    received, started, fork, execed, exited = (done.clock[number] for number in _CLOCKS)
-    marks = (done.began, received, started, fork, execed, exited, done.ended)
-    names = ("queue", "clone", "setup", "drop", "run", "collect")
-    spans = itertools.pairwise(marks)
-    return {name: (after - before) / 1e9 for name, (before, after) in zip(names, spans, strict=True)}
+class Timings(Mapping[str, float]):
+    """Seconds of each phase, from the moments between them; worked out when somebody looks."""
+
+    __slots__ = ("_marks", "_names")
+
+    def __init__(self, done: _native.NativeResult) -> None:
+        self._names = _PHASES if not done.lost else ("total",)
+        clock = () if done.lost else done.clock  # in the order of enum sbx_clock
+        self._marks = (done.began, *clock, done.ended)
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self._names:
+            raise KeyError(name)
+        at = self._names.index(name)
+        return (self._marks[at + 1] - self._marks[at]) / 1e9
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+_PHASES = ("queue", "clone", "setup", "drop", "run", "collect")
 
 
 def make_result(
@@ -169,13 +182,13 @@ def make_result(
         decode(done.output[i], cut=cut[i] or cause is Cause.TIMEOUT) if i + 1 in streams.capture else None
         for i in (0, 1)
     ]
-    timings = _timings(done)
+    timings = Timings(done)
     return ExecResult(
         args=args,
         returncode=os.waitstatus_to_exitcode(done.status),
         stdout=output[0],
         stderr=output[1],
-        duration=timings.get("run", (done.ended - done.began) / 1e9),
+        duration=timings["total" if done.lost else "run"],
         cause=cause,
         stdout_total=done.totals[0],
         stderr_total=done.totals[1],

@@ -5,6 +5,7 @@ host can do what is asked is decided later, in :mod:`sandboxcore.plan`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -390,6 +391,7 @@ class SandboxSpec:
         return type(self).from_dict, (self.to_dict(),)
 
 
+@functools.lru_cache(64, typed=True)
 def parse_user(user: int | str, name: str) -> tuple[int, int]:
     """A uid or "uid:gid" as a pair. ``name`` is for the error."""
     uid, colon, gid = str(user).partition(":")
