@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sandboxcore.capabilities import SandboxCapabilities
     from sandboxcore.command import Exit, Process, Stderr, Stdout
+    from sandboxcore.detached import DetachedCommand
     from sandboxcore.errors import (
         CommandFailed,
         CwdNotFound,
@@ -32,13 +33,16 @@ if TYPE_CHECKING:
     )
     from sandboxcore.fileops import FileInfo
     from sandboxcore.files import Files
+    from sandboxcore.journal import Log
     from sandboxcore.lifecycle import SandboxState
+    from sandboxcore.persistent import PersistentSandbox, gc, list_sandboxes
     from sandboxcore.process import run
     from sandboxcore.request import DEVNULL, PIPE, STDOUT
     from sandboxcore.result import Cause, ExecResult, Usage
     from sandboxcore.sandbox import Sandbox
     from sandboxcore.seccomp import SeccompPolicy
     from sandboxcore.spec import Limits, Mount, SandboxSpec
+    from sandboxcore.store import SandboxRecord
 
 __version__ = "0.1.0"
 
@@ -53,13 +57,17 @@ _HOME = {
     "command": ("Exit", "Process", "Stderr", "Stdout"),
     "fileops": ("FileInfo",),
     "files": ("Files",),
+    "detached": ("DetachedCommand",),
+    "journal": ("Log",),
     "lifecycle": ("SandboxState",),
+    "persistent": ("PersistentSandbox", "gc", "list_sandboxes"),
     "process": ("run",),
     "request": ("DEVNULL", "PIPE", "STDOUT"),
     "result": ("Cause", "ExecResult", "Usage"),
     "sandbox": ("Sandbox",),
     "seccomp": ("SeccompPolicy",),
     "spec": ("Limits", "Mount", "SandboxSpec"),
+    "store": ("SandboxRecord",),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -72,6 +80,7 @@ __all__ = [
     "CwdNotFound",
     "CwdNotPermitted",
     "CwdPathInvalid",
+    "DetachedCommand",
     "ExecError",
     "ExecResult",
     "Exit",
@@ -79,7 +88,9 @@ __all__ = [
     "Files",
     "InvalidTransition",
     "Limits",
+    "Log",
     "Mount",
+    "PersistentSandbox",
     "Process",
     "ProgramNotExecutable",
     "ProgramNotFound",
@@ -89,6 +100,7 @@ __all__ = [
     "SandboxError",
     "SandboxGone",
     "SandboxNotFound",
+    "SandboxRecord",
     "SandboxSpec",
     "SandboxState",
     "SandboxTimeout",
@@ -99,6 +111,8 @@ __all__ = [
     "Stdout",
     "UnsupportedHost",
     "Usage",
+    "gc",
+    "list_sandboxes",
     "run",
 ]
 
