@@ -71,6 +71,10 @@ class Header:
         """Write the fields that are named; the others become 0."""
         self._struct.pack_into(out, 0, *[values.get(name, 0) for name in self.names])
 
+    def unpack(self, data: Any) -> tuple[int, ...]:
+        """All values, in the order of ``names``."""
+        return self._struct.unpack(data)
+
 
 def _flattened(kind: Any) -> tuple[str, int]:
     """A C type as format characters of :mod:`struct`, and how many values it has."""
@@ -206,12 +210,7 @@ class NativeResult:
     clock: tuple[int, ...]
     began: int
     ended: int
-    utime_us: int
-    stime_us: int
-    maxrss_kib: int
-    majflt: int
-    inblock: int
-    oublock: int
+    usage: tuple[int, ...]  # CPU us of user and system, peak KiB, major faults, blocks in and out
     applied: bytes
 
 
@@ -264,23 +263,30 @@ def run(
         lib.sbx_run_close(run)
 
 
+_RECORD = Header("struct sbx_record")
+_STATUS, _CLOCK = _RECORD.names.index("status"), _RECORD.names.index("clock0")
+_USAGE = _RECORD.names.index("utime_us")
+
+
+def _ended(record: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Status, clock and usage of an EXIT record, in one go."""
+    values = _RECORD.unpack(ffi.buffer(record))
+    return values[_STATUS], values[_CLOCK : _CLOCK + lib.SBX_CLOCKS], values[_USAGE : _USAGE + 6]
+
+
 def _result(run: Any) -> NativeResult:
-    end = run.exit
+    status, clock, usage = _ended(ffi.addressof(run, "exit"))
+    first, second = run.out[0], run.out[1]
     return NativeResult(
-        end.status,
+        status,
         bool(run.timed_out),
         bool(run.lost),
-        (_captured(run.out[0]), _captured(run.out[1])),
-        (run.out[0].total, run.out[1].total),
-        tuple(end.clock),
+        (_captured(first), _captured(second)),
+        (first.total, second.total),
+        clock,
         run.began_ns,
         run.ended_ns,
-        end.utime_us,
-        end.stime_us,
-        end.maxrss_kib,
-        end.majflt,
-        end.inblock,
-        end.oublock,
+        usage,
         bytes(ffi.buffer(run.applied, run.applied_size)) if run.applied_size else b"",
     )
 
@@ -368,17 +374,16 @@ def receive(socket: int) -> Record | None:
 
 def ended_result(record: Record, began: int, finished: int, applied: bytes) -> NativeResult:
     """The result of a command whose streams went elsewhere, from its EXIT record."""
-    end = record.native
-    lost = record.killed and end.status == 9
+    status, clock, usage = _ended(record.native)
+    lost = record.killed and status == 9
     return NativeResult(
-        end.status, record.timed_out, lost, (b"", b""), (0, 0), tuple(end.clock), began, finished,
-        end.utime_us, end.stime_us, end.maxrss_kib, end.majflt, end.inblock, end.oublock, applied,
-    )  # fmt: skip
+        status, record.timed_out, lost, (b"", b""), (0, 0), clock, began, finished, usage, applied
+    )
 
 
 def lost_result(began: int, finished: int) -> NativeResult:
     """The result of a command whose launcher ended without a word: somebody killed it, and so the command."""
-    return NativeResult(9, False, True, (b"", b""), (0, 0), (0,) * 5, began, finished, 0, 0, 0, 0, 0, 0, b"")
+    return NativeResult(9, False, True, (b"", b""), (0, 0), (0,) * 5, began, finished, (0,) * 6, b"")
 
 
 # --- journals -------------------------------------------------------------------------------------

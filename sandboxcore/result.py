@@ -129,7 +129,7 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
         return Cause.SECCOMP
     if ended == signal.SIGXFSZ and limits.file_size is not None:
         return Cause.DISK
-    used = (done.utime_us + done.stime_us) / 1e6
+    used = (done.usage[0] + done.usage[1]) / 1e6
     if limits.cpu_time is not None and (
         ended == signal.SIGXCPU or (ended == signal.SIGKILL and used >= limits.cpu_time)
     ):
@@ -183,6 +183,7 @@ def make_result(
         for i in (0, 1)
     ]
     timings = Timings(done)
+    user, system, peak, *rest = done.usage
     return ExecResult(
         args=args,
         returncode=os.waitstatus_to_exitcode(done.status),
@@ -193,14 +194,7 @@ def make_result(
         stdout_total=done.totals[0],
         stderr_total=done.totals[1],
         truncated=any(cut[number - 1] for number in streams.capture),
-        usage=Usage(
-            done.utime_us / 1e6,
-            done.stime_us / 1e6,
-            done.maxrss_kib * 1024,
-            done.majflt,
-            done.inblock,
-            done.oublock,
-        ),
+        usage=Usage(user / 1e6, system / 1e6, peak * 1024, *rest),
         timings=timings,
         capabilities=parse_applied(done.applied, plan.omitted) if done.applied else None,
     )
