@@ -1,7 +1,7 @@
 """SIGKILL at random moments: of clients, spawners, inits, launchers, commands. Nothing leaks, the records are
 true, and what only lost its client goes on.
 
-SANDBOXCORE_KILL9_ROUNDS (default 60) says how often, SANDBOXCORE_KILL9_SEED repeats a run.
+SANDBOXCORE_KILL9_ROUNDS (default 30) says how often, SANDBOXCORE_KILL9_SEED repeats a run.
 """
 
 import ast
@@ -15,7 +15,7 @@ import kill9
 import pytest
 from support import host_environment
 
-ROUNDS = int(os.environ.get("SANDBOXCORE_KILL9_ROUNDS", "60"))
+ROUNDS = int(os.environ.get("SANDBOXCORE_KILL9_ROUNDS", "30"))
 
 
 @pytest.mark.slow
