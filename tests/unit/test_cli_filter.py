@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sandboxcore.cli_filter import TerminalFilter
 
 COLOUR = re.compile(rb"\x1b\[[0-9;:]*m")
-FORBIDDEN = re.compile(rb"[\x00-\x06\x0e-\x1f\x7f]|\xc2[\x80-\x9f]")
+FORBIDDEN = re.compile(rb"[\x00-\x06\x0e-\x1f\x7f]")
+C1 = re.compile(rb"\xc2[\x80-\x9f]")
 
 CONTROLS = [
     b"\x1b",
@@ -37,7 +38,9 @@ def filtered(*data: bytes) -> bytes:
 def test_nothing_but_text_and_colours(parts: list[bytes]) -> None:
     whole = b"".join(parts)
     for data in ([whole], parts, [whole[i : i + 1] for i in range(len(whole))]):
-        assert not FORBIDDEN.search(COLOUR.sub(b"", filtered(*data)))
+        shown = filtered(*data)
+        assert not FORBIDDEN.search(COLOUR.sub(b"", shown))
+        assert not C1.search(shown)  # a colour in the middle of one makes two broken characters of it
 
 
 @given(st.binary(max_size=200))
