@@ -10,31 +10,36 @@
 
 enum { MAX_FDS = SBX_MAX_PASS + 8 };
 
-/* Send one message with `size` bytes behind it and all of `fds`. 0 or -errno. */
-int sbx_wire_send(int sock, const struct sbx_message *msg, const void *body, size_t size, const int *fds, size_t nfds)
+/* Send `head`, `size` bytes behind it, and all of `fds`, as one datagram. 0 or -errno. */
+static int send_datagram(int sock, struct iovec head, const void *body, size_t size, const int *fds, size_t nfds)
 {
-	struct iovec iov[] = { { (void *)(uintptr_t)msg, sizeof *msg }, { (void *)(uintptr_t)body, size } };
+	struct iovec iov[] = { head, { (void *)(uintptr_t)body, size } };
 	union {
 		struct cmsghdr align;
 		char space[CMSG_SPACE(sizeof(int) * MAX_FDS)];
 	} control = { 0 };
-	struct msghdr head = { .msg_iov = iov, .msg_iovlen = SBX_COUNT(iov) };
+	struct msghdr msg = { .msg_iov = iov, .msg_iovlen = SBX_COUNT(iov) };
 
 	if (nfds > MAX_FDS)
 		return -E2BIG;
 	if (nfds) {
-		head.msg_control = &control;
-		head.msg_controllen = CMSG_SPACE(sizeof(int) * nfds);
-		struct cmsghdr *cmsg = CMSG_FIRSTHDR(&head);
+		msg.msg_control = &control;
+		msg.msg_controllen = CMSG_SPACE(sizeof(int) * nfds);
+		struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg);
 		cmsg->cmsg_level = SOL_SOCKET;
 		cmsg->cmsg_type = SCM_RIGHTS;
 		cmsg->cmsg_len = CMSG_LEN(sizeof(int) * nfds);
 		memcpy(CMSG_DATA(cmsg), fds, sizeof(int) * nfds);
 	}
-	while (sendmsg(sock, &head, MSG_NOSIGNAL) < 0)
+	while (sendmsg(sock, &msg, MSG_NOSIGNAL) < 0)
 		if (errno != EINTR)
 			return -errno;
 	return 0;
+}
+
+int sbx_wire_send(int sock, const struct sbx_message *msg, const void *body, size_t size, const int *fds, size_t nfds)
+{
+	return send_datagram(sock, (struct iovec){ (void *)(uintptr_t)msg, sizeof *msg }, body, size, fds, nfds);
 }
 
 /* A sealed memfd with a copy of `data`: the receiver can map it and trust it not to change. */
@@ -114,24 +119,5 @@ int sbx_receive_record(int sock, struct sbx_record *rec, void *text, size_t size
 
 int sbx_file_send(int sock, const struct sbx_file_op *op, const void *paths, size_t size, int fd)
 {
-	struct iovec iov[] = { { (void *)(uintptr_t)op, sizeof *op }, { (void *)(uintptr_t)paths, size } };
-	union {
-		struct cmsghdr align;
-		char space[CMSG_SPACE(sizeof(int))];
-	} control = { 0 };
-	struct msghdr head = { .msg_iov = iov, .msg_iovlen = SBX_COUNT(iov) };
-
-	if (fd >= 0) {
-		head.msg_control = &control;
-		head.msg_controllen = sizeof control;
-		struct cmsghdr *cmsg = CMSG_FIRSTHDR(&head);
-		cmsg->cmsg_level = SOL_SOCKET;
-		cmsg->cmsg_type = SCM_RIGHTS;
-		cmsg->cmsg_len = CMSG_LEN(sizeof fd);
-		memcpy(CMSG_DATA(cmsg), &fd, sizeof fd);
-	}
-	while (sendmsg(sock, &head, MSG_NOSIGNAL) < 0)
-		if (errno != EINTR)
-			return -errno;
-	return 0;
+	return send_datagram(sock, (struct iovec){ (void *)(uintptr_t)op, sizeof *op }, paths, size, &fd, fd >= 0);
 }

@@ -189,7 +189,6 @@ class Process:
         encoding: str | None,
         errors: str | None,
         bufsize: int,
-        timeout: float | None,
     ) -> None:
         self.args = ending.request.args
         self._ending = ending

@@ -228,9 +228,7 @@ class Execution:
             files=files,
             pass_fds=pass_fds,
         )
-        process = Process(
-            ending, pipes, text=text, encoding=encoding, errors=errors, bufsize=bufsize, timeout=timeout
-        )
+        process = Process(ending, pipes, text=text, encoding=encoding, errors=errors, bufsize=bufsize)
         with self._lock:
             self._running.add(process)
         process._await_start(START_PATIENCE)
