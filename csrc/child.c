@@ -151,12 +151,21 @@ static char **point_at(char **out, const void *arena, struct sbx_span span)
 	return out;
 }
 
-/* argv and envp as execve wants them. The mapping goes with the process. */
-static char **make_pointers(const struct sbx_request *r, char ***env, struct sbx_error *err)
-{
-	size_t size = ((size_t)r->argv.count + r->env.count + 2) * sizeof(char *);
-	long map = sbx_sys(SYS_mmap, NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+enum { FEW = 64 };
 
+static size_t pointers_size(const struct sbx_request *r)
+{
+	return ((size_t)r->argv.count + r->env.count + 2) * sizeof(char *);
+}
+
+/* argv and envp as execve wants them: in `room`, which is for a few, or in a mapping. */
+static char **make_pointers(const struct sbx_request *r, char **room, char ***env, struct sbx_error *err)
+{
+	size_t size = pointers_size(r);
+	long map = (long)(uintptr_t)room;
+
+	if (size > FEW * sizeof(char *))
+		map = sbx_sys(SYS_mmap, NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (map < 0 && map > -4096) {
 		sbx_fail(err, SBX_STAGE_INIT, 5, map);
 		return NULL;
@@ -208,7 +217,7 @@ static pid_t fork_payload(struct sbx_box *box, char **argv, char **env)
 pid_t sbx_child_start(struct sbx_box *box, struct sbx_error *err)
 {
 	const struct sbx_request *r = box->request;
-	char **env, **argv = make_pointers(r, &env, err);
+	char *room[FEW], **env, **argv = make_pointers(r, room, &env, err);
 
 	if (!argv)
 		return -1;
@@ -216,13 +225,14 @@ pid_t sbx_child_start(struct sbx_box *box, struct sbx_error *err)
 	pid_t pid = fork_payload(box, argv, env);
 	if (pid < 0)
 		sbx_fail(err, SBX_STAGE_FORK, 0, pid);
-	(void)sbx_sys(SYS_munmap, argv, ((size_t)r->argv.count + r->env.count + 2) * sizeof(char *));
+	if (argv != room)
+		(void)sbx_sys(SYS_munmap, argv, pointers_size(r));
 	return pid < 0 ? -1 : pid;
 }
 
 static int run_payload(struct sbx_box *box, struct sbx_error *err)
 {
-	char **env, **argv = make_pointers(box->request, &env, err);
+	char *room[FEW], **env, **argv = make_pointers(box->request, room, &env, err);
 
 	if (argv && box->plan->time_offsets)
 		box = share_box(box, err);

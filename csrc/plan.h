@@ -204,13 +204,15 @@ struct sbx_file {
 struct sbx_request {
 	uint32_t magic;
 	uint32_t layout;
-	uint32_t size;
+	uint32_t size; /* from here to `paths`: what differs from one command of a plan to the next */
 	uint32_t flags;
-	uint64_t plan;	      /* the id under which the spawner knows the plan */
-	uint64_t timeout_ns;  /* EXEC: from its receipt; 0: none */
-	struct sbx_span argv; /* NUL-terminated strings, one behind the other */
-	struct sbx_span env;
+	uint32_t stdio[3]; /* enum sbx_stdio */
+	uint32_t umask;
+	struct sbx_span argv;  /* NUL-terminated strings, one behind the other */
 	struct sbx_span paths; /* candidates for execve, in order */
+	uint64_t plan;	       /* the id under which the spawner knows the plan */
+	uint64_t timeout_ns;   /* EXEC: from its receipt; 0: none */
+	struct sbx_span env;
 	struct sbx_span files;
 	struct sbx_span pass;	 /* int32_t: the numbers that passed descriptors get */
 	struct sbx_span rlimits; /* EXEC: instead of the plan's, if there are any */
@@ -219,8 +221,6 @@ struct sbx_request {
 	uint32_t rows; /* PTY */
 	uint32_t columns;
 	uint32_t cwd;
-	uint32_t stdio[3]; /* enum sbx_stdio */
-	uint32_t umask;
 	int32_t fault_at;
 	int32_t fault_errno;
 	uint32_t reserved;

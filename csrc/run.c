@@ -328,8 +328,11 @@ static int run_to_end(struct sbx_run *run, struct sbx_error *err)
 		if (run->state != DONE && sbx_now() >= look)
 			return 1; /* ppoll says EINTR only when it waits, and it may never have to */
 	}
-	for (int i = 0; i < 2; i++)
+	for (int i = 0; i < 2; i++) {
 		sbx_stream_finish(&run->out[i]);
+		run->totals[i] = run->out[i].total;
+		run->sizes[i] = run->out[i].mode == SBX_STREAM_CAPTURE ? run->out[i].size : 0;
+	}
 	run->ended_ns = sbx_now();
 	return 0;
 }

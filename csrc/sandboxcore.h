@@ -25,7 +25,7 @@ struct sbx_stream {
 	size_t room;
 	int32_t fd;	  /* our end of the pipe, or -1 */
 	uint32_t pending; /* RELAY: bytes of `data` not written yet, from `offset` */
-	uint32_t offset;
+	uint64_t offset;
 };
 
 /* One run: fill the first part, call sbx_run until it does not return 1, read the second. */
@@ -48,11 +48,13 @@ struct sbx_run {
 
 	struct sbx_record exit;
 	int32_t timed_out;
-	int32_t lost; /* init ended without a record: killed from outside */
-	unsigned char *applied;
-	size_t applied_size;
+	int32_t lost;	   /* init ended without a record: killed from outside */
 	uint64_t began_ns; /* CLOCK_MONOTONIC */
 	uint64_t ended_ns;
+	uint64_t totals[2]; /* of out: once more, so that a reader finds everything in one place */
+	uint64_t sizes[2];
+	uint64_t applied_size;
+	unsigned char *applied;
 
 	int32_t state;
 	int32_t control;

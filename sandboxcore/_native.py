@@ -67,9 +67,15 @@ class Header:
         if self.size != ffi.sizeof(kind):
             raise AssertionError(f"{kind}: padding at its end")
 
-    def pack_into(self, out: bytearray, values: Mapping[str, int]) -> None:
-        """Write the fields that are named; the others become 0."""
-        self._struct.pack_into(out, 0, *[values.get(name, 0) for name in self.names])
+    def pack(self, values: Mapping[str, int]) -> bytes:
+        """The struct with the fields that are named; the others are 0."""
+        return self._struct.pack(*[values.get(name, 0) for name in self.names])
+
+    def part(self, first: str, last: str) -> tuple[struct.Struct, int]:
+        """For a few fields that are neighbours: what packs them, and the offset of the first."""
+        start, end = self.names.index(first), self.names.index(last) + 1
+        formats = self._struct.format[1:]
+        return struct.Struct("=" + formats[start:end]), struct.calcsize("=" + formats[:start])
 
     def unpack(self, data: Any) -> tuple[int, ...]:
         """All values, in the order of ``names``."""
@@ -84,7 +90,9 @@ def _flattened(kind: Any) -> tuple[str, int]:
     if kind.kind == "array":
         part, count = _flattened(kind.item)
         return part * kind.length, count * kind.length
-    return {"uint32_t": "I", "int32_t": "i", "uint64_t": "Q"}[kind.cname], 1
+    if kind.kind == "pointer":
+        return "Q", 1
+    return {"uint32_t": "I", "int32_t": "i", "uint64_t": "Q", "size_t": "Q", "int64_t": "q"}[kind.cname], 1
 
 
 class Arena:
@@ -266,35 +274,34 @@ def run(
 _RECORD = Header("struct sbx_record")
 _STATUS, _CLOCK = _RECORD.names.index("status"), _RECORD.names.index("clock0")
 _USAGE = _RECORD.names.index("utime_us")
+_CLOCK_END, _USAGE_END = _CLOCK + lib.SBX_CLOCKS, _USAGE + 6
+_ENDED, _ENDED_AT = Header("struct sbx_run").part("exit0", "applied_size")
 
 
 def _ended(record: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """Status, clock and usage of an EXIT record, in one go."""
     values = _RECORD.unpack(ffi.buffer(record))
-    return values[_STATUS], values[_CLOCK : _CLOCK + lib.SBX_CLOCKS], values[_USAGE : _USAGE + 6]
+    return values[_STATUS], values[_CLOCK:_CLOCK_END], values[_USAGE:_USAGE_END]
 
 
 def _result(run: Any) -> NativeResult:
-    status, clock, usage = _ended(ffi.addressof(run, "exit"))
-    first, second = run.out[0], run.out[1]
+    values = _ENDED.unpack_from(ffi.buffer(run), _ENDED_AT)  # attribute by attribute is slower
+    timed_out, lost, began, ended, total1, total2, size1, size2, applied = values[-9:]
     return NativeResult(
-        status,
-        bool(run.timed_out),
-        bool(run.lost),
-        (_captured(first), _captured(second)),
-        (first.total, second.total),
-        clock,
-        run.began_ns,
-        run.ended_ns,
-        usage,
-        bytes(ffi.buffer(run.applied, run.applied_size)) if run.applied_size else b"",
+        values[_STATUS],
+        bool(timed_out),
+        bool(lost),
+        (
+            bytes(ffi.buffer(run.out[0].data, size1)) if size1 else b"",
+            bytes(ffi.buffer(run.out[1].data, size2)) if size2 else b"",
+        ),
+        (total1, total2),
+        values[_CLOCK:_CLOCK_END],
+        began,
+        ended,
+        values[_USAGE:_USAGE_END],
+        bytes(ffi.buffer(run.applied, applied)) if applied else b"",
     )
-
-
-def _captured(stream: Any) -> bytes:
-    if stream.mode != lib.SBX_STREAM_CAPTURE or not stream.size:
-        return b""
-    return bytes(ffi.buffer(stream.data, stream.size))
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from sandboxcore.process import render
 from sandboxcore.request import (
     DEVNULL,
     PIPE,
+    PLAIN,
     Extras,
     File,
     FileContent,
@@ -39,6 +40,7 @@ from sandboxcore.result import Decoder, ExecResult, make_result
 from sandboxcore.spec import Limits, SandboxSpec, parse_user
 
 SHELLS = ("/bin/bash", "/bin/sh")
+_RUNNING = SandboxState.RUNNING
 USER_VARIABLES = ("TERM", "COLORTERM", "LANG")  # what a terminal is and speaks
 
 
@@ -78,12 +80,11 @@ class Execution:
             raise SandboxGone(f"sandbox {self.name}: its init has ended") from None
 
     def _ready(self, wanted: str) -> Link:
-        """The link, if it takes commands now."""
-        with self._lock:
-            if self._state is not SandboxState.RUNNING:
-                raise InvalidTransition(self.name, self._state.value, wanted)
-            self.last_active_at = time.time()
-            return self._link_now()
+        """The link, if it takes commands now. Without the lock: whoever closes it next finds us its users."""
+        if self._state is not _RUNNING:
+            raise InvalidTransition(self.name, self._state.value, wanted)
+        self.last_active_at = time.time()
+        return self._link_now()
 
     def exec(
         self,
@@ -123,7 +124,9 @@ class Execution:
         what daemonised; what should stay belongs to :meth:`popen` or :meth:`detach`.
         """
         link = self._ready("exec")
-        extras = self._extras(user, limits, executable=executable, umask=umask)
+        extras = PLAIN
+        if user is not None or limits is not None or executable is not None or umask is not None:
+            extras = self._extras(user, limits, executable=executable, umask=umask)
         request, streams = self._captured(
             argv,
             input=input,
@@ -356,13 +359,14 @@ class Execution:
         ids = None
         if user is not None:
             ids = parse_user(user, "user")
-            if ids != self.spec.ids() and self._plan.host.mode == "rootless":
+            if ids != self._plan.ids and self._plan.host.mode == "rootless":
                 raise UnsupportedHost(
                     f"user={user!r}",
                     "subordinate ids for this user: newuidmap and /etc/subuid, or run as root",
                 )
         rlimits = command_limits(self._plan, limits) if limits else ()
-        return Extras(ids=ids, rlimits=rlimits, limits=self._bounds(limits), **more)
+        bounds = self._bounds(limits) if limits else None
+        return Extras(ids=ids, rlimits=rlimits, limits=bounds, **more)
 
     def _bounds(self, limits: Limits | None) -> Limits:
         """The limits of a command: the sandbox's, some of them tighter. Raises SpecError."""
@@ -370,7 +374,7 @@ class Execution:
 
     def _owner(self, ids: tuple[int, int] | None) -> tuple[int, int] | None:
         """The payload's ids outside, where they are not this process's own."""
-        return self._plan.outside(ids or self.spec.ids())
+        return self._plan.outside(ids) if ids else self._plan.owner
 
     @staticmethod
     def _deadline(timeout: float | None, limits: Limits) -> float | None:

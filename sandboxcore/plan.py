@@ -80,23 +80,23 @@ class Plan:
     omitted: tuple[str, ...]
     lines: tuple[str, ...]
     watched: tuple[tuple[str, tuple[int, ...]], ...] = field(repr=False)
+    ids: tuple[int, int] = field(init=False)  # uid and gid of the payload, as seen inside
+    owner: tuple[int, int] | None = field(init=False)  # the same outside, unless it is the caller
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", self.spec.ids())
+        object.__setattr__(self, "owner", self.outside(self.ids))
 
     @property
     def host_network(self) -> bool:
         """Whether the sandbox stays in the host's network namespace."""
         return self.spec.network == "host"
 
-    @property
-    def ids(self) -> tuple[int, int]:
-        """uid and gid of the payload, as seen inside."""
-        return self.spec.ids()
-
-    def outside(self, ids: tuple[int, int] | None = None) -> tuple[int, int] | None:
-        """A payload's ids outside (default: the spec's), where they are not the caller's own."""
+    def outside(self, ids: tuple[int, int]) -> tuple[int, int] | None:
+        """A payload's ids outside, where they are not the caller's own."""
         if self.host.mode != "root":
             return None
-        uid, gid = ids or self.spec.ids()
-        return self.host.id_base + uid, self.host.id_base + gid
+        return self.host.id_base + ids[0], self.host.id_base + ids[1]
 
     def is_fresh(self) -> bool:
         """Whether everything the template binds or copies is still the same file."""

@@ -7,7 +7,6 @@ import struct
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import IO, Any
 
 from sandboxcore import _native
@@ -51,29 +50,41 @@ def make_streams(
         raise ValueError("stdin=PIPE has nobody to write to it; use input=")
     if stdin is not None and stdin != DEVNULL:
         source = _open_descriptor(stdin)
-    capture, relay, stdio = [], [], [_PASSED if source >= 0 or input is not None else _NULL]
-    for number, target in ((1, stdout), (2, stderr)):
-        if target == STDOUT:
-            if number == 1:
-                raise ValueError("STDOUT can only be used for stderr")
-            stdio.append(_STDOUT)
-            continue
-        stdio.append(_NULL if target == DEVNULL else _PASSED)
-        if target == PIPE:
-            capture.append(number)
-        elif target != DEVNULL:
-            relay.append((number, _open_descriptor(number if target is None else target)))
+    plain = type(stdout) is int and type(stderr) is int and stdout < 0 and stderr < 0
+    capture, relay, words = (_known_outputs if plain else _outputs)(stdout, stderr)
     data = input.encode(encoding or "utf-8") if isinstance(input, str) else input
     limit = (limits or plan.spec.limits).output
     streams = _native.Streams(
         input=data,
         stdin=source,
-        capture=tuple(capture),
-        relay=tuple(relay),
+        capture=capture,
+        relay=relay,
         limit=limit if isinstance(limit, int) else None,
-        owner=owner or plan.outside(),
+        owner=owner or plan.owner,
     )
-    return streams, (stdio[0], stdio[1], stdio[2])
+    return streams, (_PASSED if source >= 0 or input is not None else _NULL, *words)
+
+
+def _outputs(
+    stdout: File, stderr: File
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], tuple[int, int]]:
+    """What to capture, what to relay, and the request's words for stdout and stderr."""
+    capture, relay, words = [], [], []
+    for number, target in ((1, stdout), (2, stderr)):
+        if target == STDOUT:
+            if number == 1:
+                raise ValueError("STDOUT can only be used for stderr")
+            words.append(_STDOUT)
+            continue
+        words.append(_NULL if target == DEVNULL else _PASSED)
+        if target == PIPE:
+            capture.append(number)
+        elif target != DEVNULL:
+            relay.append((number, _open_descriptor(number if target is None else target)))
+    return tuple(capture), tuple(relay), (words[0], words[1])
+
+
+_known_outputs = functools.lru_cache(_outputs)
 
 
 def _open_descriptor(file: int | IO[Any]) -> int:
@@ -83,7 +94,7 @@ def _open_descriptor(file: int | IO[Any]) -> int:
     return number
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: that costs microseconds per command
 class Extras:
     """What only a living sandbox's commands have. ``flags`` are names of ``enum sbx_request_flags``."""
 
@@ -91,10 +102,13 @@ class Extras:
     ids: tuple[int, int] | None = None
     rlimits: tuple[RLimit, ...] = ()
     timeout: float | None = None
-    size: tuple[int, int] = (24, 80)
+    size: tuple[int, int] | None = None  # of its terminal: rows, columns
     executable: Program | None = None
     umask: int | None = None
     limits: Limits | None = None  # what rlimits was made from
+
+
+PLAIN = Extras()
 
 
 _HEADER = _native.Header("struct sbx_request")
@@ -102,6 +116,7 @@ _FIXED = {
     "magic": _native.constant("REQUEST_MAGIC"),
     "layout": _native.constant("LAYOUT"),
 }
+_VARYING, _VARYING_AT = _HEADER.part("size", "paths1")
 _FILE = struct.Struct("=4I")  # struct sbx_file
 _RLIMIT = struct.Struct("=2I2Q")  # struct sbx_rlimit
 
@@ -109,28 +124,35 @@ _RLIMIT = struct.Struct("=2I2Q")  # struct sbx_rlimit
 def sandbox_request(plan: Plan, *, persistent: bool) -> bytes:
     """The request for a sandbox that stays, without a command."""
     names = ("SANDBOX", "PERSISTENT") if persistent else ("SANDBOX",)
-    out = bytearray(_HEADER.size)
-    _HEADER.pack_into(
-        out,
-        {
-            **_FIXED,
-            "size": len(out),
-            "flags": sum(_native.constant(f"REQUEST_{name}") for name in names),
-            "plan": plan.id,
-            "fault_at": FAULT[0],
-            "fault_errno": FAULT[1],
-        },
-    )
-    return bytes(out)
+    values = {
+        **_FIXED,
+        "size": _HEADER.size,
+        "flags": _flags(names),
+        "plan": plan.id,
+        "fault_at": FAULT[0],
+        "fault_errno": FAULT[1],
+    }
+    return _HEADER.pack(values)
 
 
 @functools.lru_cache(64)
-def _frame(env: tuple[bytes, ...], cwd: str) -> tuple[bytes, dict[str, int]]:
-    """What many requests have in common: room for the header, the environment, the directory."""
+def _flags(names: tuple[str, ...]) -> int:
+    return sum(_native.constant(f"REQUEST_{name}") for name in names)
+
+
+@functools.lru_cache(64)
+def _frame(
+    plan_id: int, ids: tuple[int, int], fault: tuple[int, int], env: tuple[bytes, ...], cwd: str
+) -> tuple[bytes, int]:
+    """What many requests have in common: the header but for what varies, the environment, the directory; and
+    the length of the longest variable."""
     out, values = bytearray(_HEADER.size), dict(_FIXED)
+    values["plan"], (values["uid"], values["gid"]) = plan_id, ids
+    values["fault_at"], values["fault_errno"] = fault
     values["env0"], values["env1"] = _append(out, env)
     values["cwd"], _ = _append(out, [os.fsencode(cwd)])
-    return bytes(out), values
+    out[: _HEADER.size] = _HEADER.pack(values)
+    return bytes(out), max(map(len, env), default=0)
 
 
 def _append(out: bytearray, strings: Sequence[bytes]) -> tuple[int, int]:
@@ -142,14 +164,24 @@ def _append(out: bytearray, strings: Sequence[bytes]) -> tuple[int, int]:
     return offset, len(strings)
 
 
-def _append_records(out: bytearray, records: Sequence[bytes]) -> tuple[int, int]:
-    """Records of one size, aligned; returns their offset and number."""
-    if not records:
-        return 0, 0
+def _append_records(out: bytearray, name: str, records: Sequence[bytes]) -> None:
+    """Records of one size, aligned, and their span in the header."""
     out += bytes(-len(out) % 8)
     offset = len(out)
     out += b"".join(records)
-    return offset, len(records)
+    _set(out, name, offset, len(records))
+
+
+def _set(out: bytearray, name: str, *values: int) -> None:
+    """Change fields of the header, from ``name`` (or a span of that name) on."""
+    first = name if name in _HEADER.names else f"{name}0"
+    packer, offset = _part(first, len(values))
+    packer.pack_into(out, offset, *values)
+
+
+@functools.cache
+def _part(first: str, count: int) -> tuple[struct.Struct, int]:
+    return _HEADER.part(first, _HEADER.names[_HEADER.names.index(first) + count - 1])
 
 
 class Request:
@@ -166,9 +198,9 @@ class Request:
         pass_fds: Sequence[int],
         stdio: tuple[int, int, int],
         record: bool = False,
-        extras: Extras = Extras(),
+        extras: Extras = PLAIN,
     ) -> None:
-        if isinstance(argv, str | bytes) or not argv:
+        if isinstance(argv, (str, bytes)) or not argv:
             raise SpecError(f"argv: {argv!r} is not a non-empty sequence of arguments")
         self.args = tuple(argv)
         self.limits = extras.limits
@@ -176,20 +208,17 @@ class Request:
         self.umask = 0o022 if extras.umask is None else extras.umask
         if not 0 <= self.umask <= 0o777:
             raise SpecError(f"umask: {self.umask!r} is not between 0 and 0o777")
-        self.cwd = plan.spec.workdir if cwd is None else os.path.join(plan.spec.workdir, os.fsdecode(cwd))
-        self.files = [_file(self.cwd, path, content) for path, content in (files or {}).items()]
-        self.pass_fds = sorted(set(pass_fds))
-        if len(self.pass_fds) > _native.MAX_PASS or (self.pass_fds and self.pass_fds[0] < 3):
-            raise SpecError(f"pass_fds: at most {_native.MAX_PASS} descriptors, each above 2")
-        for number in self.pass_fds:
-            os.fstat(number)
-        items = plan.env_items
+        workdir = plan.spec.workdir
+        self.cwd = workdir if cwd is None else os.path.join(workdir, os.fsdecode(cwd))
+        self.files = [_file(self.cwd, *item) for item in files.items()] if files else []
+        self.pass_fds = _checked(pass_fds) if pass_fds else []
+        items, path = plan.env_items, plan.env.get("PATH", PATH)
         if env is not None:
             if isinstance(env, Mapping):  # as with subprocess, names and values may be bytes
                 env = {_text(key): _text(value) for key, value in env.items()}
             check_env(env, "env")
             items = tuple(os.fsencode(key) + b"=" + os.fsencode(value) for key, value in env.items())
-        path = (plan.env if env is None else env).get("PATH", PATH)
+            path = env.get("PATH", PATH)
         if record:
             extras = replace(extras, flags=("RECORD", *extras.flags))
         self.data = self._encode(plan, items, path, stdio, extras)
@@ -204,34 +233,31 @@ class Request:
     ) -> bytes:
         args = [os.fsencode(arg) for arg in self.args]
         program = os.fsencode(self.program)
-        if b"\0" in b"".join(args) + program or "\0" in self.cwd:
+        frame, longest = _frame(plan.id, extras.ids or plan.ids, FAULT, env, self.cwd)
+        joined = b"\0".join(args)
+        if joined.count(0) >= len(args) or b"\0" in program or "\0" in self.cwd:
             raise ValueError("embedded null byte")  # as subprocess says it
-        if too_long := next((arg for arg in chain(args, env) if len(arg) >= ARG_MAX), None):
-            hint = f"one of the arguments or variables has {len(too_long)} bytes"
+        if longest >= ARG_MAX or (len(joined) >= ARG_MAX and max(map(len, args)) >= ARG_MAX):
+            hint = f"one of the arguments or variables has {max(longest, *map(len, args))} bytes"
             raise ExecError("exec", errno.E2BIG, subject=os.fsdecode(program), hint=hint)
-        frame, common = _frame(env, self.cwd)
-        out, values = bytearray(frame), common.copy()
-        values["argv0"], values["argv1"] = _append(out, args)
-        values["paths0"], values["paths1"] = _append(out, _candidates(program, path))
+        out, start = bytearray(frame), len(frame)
+        candidates = _candidates(program, path)
+        out += joined + b"\0" + b"\0".join(candidates) + b"\0"
+        paths = start + len(joined) + 1
         if self.files:
-            values["files0"], values["files1"] = _append_records(
-                out, [self._file(out, f) for f in self.files]
-            )
+            _append_records(out, "files", [self._file(out, f) for f in self.files])
         if self.pass_fds:
-            passed = [number.to_bytes(4, "little") for number in self.pass_fds]
-            values["pass0"], values["pass1"] = _append_records(out, passed)
+            _append_records(out, "pass", [number.to_bytes(4, "little") for number in self.pass_fds])
         if extras.rlimits:
             limits = [_RLIMIT.pack(number, 0, soft, hard) for _, number, soft, hard in extras.rlimits]
-            values["rlimits0"], values["rlimits1"] = _append_records(out, limits)
+            _append_records(out, "rlimits", limits)
         if extras.timeout is not None:
-            values["timeout_ns"] = max(1, int(extras.timeout * 1e9))
-        values["size"], values["plan"], values["umask"] = len(out), plan.id, self.umask
-        values["flags"] = sum(_native.constant(f"REQUEST_{name}") for name in extras.flags)
-        values["stdio0"], values["stdio1"], values["stdio2"] = stdio
-        values["uid"], values["gid"] = extras.ids or plan.ids
-        values["rows"], values["columns"] = extras.size
-        values["fault_at"], values["fault_errno"] = FAULT
-        _HEADER.pack_into(out, values)
+            _set(out, "timeout_ns", max(1, int(extras.timeout * 1e9)))
+        if extras.size is not None:
+            _set(out, "rows", *extras.size)
+        spans = (start, len(args), paths, len(candidates))
+        flags = _flags(extras.flags)
+        _VARYING.pack_into(out, _VARYING_AT, len(out), flags, *stdio, self.umask, *spans)
         return bytes(out)
 
     @staticmethod
@@ -251,6 +277,16 @@ class Request:
         if failure.stage == "file" and failure.index < len(self.files):
             return self.files[failure.index][0]
         return ""
+
+
+def _checked(pass_fds: Sequence[int]) -> list[int]:
+    """Descriptors to pass, in order: they are open now."""
+    numbers = sorted(set(pass_fds))
+    if len(numbers) > _native.MAX_PASS or numbers[0] < 3:
+        raise SpecError(f"pass_fds: at most {_native.MAX_PASS} descriptors, each above 2")
+    for number in numbers:
+        os.fstat(number)
+    return numbers
 
 
 def _text(item: Any) -> Any:

@@ -33,7 +33,7 @@ class Cause(enum.StrEnum):
     SETUP = "setup"  # never ran
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as ExecResult: that costs microseconds per command
 class Usage:
     """What everything in the sandbox used together: CPU seconds, the largest process's peak in bytes,
     major page faults, block input and output in 512-byte units (getrusage(2), RUSAGE_CHILDREN)."""
@@ -46,7 +46,7 @@ class Usage:
     blocks_out: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ExecResult:
     """What a command did. Nothing of it is left when this exists.
 
@@ -140,29 +140,32 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
 class Timings(Mapping[str, float]):
     """Seconds of each phase, from the moments between them; worked out when somebody looks."""
 
-    __slots__ = ("_marks", "_names")
+    __slots__ = ("_done",)
 
     def __init__(self, done: _native.NativeResult) -> None:
-        self._names = _PHASES if not done.lost else ("total",)
+        self._done = done
+
+    def _all(self) -> dict[str, float]:
+        done = self._done
         clock = () if done.lost else done.clock  # in the order of enum sbx_clock
-        self._marks = (done.began, *clock, done.ended)
+        marks = (done.began, *clock, done.ended)
+        names = ("total",) if done.lost else _PHASES
+        return {name: (marks[i + 1] - marks[i]) / 1e9 for i, name in enumerate(names)}
 
     def __getitem__(self, name: str) -> float:
-        if name not in self._names:
-            raise KeyError(name)
-        at = self._names.index(name)
-        return (self._marks[at + 1] - self._marks[at]) / 1e9
+        return self._all()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._all())
 
     def __len__(self) -> int:
-        return len(self._names)
+        return 1 if self._done.lost else len(_PHASES)
 
     def __repr__(self) -> str:
-        return repr(dict(self))
+        return repr(self._all())
 
 
+_EXITED = Cause.EXITED
 _PHASES = ("queue", "clone", "setup", "drop", "run", "collect")
 
 
@@ -176,25 +179,27 @@ def make_result(
     limits: Limits | None = None,
 ) -> ExecResult:
     """``limits``: those of the command, where they are not the spec's."""
-    cause = _cause(plan.spec.limits if limits is None else limits, done)
-    cut = [streams.limit is not None and total > streams.limit for total in done.totals]
-    output = [
-        decode(done.output[i], cut=cut[i] or cause is Cause.TIMEOUT) if i + 1 in streams.capture else None
-        for i in (0, 1)
-    ]
-    timings = Timings(done)
-    user, system, peak, *rest = done.usage
+    status, totals = done.status, done.totals
+    cause = _EXITED
+    if status & 0x7F or done.lost or done.timed_out:  # not by itself: wait(2)
+        cause = _cause(plan.spec.limits if limits is None else limits, done)
+    truncated, output = False, list[StrOrBytes | None]((None, None))
+    for number in streams.capture:
+        cut = streams.limit is not None and totals[number - 1] > streams.limit
+        truncated |= cut
+        output[number - 1] = decode(done.output[number - 1], cut=cut or cause is Cause.TIMEOUT)
+    clock, usage = done.clock, done.usage
     return ExecResult(
-        args=args,
-        returncode=os.waitstatus_to_exitcode(done.status),
-        stdout=output[0],
-        stderr=output[1],
-        duration=timings["total" if done.lost else "run"],
-        cause=cause,
-        stdout_total=done.totals[0],
-        stderr_total=done.totals[1],
-        truncated=any(cut[number - 1] for number in streams.capture),
-        usage=Usage(user / 1e6, system / 1e6, peak * 1024, *rest),
-        timings=timings,
-        capabilities=parse_applied(done.applied, plan.omitted) if done.applied else None,
+        args,
+        os.waitstatus_to_exitcode(status),
+        output[0],
+        output[1],
+        (done.ended - done.began if done.lost else clock[-1] - clock[-2]) / 1e9,
+        cause,
+        totals[0],
+        totals[1],
+        truncated,
+        Usage(usage[0] / 1e6, usage[1] / 1e6, usage[2] * 1024, *usage[3:]),
+        Timings(done),
+        parse_applied(done.applied, plan.omitted) if done.applied else None,
     )
