@@ -43,6 +43,9 @@ def make_streams(
 ) -> tuple[_native.Streams, tuple[int, int, int]]:
     """Which pipes there are, and the request's word for each of stdin, stdout and stderr."""
     stdin, stdout, stderr = files
+    limit, owner = (limits or plan.spec.limits).output, owner or plan.owner
+    if input is None and stdin is None and stdout == PIPE and stderr == PIPE:
+        return _captured(limit, owner), (_NULL, _PASSED, _PASSED)
     if input is not None and stdin is not None:
         raise ValueError("stdin and input arguments may not both be used.")
     source = -1
@@ -50,19 +53,23 @@ def make_streams(
         raise ValueError("stdin=PIPE has nobody to write to it; use input=")
     if stdin is not None and stdin != DEVNULL:
         source = _open_descriptor(stdin)
-    plain = type(stdout) is int and type(stderr) is int and stdout < 0 and stderr < 0
-    capture, relay, words = (_known_outputs if plain else _outputs)(stdout, stderr)
+    capture, relay, words = _outputs(stdout, stderr)
     data = input.encode(encoding or "utf-8") if isinstance(input, str) else input
-    limit = (limits or plan.spec.limits).output
     streams = _native.Streams(
         input=data,
         stdin=source,
         capture=capture,
         relay=relay,
         limit=limit if isinstance(limit, int) else None,
-        owner=owner or plan.owner,
+        owner=owner,
     )
     return streams, (_PASSED if source >= 0 or input is not None else _NULL, *words)
+
+
+@functools.lru_cache
+def _captured(limit: int | str | None, owner: tuple[int, int] | None) -> _native.Streams:
+    """What most commands ask for: no input, everything captured."""
+    return _native.Streams(limit=limit if isinstance(limit, int) else None, owner=owner)
 
 
 def _outputs(
@@ -82,9 +89,6 @@ def _outputs(
         elif target != DEVNULL:
             relay.append((number, _open_descriptor(number if target is None else target)))
     return tuple(capture), tuple(relay), (words[0], words[1])
-
-
-_known_outputs = functools.lru_cache(_outputs)
 
 
 def _open_descriptor(file: int | IO[Any]) -> int:

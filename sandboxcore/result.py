@@ -113,8 +113,6 @@ class Decoder:
         self.encoding, self.errors = encoding or "utf-8", errors
 
     def __call__(self, data: bytes, *, cut: bool) -> StrOrBytes:
-        if not self.wanted:
-            return data
         text = data.decode(self.encoding, self.errors or ("replace" if cut else "strict"))
         return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
@@ -183,11 +181,13 @@ def make_result(
     cause = _EXITED
     if status & 0x7F or done.lost or done.timed_out:  # not by itself: wait(2)
         cause = _cause(plan.spec.limits if limits is None else limits, done)
-    truncated, output = False, list[StrOrBytes | None]((None, None))
+    truncated = False
+    output: list[StrOrBytes | None] = [None, None]
     for number in streams.capture:
+        data = done.output[number - 1]
         cut = streams.limit is not None and totals[number - 1] > streams.limit
         truncated |= cut
-        output[number - 1] = decode(done.output[number - 1], cut=cut or cause is Cause.TIMEOUT)
+        output[number - 1] = decode(data, cut=cut or done.timed_out) if decode.wanted else data
     clock, usage = done.clock, done.usage
     return ExecResult(
         args,
