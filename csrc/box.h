@@ -55,12 +55,28 @@ struct sbx_box {
 	int keeper;	 /* socket of init: end-of-file: die; SIGNAL for every command */
 	int work;	 /* socket of the launchers: EXEC, FILES */
 	unsigned peers;	 /* processes of ours that count against the payload's limit of processes */
-	int later;	 /* detached: what comes after the start */
-	int journal;	 /* detached */
+	/* control groups: group.c */
+	int born, oom; /* or -1 */
+	int move[SBX_MAX_GROUPS], slot_dir[SBX_MAX_GROUPS];
+	uint32_t slot_use[SBX_MAX_GROUPS];
+	unsigned moves, slots;
+	bool shared_view;      /* of control groups: the spawner's */
+	struct sbx_slot *slot; /* a launcher's own groups, or NULL */
+	int later;	       /* detached: what comes after the start */
+	int journal;	       /* detached */
+};
+
+/* The groups that a launcher and its commands have to themselves. */
+struct sbx_slot {
+	struct sbx_gauge gauge;
+	int dir; /* version 2: where it is born */
+	int oom; /* version 1: eventfd */
+	int procs[SBX_MAX_GROUPS];
+	unsigned count; /* of procs: version 1, where it goes by itself */
 };
 
 /* The launchers of a sandbox, shared between them and init. */
-enum { SBX_LAUNCHER_NONE = 0, SBX_LAUNCHER_IDLE, SBX_LAUNCHER_BUSY };
+enum { SBX_LAUNCHER_NONE = 0, SBX_LAUNCHER_STARTING, SBX_LAUNCHER_IDLE, SBX_LAUNCHER_BUSY };
 struct sbx_pool {
 	_Atomic unsigned char state[SBX_MAX_LAUNCHERS];
 	_Atomic unsigned used; /* slots from here on were never used */
@@ -100,10 +116,22 @@ struct sbx_launcher {
 	struct sbx_box *box;
 	struct sbx_pool *pool;
 	struct sbx_inbox *inbox;
-	unsigned slot;
-	int poke; /* eventfd: wakes init when no launcher is idle */
+	unsigned number;
+	int poke;   /* eventfd: wakes init when no launcher is idle */
+	bool first; /* says that the sandbox is ready, or why not */
+	struct sbx_slot *slot;
 };
 _Noreturn void sbx_launcher_run(const struct sbx_launcher *l);
+
+/* group.c */
+void sbx_group_take(struct sbx_box *box, const uint32_t *use, const int *fds, size_t count);
+int sbx_group_move(const struct sbx_box *box, pid_t pid, struct sbx_error *err);
+int sbx_group_hide(const struct sbx_box *box, struct sbx_error *err);
+int sbx_group_root(int proc, int dir, struct sbx_error *err);
+long sbx_slot_make(const struct sbx_box *box, unsigned number, struct sbx_slot *slot);
+long sbx_slot_enter(struct sbx_slot *slot);
+void sbx_slot_close(struct sbx_slot *slot);
+void sbx_slot_remove(const struct sbx_box *box, unsigned number);
 
 /* command.c: from the start of one command to its report. Closes all of `fds` but the first. */
 void sbx_command_run(struct sbx_box *box, int *fds, size_t nfds, struct sbx_error *err);
@@ -218,7 +246,7 @@ int sbx_cred_switch(const struct sbx_box *box, struct sbx_error *err);
 int sbx_cred_borrow(const struct sbx_plan *p, uint32_t uid, uint32_t gid, struct sbx_error *err);
 int sbx_file_write(const struct sbx_request *r, struct sbx_error *err);
 int sbx_file_cwd(const struct sbx_request *r, struct sbx_error *err);
-int sbx_landlock_restrict(const struct sbx_plan *p, struct sbx_error *err);
+int sbx_landlock_restrict(const struct sbx_box *box, struct sbx_error *err);
 int sbx_seccomp_load(const struct sbx_plan *p, struct sbx_error *err);
 int sbx_record_read(struct sbx_box *box, struct sbx_error *err);
 

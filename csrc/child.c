@@ -69,6 +69,7 @@ static int make_sandbox(const struct sbx_box *box, struct sbx_error *err)
 	const struct sbx_plan *p = box->plan;
 
 	TRY(wait_for_go(box, err));
+	TRY(sbx_group_hide(box, err));
 	TRY(sbx_session_keyring(err));
 	TRY(sbx_time_enter(p, box->spawner->proc, err));
 	TRY(sbx_cred_become_root(p, err));
@@ -79,12 +80,14 @@ static int make_sandbox(const struct sbx_box *box, struct sbx_error *err)
 	return 0;
 }
 
-/* What init and the launchers of a living sandbox give up once, and every command inherits. */
-static int lock_down(const struct sbx_plan *p, struct sbx_error *err)
+/*
+ * What init and the launchers of a living sandbox give up once, and every command inherits; but the filter is
+ * loaded by each launcher, for it would not let init make them in control groups.
+ */
+static int lock_down(const struct sbx_box *box, struct sbx_error *err)
 {
-	TRY(sbx_cred_lock_down(p, err));
-	TRY(sbx_landlock_restrict(p, err));
-	TRY(p->flags & SBX_PLAN_FILTER_ONCE ? sbx_seccomp_load(p, err) : 0);
+	TRY(sbx_cred_lock_down(box->plan, err));
+	TRY(sbx_landlock_restrict(box, err));
 	return 0;
 }
 
@@ -99,7 +102,7 @@ static int prepare_payload(struct sbx_box *box, struct sbx_error *err)
 	TRY(heir ? sbx_cred_switch(box, err) : sbx_cred_drop(p, err));
 	TRY(sbx_file_write(r, err));
 	TRY(sbx_file_cwd(r, err));
-	TRY(heir ? 0 : sbx_landlock_restrict(p, err));
+	TRY(heir ? 0 : sbx_landlock_restrict(box, err));
 	TRY(sbx_rlimit_set(box, err));
 	TRY(heir && p->flags & SBX_PLAN_FILTER_ONCE ? 0 : sbx_seccomp_load(p, err));
 	TRY(r->flags & SBX_REQUEST_RECORD ? sbx_record_read(box, err) : 0);
@@ -250,7 +253,7 @@ static int run(struct sbx_box *box, struct sbx_error *err)
 	TRY(make_sandbox(box, err));
 	if (!box->resident)
 		return run_payload(box, err);
-	TRY(lock_down(box->plan, err));
+	TRY(lock_down(box, err));
 	return sbx_resident_run(box, err);
 }
 

@@ -14,7 +14,7 @@
 #include <sys/wait.h>
 
 enum { RETRY_NS = 50000000 };
-enum slot { CHILDREN, LISTEN, FIRST_PUMP, SLOTS = FIRST_PUMP + SBX_PUMPS };
+enum slot { CHILDREN, LISTEN, MEMORY, FIRST_PUMP, SLOTS = FIRST_PUMP + SBX_PUMPS };
 
 struct command {
 	struct sbx_box *box;
@@ -26,6 +26,10 @@ struct command {
 	bool killed; /* by us: all of it has to go */
 	bool asked;  /* it was to be killed by somebody's wish */
 	bool timed_out;
+	bool out_of_time;	 /* of CPU */
+	bool out_of_memory;	 /* the kernel has killed a process of it */
+	struct sbx_gauge *gauge; /* or NULL */
+	int cpus;
 	struct sbx_streams streams;
 	struct sbx_usage usage;
 	int followers[SBX_MAX_FOLLOWERS];
@@ -212,6 +216,49 @@ static void hear(struct command *c)
 		lend_input(c, fd, msg.flags);
 }
 
+/* --- its control group ------------------------------------------------------------------------- */
+
+static void look_at_memory(struct command *c, const struct pollfd *event)
+{
+	uint64_t drop;
+
+	if (!event->revents)
+		return;
+	if (event->fd == c->box->slot->oom)
+		(void)sbx_sys(SYS_read, event->fd, &drop, sizeof drop);
+	if (!c->ended && sbx_gauge_out_of_memory(c->gauge))
+		c->killed = c->out_of_memory = true;
+}
+
+static int count_cpus(void)
+{
+	uint64_t mask[64] = { 0 };
+	int n = 0;
+
+	long bytes = sbx_sys(SYS_sched_getaffinity, 0, sizeof mask, mask);
+	for (long i = 0; i < bytes / 8; i++)
+		n += __builtin_popcountll(mask[i]);
+	return n ? n : 1;
+}
+
+/* Its CPU time is up when it is up on all of them at once, at the earliest: when to look again, or 0. */
+static uint64_t look_at_cpu(struct command *c)
+{
+	uint64_t limit = c->box->request->cpu_us;
+
+	if (!limit || c->killed || !c->gauge || !sbx_gauge_has_cpu(c->gauge))
+		return 0;
+	uint64_t used = sbx_gauge_cpu(c->gauge);
+	if (used >= limit) {
+		c->killed = c->out_of_time = true;
+		return 0;
+	}
+	if (!c->cpus)
+		c->cpus = count_cpus();
+	uint64_t left = (limit - used) * 1000 / (uint64_t)c->cpus;
+	return sbx_now() + (left < 1000000 ? 1000000 : left);
+}
+
 static bool pumping(const struct command *c)
 {
 	bool any = false;
@@ -251,6 +298,11 @@ static long wait_for_event(const struct command *c, struct pollfd *fds, uint64_t
 
 	fds[CHILDREN] = (struct pollfd){ .fd = c->box->spawner->children, .events = POLLIN };
 	fds[LISTEN] = (struct pollfd){ .fd = c->listen, .events = POLLIN | POLLRDHUP };
+	fds[MEMORY] = (struct pollfd){ .fd = -1, .events = POLLPRI };
+	if (c->gauge && !c->killed)
+		fds[MEMORY].fd = sbx_gauge_events(c->gauge);
+	if (c->gauge && !c->killed && fds[MEMORY].fd < 0)
+		fds[MEMORY] = (struct pollfd){ .fd = c->box->slot->oom, .events = POLLIN };
 	for (int i = 0; i < SBX_PUMPS; i++) {
 		const struct sbx_pump *p = &c->streams.pumps[i];
 		fds[FIRST_PUMP + i] = p->size ? (struct pollfd){ .fd = p->to, .events = POLLOUT } :
@@ -273,13 +325,16 @@ static void watch(struct command *c)
 		reap(c);
 		if (c->gone && !pumping(c))
 			return;
-		long ret = wait_for_event(c, fds, c->killed ? 0 : deadline);
+		uint64_t look = look_at_cpu(c);
+		uint64_t next = look && (!deadline || look < deadline) ? look : deadline;
+		long ret = wait_for_event(c, fds, c->killed ? 0 : next);
 		if (ret < 0) /* EINTR; or no memory just now */
 			continue;
 		if (deadline && !c->killed && sbx_now() >= deadline) {
 			c->timed_out = !c->ended;
 			c->killed = true;
 		}
+		look_at_memory(c, &fds[MEMORY]);
 		if (fds[CHILDREN].revents)
 			(void)sbx_sys(SYS_read, fds[CHILDREN].fd, drop, sizeof drop);
 		if (fds[LISTEN].revents & (POLLRDHUP | POLLHUP)) {
@@ -304,6 +359,8 @@ static void report(struct command *c)
 		.pid = c->pid,
 		.timed_out = c->timed_out,
 		.killed = c->asked,
+		.out_of_memory = c->out_of_memory,
+		.out_of_time = c->out_of_time,
 		.utime_us = u->utime_us,
 		.stime_us = u->stime_us,
 		.majflt = u->majflt,
@@ -313,6 +370,8 @@ static void report(struct command *c)
 	};
 
 	memcpy(rec.clock, c->box->clock, sizeof rec.clock);
+	if (c->gauge)
+		sbx_gauge_end(c->gauge, 1, &rec.counts);
 	if (!(c->box->request->flags & SBX_REQUEST_DETACHED)) {
 		(void)sbx_send_record(c->box->control, &rec, NULL, 0, -1);
 		return;
@@ -329,8 +388,11 @@ void sbx_command_run(struct sbx_box *box, int *fds, size_t nfds, struct sbx_erro
 	bool detached = box->request->flags & SBX_REQUEST_DETACHED;
 	struct command c = { .box = box,
 			     .listen = detached ? box->later : box->control,
-			     .self = (pid_t)sbx_sys(SYS_getpid) };
+			     .self = (pid_t)sbx_sys(SYS_getpid),
+			     .gauge = box->slot ? &box->slot->gauge : NULL };
 
+	if (c.gauge)
+		sbx_gauge_begin(c.gauge);
 	memset(c.followers, -1, sizeof c.followers);
 	if (start(&c, fds, nfds, err) == 0) {
 		if (announce(&c) < 0) /* whoever asked has gone already */

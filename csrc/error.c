@@ -17,6 +17,7 @@ const char *sbx_stage_name(int stage)
 		[SBX_STAGE_CRED] = "cred",	   [SBX_STAGE_FILE] = "file",	      [SBX_STAGE_CWD] = "cwd",
 		[SBX_STAGE_LANDLOCK] = "landlock", [SBX_STAGE_SECCOMP] = "seccomp",   [SBX_STAGE_EXEC] = "exec",
 		[SBX_STAGE_RECORD] = "record",	   [SBX_STAGE_LAUNCHER] = "launcher", [SBX_STAGE_PTY] = "pty",
+		[SBX_STAGE_CGROUP] = "cgroup",
 	};
 
 	return stage >= 0 && stage < SBX_STAGE_COUNT ? names[stage] : "unknown";

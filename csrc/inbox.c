@@ -85,6 +85,10 @@ int sbx_box_fill(struct sbx_box *box, const struct sbx_request *r, const int *fd
 	bool detached = r->flags & SBX_REQUEST_DETACHED;
 	size_t next = 1;
 
+	if (nfds <= r->groups.count)
+		return sbx_fail(err, SBX_STAGE_REQUEST, 21, -EBADF);
+	nfds -= r->groups.count;
+	sbx_group_take(box, sbx_at(r, r->groups.off), fds + nfds, r->groups.count);
 	box->request = r;
 	box->control = fds[0];
 	box->error = (struct sbx_error){ .stage = SBX_STAGE_NONE };

@@ -3,7 +3,7 @@
  * everything when the host lets go, and reports when nothing but itself is left.
  *
  * It never execs, so it closes what it inherited; it is not dumpable, holds CAP_KILL in its own
- * namespace and three descriptors. A signal from inside cannot end it (pid_namespaces(7)); when it
+ * namespace and a few descriptors. A signal from inside cannot end it (pid_namespaces(7)); when it
  * ends, the kernel kills whatever else is there. The tree is gone when wait4 says ECHILD: kill(-1)
  * reaches every process of the namespace, and a process under a pending SIGKILL cannot fork.
  */
@@ -51,6 +51,7 @@ static long wait_for_end(const struct sbx_box *box, pid_t payload, int *status)
 		{ .fd = box->spawner->children, .events = POLLIN },
 		{ .fd = box->control, .events = POLLIN | POLLRDHUP },
 		{ .fd = box->spawner->host_pidfd, .events = POLLIN },
+		{ .fd = box->oom, .events = POLLIN }, /* version 1 kills one process only; the host will say why */
 	};
 	struct signalfd_siginfo info;
 
@@ -61,7 +62,7 @@ static long wait_for_end(const struct sbx_box *box, pid_t payload, int *status)
 		ret = sbx_sys(SYS_ppoll, fds, SBX_COUNT(fds), NULL, NULL, 0);
 		if (ret < 0 && ret != -EINTR)
 			return ret;
-		if (ret > 0 && (fds[1].revents || fds[2].revents))
+		if (ret > 0 && (fds[1].revents || fds[2].revents || fds[3].revents))
 			return 1;
 		if (ret > 0 && fds[0].revents) {
 			ret = sbx_sys(SYS_read, fds[0].fd, &info, sizeof info);
@@ -97,7 +98,7 @@ static long report(struct sbx_box *box, int status)
 
 int sbx_init_run(struct sbx_box *box, pid_t payload, struct sbx_error *err)
 {
-	int keep[] = { box->control, box->spawner->host_pidfd, box->spawner->children };
+	int keep[] = { box->control, box->spawner->host_pidfd, box->spawner->children, box->oom };
 	int status = 0;
 
 	if (box->error.stage != SBX_STAGE_NONE)

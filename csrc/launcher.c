@@ -14,13 +14,13 @@
 
 enum { SPARE = 2 }; /* so many idle ones are enough */
 
-static unsigned count_idle(const struct sbx_pool *pool)
+static unsigned count(const struct sbx_pool *pool, int state)
 {
-	unsigned idle = 0;
+	unsigned n = 0;
 
 	for (unsigned i = 0; i < pool->used; i++)
-		idle += pool->state[i] == SBX_LAUNCHER_IDLE;
-	return idle;
+		n += pool->state[i] == state;
+	return n;
 }
 
 static unsigned count_all(const struct sbx_pool *pool)
@@ -82,7 +82,7 @@ static void dispatch(const struct sbx_launcher *l, size_t len, int *fds, size_t 
 /* One request. Returns false when there will be no more. */
 static bool serve(const struct sbx_launcher *l)
 {
-	int fds[SBX_MAX_PASS + 8];
+	int fds[SBX_MAX_FDS];
 	size_t nfds = SBX_COUNT(fds);
 	const uint64_t one = 1;
 
@@ -92,29 +92,63 @@ static bool serve(const struct sbx_launcher *l)
 		return false;
 	}
 	l->box->clock[SBX_CLOCK_RECEIVED] = l->box->clock[SBX_CLOCK_STARTED] = sbx_now();
-	l->pool->state[l->slot] = SBX_LAUNCHER_BUSY;
-	if (count_idle(l->pool) == 0)
+	l->pool->state[l->number] = SBX_LAUNCHER_BUSY;
+	if (count(l->pool, SBX_LAUNCHER_IDLE) + count(l->pool, SBX_LAUNCHER_STARTING) == 0)
 		(void)sbx_sys(SYS_write, l->poke, &one, sizeof one);
 	dispatch(l, len < 0 ? 0 : (size_t)len, fds, nfds);
 	for (size_t i = 0; i < nfds; i++)
 		sbx_close(fds[i]);
-	if (count_idle(l->pool) >= SPARE)
+	if (count(l->pool, SBX_LAUNCHER_IDLE) >= SPARE || (l->slot && sbx_gauge_worn(&l->slot->gauge)))
 		return false;
-	l->pool->state[l->slot] = SBX_LAUNCHER_IDLE;
+	l->pool->state[l->number] = SBX_LAUNCHER_IDLE;
 	return true;
+}
+
+/* From a copy of init to what takes commands. */
+static int settle(const struct sbx_launcher *l, struct sbx_error *err)
+{
+	int keep[24] = { 0, 1, 2, l->box->work, l->poke, l->box->spawner->children, l->first ? l->box->control : -1 };
+	size_t kept = 7;
+
+	long ret = l->slot ? sbx_slot_enter(l->slot) : 0;
+	if (ret < 0)
+		return sbx_fail(err, SBX_STAGE_CGROUP, 25, ret);
+	ret = sbx_sys(SYS_prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+	(void)sbx_sys(SYS_prctl, PR_SET_NAME, "sbx-launcher", 0, 0, 0);
+	for (int i = 0; l->slot && i < SBX_GAUGES; i++)
+		keep[kept++] = l->slot->gauge.fd[i];
+	if (l->slot)
+		keep[kept++] = l->slot->oom;
+	if (ret >= 0)
+		ret = sbx_fds_close_except(keep, kept);
+	if (ret < 0)
+		return sbx_fail(err, SBX_STAGE_LAUNCHER, 5, ret);
+	if (l->box->plan->flags & SBX_PLAN_FILTER_ONCE && sbx_seccomp_load(l->box->plan, err) < 0)
+		return -1;
+	if (l->slot)
+		sbx_gauge_begin(&l->slot->gauge);
+	return 0;
 }
 
 _Noreturn void sbx_launcher_run(const struct sbx_launcher *l)
 {
-	int keep[] = { 0, 1, 2, l->box->work, l->poke, l->box->spawner->children };
+	const struct sbx_record ready = { .kind = SBX_RECORD_READY };
+	struct sbx_error err = { .stage = SBX_STAGE_NONE };
 
-	long ret = sbx_sys(SYS_prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
-	(void)sbx_sys(SYS_prctl, PR_SET_NAME, "sbx-launcher", 0, 0, 0);
-	if (ret >= 0)
-		ret = sbx_fds_close_except(keep, SBX_COUNT(keep));
-	l->box->control = l->box->keeper = -1;
-	while (ret >= 0 && serve(l))
-		;
-	(void)syscall(SYS_exit_group, 0);
+	int ret = settle(l, &err);
+	if (l->first && ret < 0)
+		sbx_send_error(l->box->control, &err);
+	else if (l->first)
+		ret = sbx_send_record(l->box->control, &ready, NULL, 0, -1);
+	if (ret >= 0) {
+		if (l->first)
+			sbx_close(l->box->control);
+		l->box->control = l->box->keeper = -1;
+		l->box->slot = l->slot;
+		l->pool->state[l->number] = SBX_LAUNCHER_IDLE;
+		while (serve(l))
+			;
+	}
+	(void)syscall(SYS_exit_group, ret < 0 ? 1 : 0);
 	__builtin_unreachable();
 }

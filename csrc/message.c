@@ -6,8 +6,6 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-enum { MAX_FDS = SBX_MAX_PASS + 8 };
-
 /* Send a record, `size` bytes of text behind it, and a descriptor if `fd` is not negative. */
 int sbx_send_record(int sock, const struct sbx_record *rec, const void *text, size_t size, int fd)
 {
@@ -67,7 +65,7 @@ long sbx_receive(int sock, void *buf, size_t size, int *fds, size_t *nfds)
 	struct iovec iov = { buf, size };
 	union {
 		struct cmsghdr align;
-		char space[CMSG_SPACE(sizeof(int) * MAX_FDS)];
+		char space[CMSG_SPACE(sizeof(int) * SBX_MAX_FDS)];
 	} control;
 	struct msghdr msg = {
 		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control
@@ -81,7 +79,7 @@ long sbx_receive(int sock, void *buf, size_t size, int *fds, size_t *nfds)
 	if (ret < 0)
 		return ret;
 	struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg);
-	int received[MAX_FDS];
+	int received[SBX_MAX_FDS];
 	if (cmsg && cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_RIGHTS) {
 		got = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
 		memcpy(received, CMSG_DATA(cmsg), got * sizeof(int));

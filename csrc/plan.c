@@ -197,6 +197,18 @@ static bool stdio_ok(const struct sbx_request *r)
 	return r->rows <= UINT16_MAX && r->columns <= UINT16_MAX;
 }
 
+static bool groups_ok(const struct arena *a, const struct sbx_request *r)
+{
+	const uint32_t *use = sbx_at(r, r->groups.off);
+
+	if (!array_ok(a, r->groups, sizeof *use, _Alignof(uint32_t)) || r->groups.count > SBX_MAX_GROUPS)
+		return false;
+	for (uint32_t i = 0; i < r->groups.count; i++)
+		if (use[i] < SBX_GROUP_BORN || use[i] > SBX_GROUP_SLOTS_BLKIO)
+			return false;
+	return true;
+}
+
 int sbx_request_check(const void *arena, size_t len, struct sbx_error *err)
 {
 	const struct sbx_request *r = arena;
@@ -205,10 +217,12 @@ int sbx_request_check(const void *arena, size_t len, struct sbx_error *err)
 		return sbx_fail(err, SBX_STAGE_REQUEST, 0, -EINVAL);
 	if (r->magic != SBX_REQUEST_MAGIC || r->layout != SBX_LAYOUT || r->size != len || r->flags > 255)
 		return sbx_fail(err, SBX_STAGE_REQUEST, 1, -EINVAL);
-	if (r->flags & SBX_REQUEST_SANDBOX)
-		return 0; /* has no command */
 
 	const struct arena a = { arena, r->size, sizeof *r };
+	if (!groups_ok(&a, r))
+		return sbx_fail(err, SBX_STAGE_REQUEST, 6, -EINVAL);
+	if (r->flags & SBX_REQUEST_SANDBOX)
+		return 0; /* has no command */
 	if (r->argv.count == 0 || r->paths.count == 0 || !strings_ok(&a, r->argv) || !strings_ok(&a, r->env) ||
 	    !strings_ok(&a, r->paths) || !path_ok(&a, r->cwd) || r->umask > 0777)
 		return sbx_fail(err, SBX_STAGE_REQUEST, 2, -EINVAL);

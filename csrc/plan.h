@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 /* cdef-begin */
-enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 2 };
+enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 3 };
 
 /* Upper bounds that keep every loop in the child short and every array on its stack. */
 enum {
@@ -28,6 +28,8 @@ enum {
 	SBX_MAX_FILTER = 4096,
 	SBX_MAX_INLINE = 32768,
 	SBX_MAX_APPLIED = 262144,
+	SBX_MAX_GROUPS = 12,	 /* descriptors for enum sbx_group_use */
+	SBX_MAX_FDS = 84,	 /* of one message: those to pass, the groups', and a few */
 	SBX_MAX_LAUNCHERS = 256, /* commands at once in one sandbox; more of them queue */
 	SBX_MAX_FOLLOWERS = 16,	 /* of one detached command */
 };
@@ -67,6 +69,7 @@ enum sbx_stage {
 	SBX_STAGE_RECORD,   /* reading back what was applied */
 	SBX_STAGE_LAUNCHER, /* a living sandbox's launcher: its birth, its loop, its pumps */
 	SBX_STAGE_PTY,	    /* the command's terminal */
+	SBX_STAGE_CGROUP,   /* entering groups[index], or making a launcher's own */
 	SBX_STAGE_COUNT,
 };
 
@@ -216,6 +219,8 @@ struct sbx_request {
 	struct sbx_span files;
 	struct sbx_span pass;	 /* int32_t: the numbers that passed descriptors get */
 	struct sbx_span rlimits; /* EXEC: instead of the plan's, if there are any */
+	struct sbx_span groups;	 /* uint32_t: enum sbx_group_use of the last descriptors */
+	uint64_t cpu_us;	 /* EXEC: of all its processes together; 0: no limit */
 	uint32_t uid;		 /* EXEC: the command's identity, as seen inside */
 	uint32_t gid;
 	uint32_t rows; /* PTY */
@@ -225,6 +230,61 @@ struct sbx_request {
 	int32_t fault_errno;
 	uint32_t reserved;
 };
+
+/* What a descriptor has to do with the sandbox's control groups: cgroups(7). */
+enum sbx_group_use {
+	SBX_GROUP_BORN = 1,	/* a directory of version 2: init is born there */
+	SBX_GROUP_MOVE,		/* cgroup.procs of version 1: init is moved there before it starts */
+	SBX_GROUP_OOM,		/* eventfd: memory has run out in a group of version 1 */
+	SBX_GROUP_SLOTS,	/* a directory of version 2 in which each launcher gets a group of its own */
+	SBX_GROUP_SLOTS_MEMORY, /* the same, version 1, one per controller */
+	SBX_GROUP_SLOTS_PIDS,
+	SBX_GROUP_SLOTS_CPUACCT,
+	SBX_GROUP_SLOTS_BLKIO,
+};
+
+/* What a group has counted; differences, if it was there before. */
+enum sbx_meter {
+	SBX_METER_CPU_USER, /* us */
+	SBX_METER_CPU_SYSTEM,
+	SBX_METER_MEMORY, /* the peak, bytes */
+	SBX_METER_OOM_KILLS,
+	SBX_METER_PIDS, /* the peak */
+	SBX_METER_PIDS_REFUSED,
+	SBX_METER_IO_READ, /* bytes */
+	SBX_METER_IO_WRITTEN,
+	SBX_METERS,
+};
+
+/* Counters, or differences of them; `known` are bits of enum sbx_meter. */
+struct sbx_counts {
+	uint64_t value[8];
+	uint32_t known;
+	uint32_t reserved;
+};
+
+/* The open files of one group: meter.c. */
+enum { SBX_GAUGES = 9, SBX_OWN_PIDS = 8 /* of the sandbox itself, on top of its limit */ };
+struct sbx_gauge {
+	int32_t fd[9];
+	uint32_t resets; /* the peak can be set back */
+	uint32_t begun;
+	uint32_t reserved;
+	uint64_t base; /* memory in use at the beginning */
+	struct sbx_counts start;
+	struct sbx_counts birth; /* at the first beginning */
+};
+
+void sbx_gauge_init(struct sbx_gauge *g);
+void sbx_gauge_open(struct sbx_gauge *g, int dir, uint32_t use);
+void sbx_gauge_close(struct sbx_gauge *g);
+void sbx_gauge_begin(struct sbx_gauge *g);
+void sbx_gauge_end(const struct sbx_gauge *g, uint32_t own, struct sbx_counts *c);
+int sbx_gauge_worn(const struct sbx_gauge *g);
+int sbx_gauge_has_cpu(const struct sbx_gauge *g);
+uint64_t sbx_gauge_cpu(const struct sbx_gauge *g);
+int sbx_gauge_out_of_memory(const struct sbx_gauge *g);
+int sbx_gauge_events(const struct sbx_gauge *g);
 
 enum sbx_message_kind {
 	SBX_MESSAGE_HELLO = 1, /* to the spawner */
@@ -238,6 +298,7 @@ enum sbx_message_kind {
 	SBX_MESSAGE_INPUT,  /* to a detached command's launcher: lend out its terminal or its stdin */
 	SBX_MESSAGE_STAY,   /* to a persistent sandbox's init, on the answer's socket: its owner has it on record */
 	SBX_MESSAGE_END,    /* to init: end, and everything with you */
+	SBX_MESSAGE_CGROUP, /* to the spawner: the directory whose cgroup namespace sandboxes that stay are in */
 };
 
 enum sbx_scope { SBX_SCOPE_PROCESS, SBX_SCOPE_GROUP, SBX_SCOPE_TREE };
@@ -250,7 +311,7 @@ enum sbx_hello_flags {
 
 /*
  * From the host. Descriptors: the answer's socket first, then what the kind needs.
- * RUN of a sandbox: control, work. EXEC: stdin, stdout, stderr where PASSED or RELAY, those to pass;
+ * RUN of a sandbox: keeper, work. EXEC: stdin, stdout, stderr where PASSED or RELAY, those to pass;
  * if detached, the socket that later messages come from, and the journal.
  */
 struct sbx_message {
@@ -307,9 +368,12 @@ struct sbx_record {
 	uint32_t size;	    /* APPLIED: bytes of text that follow */
 	uint32_t timed_out; /* EXIT: the launcher's clock struck */
 	uint32_t killed;    /* EXIT: SIGKILL was asked for, or whoever started it let go */
+	uint32_t out_of_memory; /* EXIT: killed for it */
+	uint32_t out_of_time;	/* EXIT: killed because its processes have used cpu_us */
 	struct sbx_error error;
-	uint64_t clock[5]; /* ns, CLOCK_MONOTONIC */
-	uint64_t utime_us; /* of everything that ran in the sandbox */
+	struct sbx_counts counts; /* EXIT: of its own group */
+	uint64_t clock[5];	  /* ns, CLOCK_MONOTONIC */
+	uint64_t utime_us;	  /* of everything that ran in the sandbox */
 	uint64_t stime_us;
 	uint64_t maxrss_kib; /* of the largest process */
 	uint64_t majflt;

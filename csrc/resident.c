@@ -2,10 +2,9 @@
  * resident.c - PID 1 of a sandbox that stays. It keeps launchers ready, which do everything about
  * commands; it reaps, and it ends when the host lets go, and with it, by the kernel, everything else.
  *
- * By the time it runs it has given up whatever a payload may not have (child.c, lock_down), stands behind
- * the same Landlock domain and, where the policy lets it live there, the same filter. It is not dumpable,
- * so a payload of the same id cannot read or trace it; a signal from inside does not reach it
- * (pid_namespaces(7)); its sockets have names nowhere inside.
+ * By the time it runs it has given up whatever a payload may not have (child.c, lock_down) and stands behind
+ * the same Landlock domain. It is not dumpable, so a payload of the same id cannot read or trace it; a signal
+ * from inside does not reach it (pid_namespaces(7)); its sockets have names nowhere inside.
  *
  * A launcher is the subreaper of its command, so nothing but launchers is ever a child of init: whatever
  * else arrives here was below a launcher that died by force, and dies too.
@@ -27,13 +26,14 @@ struct resident {
 	int poke;		 /* eventfd: no launcher is idle */
 	bool stopped;		 /* by the host's will */
 	unsigned stops;		 /* of launchers, by somebody else's */
+	pid_t first;		 /* launcher; the others need not say that the sandbox is ready */
 	pid_t pids[SBX_MAX_LAUNCHERS];
 };
 
 static bool any_idle(const struct sbx_pool *pool)
 {
 	for (unsigned i = 0; i < pool->used; i++)
-		if (pool->state[i] == SBX_LAUNCHER_IDLE)
+		if (pool->state[i] == SBX_LAUNCHER_IDLE || pool->state[i] == SBX_LAUNCHER_STARTING)
 			return true;
 	return false;
 }
@@ -50,20 +50,34 @@ static unsigned free_slot(const struct sbx_pool *pool)
 /* One more launcher, unless there are as many as may be. 0 or -errno. */
 static long add_launcher(struct resident *r)
 {
-	unsigned slot = free_slot(r->pool);
+	unsigned number = free_slot(r->pool);
+	struct clone_args args = { .exit_signal = SIGCHLD };
+	struct sbx_slot slot, *own = r->box->slots ? &slot : NULL;
 
-	if (slot == SBX_MAX_LAUNCHERS)
+	if (number == SBX_MAX_LAUNCHERS)
 		return 0;
-	r->pool->state[slot] = SBX_LAUNCHER_IDLE;
-	if (slot == r->pool->used)
-		r->pool->used = slot + 1;
-	/* the old call, whose flags a filter can see */
-	long pid = sbx_sys(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+	long ret = own ? sbx_slot_make(r->box, number, own) : 0;
+	if (ret < 0)
+		return ret;
+	if (own && own->dir >= 0) {
+		args.flags = CLONE_INTO_CGROUP;
+		args.cgroup = (uint64_t)own->dir;
+	}
+	r->pool->state[number] = SBX_LAUNCHER_STARTING;
+	if (number == r->pool->used)
+		r->pool->used = number + 1;
+	const struct sbx_launcher launcher = { r->box, r->pool, r->inbox, number, r->poke, !r->first, own };
+	long pid = sbx_sys(SYS_clone3, &args, sizeof args);
 	if (pid == 0)
-		sbx_launcher_run(&(struct sbx_launcher){ r->box, r->pool, r->inbox, slot, r->poke });
-	if (pid < 0)
-		r->pool->state[slot] = SBX_LAUNCHER_NONE;
-	r->pids[slot] = pid < 0 ? 0 : (pid_t)pid;
+		sbx_launcher_run(&launcher);
+	if (own)
+		sbx_slot_close(own);
+	if (pid < 0) {
+		r->pool->state[number] = SBX_LAUNCHER_NONE;
+		sbx_slot_remove(r->box, number);
+	}
+	r->pids[number] = pid < 0 ? 0 : (pid_t)pid;
+	r->first = r->first ? r->first : r->pids[number];
 	return pid < 0 ? pid : 0;
 }
 
@@ -73,6 +87,7 @@ static void forget(struct resident *r, pid_t pid)
 		if (r->pids[i] == pid) {
 			r->pids[i] = 0;
 			r->pool->state[i] = SBX_LAUNCHER_NONE;
+			sbx_slot_remove(r->box, i);
 		}
 }
 
@@ -101,7 +116,7 @@ static void resist(struct resident *r, pid_t pid)
 /* Reap what has ended; kill what a dead launcher left behind. */
 static long reap(struct resident *r)
 {
-	bool strays = false;
+	bool strays = false, failed = false;
 	int status;
 
 	for (;;) {
@@ -117,11 +132,16 @@ static long reap(struct resident *r)
 			continue;
 		}
 		strays |= !is_launcher(r, (pid_t)pid) || !WIFEXITED(status);
+		failed |= is_launcher(r, (pid_t)pid) && WIFEXITED(status) && WEXITSTATUS(status);
+		if (failed && pid == r->first)
+			return -ECHILD; /* it has said why */
 		forget(r, (pid_t)pid);
 	}
 	if (strays)
 		(void)sbx_proc_signal(1, r->pids, r->pool->used, SIGKILL);
-	return any_idle(r->pool) ? 0 : add_launcher(r);
+	if (any_idle(r->pool))
+		return 0;
+	return failed ? -EAGAIN : add_launcher(r);
 }
 
 /*
@@ -239,7 +259,6 @@ static void *map_memory(size_t size, int how, struct sbx_error *err)
 
 int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 {
-	const struct sbx_record ready = { .kind = SBX_RECORD_READY };
 	static const uint64_t all = ~0ULL; /* the kernel's sigset_t; a command gets an empty one */
 	struct resident r = { .box = box };
 
@@ -253,18 +272,18 @@ int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 	r.poke = (int)sbx_sys(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (r.poke < 0)
 		return sbx_fail(err, SBX_STAGE_LAUNCHER, 1, r.poke);
-	int keep[] = { box->control, box->keeper, box->work, box->spawner->host_pidfd, box->spawner->children, r.poke };
-	long ret = sbx_fds_close_except(keep, SBX_COUNT(keep));
+	int keep[6 + SBX_MAX_GROUPS] = { box->control,		 box->keeper, box->work, box->spawner->host_pidfd,
+					 box->spawner->children, r.poke };
+	memcpy(keep + 6, box->slot_dir, box->slots * sizeof(int));
+	long ret = sbx_fds_close_except(keep, 6 + box->slots);
 	if (ret >= 0)
 		ret = fill_stdio();
 	if (ret >= 0)
 		ret = add_launcher(&r);
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_LAUNCHER, 2, ret);
-	ret = sbx_send_record(box->control, &ready, NULL, 0, -1);
 	if (!box->persistent)
 		sbx_close(sbx_steal_fd(&box->control));
-	if (ret >= 0)
-		(void)serve(&r);
+	(void)serve(&r);
 	return 0; /* nobody is there to hear of an error any more: the end is the answer */
 }

@@ -72,7 +72,7 @@ static int send_request(const struct sbx_run *run, int *fds, size_t nfds)
 
 static int start(struct sbx_run *run, struct sbx_error *err)
 {
-	int fds[SBX_MAX_PASS + 8];
+	int fds[SBX_MAX_FDS];
 	size_t nfds = 0;
 
 	run->began_ns = sbx_now();

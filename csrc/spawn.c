@@ -18,6 +18,8 @@ static int finish_birth(const struct sbx_box *box, pid_t pid, int pidfd, int go,
 				  p->flags & SBX_PLAN_DENY_SETGROUPS);
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_IDMAP, 0, ret);
+	if (sbx_group_move(box, pid, err) < 0)
+		return -1;
 	/* A host that stopped listening closed the control socket too; init will notice. */
 	if (box->resident) /* before its init can say READY, which completes the answer */
 		(void)sbx_send_record(box->control, &born, NULL, 0, pidfd);
@@ -37,6 +39,12 @@ int sbx_spawn(struct sbx_box *box, int mount_ns, struct sbx_error *err)
 		.exit_signal = SIGCHLD,
 	};
 
+	if (box->born >= 0) {
+		args.flags |= CLONE_INTO_CGROUP;
+		args.cgroup = (uint64_t)box->born;
+	}
+	if (box->born >= 0 || box->moves) /* its view of groups: sbx_group_hide */
+		args.flags &= ~(uint64_t)CLONE_NEWCGROUP;
 	if (setns(mount_ns, CLONE_NEWNS) < 0)
 		return sbx_fail(err, SBX_STAGE_TEMPLATE, 10, -errno);
 	if (box->plan->flags & SBX_PLAN_POOLED_NET) {
@@ -55,7 +63,7 @@ int sbx_spawn(struct sbx_box *box, int mount_ns, struct sbx_error *err)
 	}
 	sbx_close(pipe[0]);
 	if (pid < 0)
-		return sbx_fail(err, SBX_STAGE_CLONE, 0, pid);
+		return sbx_fail(err, box->born >= 0 ? SBX_STAGE_CGROUP : SBX_STAGE_CLONE, 30, pid);
 
 	_cleanup_fd_ int held = pidfd;
 	if (finish_birth(box, (pid_t)pid, held, go, err) < 0) {

@@ -208,6 +208,7 @@ static int run(struct state *st, size_t len, const int *fds, size_t nfds, struct
 		return -1;
 	st->box.spawner = &st->s;
 	st->box.resident = false;
+	st->box.slot = NULL;
 	int ret = sbx_box_fill(&st->box, r, fds, nfds, err);
 	const struct sbx_template *t = ret < 0 ? NULL : find_template(st, r->plan);
 	if (t) {
@@ -225,7 +226,7 @@ static bool serve(struct state *st)
 {
 	const struct sbx_message *msg = (const void *)st->inbox;
 	struct sbx_error err = { .stage = SBX_STAGE_NONE };
-	int fds[SBX_MAX_PASS + 8];
+	int fds[SBX_MAX_FDS];
 	size_t nfds = SBX_COUNT(fds);
 
 	st->box.clock[SBX_CLOCK_RECEIVED] = sbx_now();
@@ -242,6 +243,12 @@ static bool serve(struct state *st)
 		if (nfds != 2)
 			sbx_fail(&err, SBX_STAGE_PLAN, 22, -EBADF);
 		else if (add_plan(st, msg->plan, fds[1], &err) == 0)
+			(void)sbx_send_record(fds[0], &ready, NULL, 0, -1);
+	} else if (msg->kind == SBX_MESSAGE_CGROUP) {
+		const struct sbx_record ready = { .kind = SBX_RECORD_READY };
+		if (nfds != 2)
+			sbx_fail(&err, SBX_STAGE_CGROUP, 24, -EBADF);
+		else if (sbx_group_root(st->s.proc, fds[1], &err) == 0)
 			(void)sbx_send_record(fds[0], &ready, NULL, 0, -1);
 	} else if (msg->kind == SBX_MESSAGE_RUN) {
 		(void)run(st, (size_t)len, fds, nfds, &err);

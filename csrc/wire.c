@@ -8,19 +8,17 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-enum { MAX_FDS = SBX_MAX_PASS + 8 };
-
 /* Send `head`, `size` bytes behind it, and all of `fds`, as one datagram. 0 or -errno. */
 static int send_datagram(int sock, struct iovec head, const void *body, size_t size, const int *fds, size_t nfds)
 {
 	struct iovec iov[] = { head, { (void *)(uintptr_t)body, size } };
 	union {
 		struct cmsghdr align;
-		char space[CMSG_SPACE(sizeof(int) * MAX_FDS)];
+		char space[CMSG_SPACE(sizeof(int) * SBX_MAX_FDS)];
 	} control = { 0 };
 	struct msghdr msg = { .msg_iov = iov, .msg_iovlen = SBX_COUNT(iov) };
 
-	if (nfds > MAX_FDS)
+	if (nfds > SBX_MAX_FDS)
 		return -E2BIG;
 	if (nfds) {
 		msg.msg_control = &control;
@@ -92,9 +90,9 @@ long sbx_wire_receive(int sock, struct sbx_record *rec, void *text, size_t size,
 int sbx_send(int sock, const struct sbx_message *msg, const void *body, size_t size, const int32_t *fds, size_t nfds)
 {
 	struct sbx_message head = *msg;
-	int all[MAX_FDS];
+	int all[SBX_MAX_FDS];
 
-	if (nfds >= MAX_FDS)
+	if (nfds >= SBX_MAX_FDS)
 		return -E2BIG;
 	if (nfds)
 		memcpy(all, fds, nfds * sizeof *all);
