@@ -54,7 +54,9 @@ struct sbx_box {
 	bool persistent; /* its sockets have names in the file system of the host, and no end-of-file */
 	int keeper;	 /* socket of init: end-of-file: die; SIGNAL for every command */
 	int work;	 /* socket of the launchers: EXEC, FILES */
-	unsigned peers;	 /* processes of ours that count against the payload's limit of processes */
+	int pause_page;
+	const struct sbx_pause *pause;
+	unsigned peers; /* processes of ours that count against the payload's limit of processes */
 	/* control groups: group.c */
 	int born, oom; /* or -1 */
 	int move[SBX_MAX_GROUPS], slot_dir[SBX_MAX_GROUPS];

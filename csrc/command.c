@@ -224,9 +224,10 @@ static void look_at_memory(struct command *c, const struct pollfd *event)
 
 	if (!event->revents)
 		return;
-	if (event->fd == c->box->slot->oom)
+	bool told = event->fd == c->box->slot->oom; /* version 1, before the kernel kills */
+	if (told)
 		(void)sbx_sys(SYS_read, event->fd, &drop, sizeof drop);
-	if (!c->ended && sbx_gauge_out_of_memory(c->gauge))
+	if (!c->ended && (told || sbx_gauge_out_of_memory(c->gauge)))
 		c->killed = c->out_of_memory = true;
 }
 
@@ -316,8 +317,8 @@ static long wait_for_event(const struct command *c, struct pollfd *fds, uint64_t
 
 static void watch(struct command *c)
 {
-	uint64_t timeout = c->box->request->timeout_ns;
-	uint64_t deadline = timeout ? c->box->clock[SBX_CLOCK_RECEIVED] + timeout : 0;
+	const struct sbx_pause *pause = c->box->pause;
+	uint64_t timeout = c->box->request->timeout_ns, before = sbx_paused(pause, c->box->clock[SBX_CLOCK_RECEIVED]);
 	struct pollfd fds[SLOTS];
 	char drop[128];
 
@@ -325,12 +326,15 @@ static void watch(struct command *c)
 		reap(c);
 		if (c->gone && !pumping(c))
 			return;
-		uint64_t look = look_at_cpu(c);
+		uint64_t look = look_at_cpu(c), deadline = 0;
+		if (timeout)
+			deadline = c->box->clock[SBX_CLOCK_RECEIVED] + timeout + sbx_paused(pause, sbx_now()) - before;
 		uint64_t next = look && (!deadline || look < deadline) ? look : deadline;
 		long ret = wait_for_event(c, fds, c->killed ? 0 : next);
 		if (ret < 0) /* EINTR; or no memory just now */
 			continue;
-		if (deadline && !c->killed && sbx_now() >= deadline) {
+		uint64_t now = sbx_now(), paused = sbx_paused(pause, now) - before;
+		if (timeout && !c->killed && now - c->box->clock[SBX_CLOCK_RECEIVED] >= timeout + paused) {
 			c->timed_out = !c->ended;
 			c->killed = true;
 		}
@@ -393,6 +397,8 @@ void sbx_command_run(struct sbx_box *box, int *fds, size_t nfds, struct sbx_erro
 
 	if (c.gauge)
 		sbx_gauge_begin(c.gauge);
+	if (c.gauge && box->slot->oom >= 0) /* what an earlier command has left */
+		(void)sbx_sys(SYS_read, box->slot->oom, &(uint64_t){ 0 }, sizeof(uint64_t));
 	memset(c.followers, -1, sizeof c.followers);
 	if (start(&c, fds, nfds, err) == 0) {
 		if (announce(&c) < 0) /* whoever asked has gone already */

@@ -97,10 +97,11 @@ int sbx_box_fill(struct sbx_box *box, const struct sbx_request *r, const int *fd
 	box->resident = r->flags & SBX_REQUEST_SANDBOX || box->resident;
 	if (r->flags & SBX_REQUEST_SANDBOX) {
 		box->persistent = r->flags & SBX_REQUEST_PERSISTENT;
-		if (nfds != 3)
+		if (nfds != 4)
 			return sbx_fail(err, SBX_STAGE_REQUEST, 22, -EBADF);
 		box->keeper = fds[1];
 		box->work = fds[2];
+		box->pause_page = fds[3];
 		return 0;
 	}
 	int ret = take_stdio(box, fds, nfds, &next);

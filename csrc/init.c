@@ -44,14 +44,14 @@ static long reap(pid_t payload, int *status, int flags)
 	}
 }
 
-/* Until the payload has ended (0), or the host process lets go of the sandbox (1). */
+/* Until the payload has ended (0), the host process lets go of the sandbox (1) or memory has run out (2). */
 static long wait_for_end(const struct sbx_box *box, pid_t payload, int *status)
 {
 	struct pollfd fds[] = {
 		{ .fd = box->spawner->children, .events = POLLIN },
 		{ .fd = box->control, .events = POLLIN | POLLRDHUP },
 		{ .fd = box->spawner->host_pidfd, .events = POLLIN },
-		{ .fd = box->oom, .events = POLLIN }, /* version 1 kills one process only; the host will say why */
+		{ .fd = box->oom, .events = POLLIN }, /* of version 1, which kills one process only */
 	};
 	struct signalfd_siginfo info;
 
@@ -62,8 +62,10 @@ static long wait_for_end(const struct sbx_box *box, pid_t payload, int *status)
 		ret = sbx_sys(SYS_ppoll, fds, SBX_COUNT(fds), NULL, NULL, 0);
 		if (ret < 0 && ret != -EINTR)
 			return ret;
-		if (ret > 0 && (fds[1].revents || fds[2].revents || fds[3].revents))
+		if (ret > 0 && (fds[1].revents || fds[2].revents))
 			return 1;
+		if (ret > 0 && fds[3].revents)
+			return 2;
 		if (ret > 0 && fds[0].revents) {
 			ret = sbx_sys(SYS_read, fds[0].fd, &info, sizeof info);
 			if (ret < 0 && ret != -EINTR)
@@ -77,9 +79,9 @@ static uint64_t microseconds(struct timeval time)
 	return (uint64_t)time.tv_sec * 1000000u + (uint64_t)time.tv_usec;
 }
 
-static long report(struct sbx_box *box, int status)
+static long report(struct sbx_box *box, int status, bool out_of_memory)
 {
-	struct sbx_record rec = { .kind = SBX_RECORD_EXIT, .status = status };
+	struct sbx_record rec = { .kind = SBX_RECORD_EXIT, .status = status, .out_of_memory = out_of_memory };
 	struct rusage usage;
 
 	long ret = sbx_sys(SYS_getrusage, RUSAGE_CHILDREN, &usage);
@@ -114,10 +116,11 @@ int sbx_init_run(struct sbx_box *box, pid_t payload, struct sbx_error *err)
 	ret = wait_for_end(box, payload, &status);
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_INIT, 7, ret);
+	bool out_of_memory = ret == 2;
 	ret = sbx_sys(SYS_kill, -1, SIGKILL);
 	if (ret >= 0 || ret == -ESRCH)
 		ret = reap(payload, &status, 0);
 	if (ret >= 0)
-		ret = report(box, status);
+		ret = report(box, status, out_of_memory);
 	return ret < 0 && ret != -EPIPE ? sbx_fail(err, SBX_STAGE_INIT, 8, ret) : 0;
 }

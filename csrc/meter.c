@@ -50,8 +50,12 @@ void sbx_gauge_open(struct sbx_gauge *g, int dir, uint32_t use)
 			ret = sbx_sys(SYS_openat, dir, NAMES[i].name, O_RDWR | O_CLOEXEC);
 		if (ret < 0)
 			ret = sbx_sys(SYS_openat, dir, NAMES[i].name, O_RDONLY | O_CLOEXEC);
+		if (ret < 0)
+			continue;
 		sbx_close(*fd);
 		*fd = (int)ret;
+		if (NAMES[i].file == EVENTS)
+			g->polls = use == SBX_GROUP_SLOTS;
 	}
 }
 
@@ -87,7 +91,7 @@ static bool read_text(int fd, char *text, size_t size)
 	long n = fd < 0 ? -EBADF : sbx_sys(SYS_pread64, fd, text, size - 1, 0);
 
 	text[n < 0 ? 0 : n] = '\0';
-	return n > 0;
+	return n >= 0;
 }
 
 static void set(struct sbx_counts *c, enum sbx_meter meter, uint64_t value)
@@ -193,7 +197,7 @@ int sbx_gauge_out_of_memory(const struct sbx_gauge *g)
 /* What polls with POLLPRI when that may have happened (version 2), or -1. */
 int sbx_gauge_events(const struct sbx_gauge *g)
 {
-	return g->fd[CPU] >= 0 ? g->fd[EVENTS] : -1;
+	return g->polls ? g->fd[EVENTS] : -1;
 }
 
 /* Whether a small command could no longer be measured, after the last one. */

@@ -269,8 +269,8 @@ struct sbx_gauge {
 	int32_t fd[9];
 	uint32_t resets; /* the peak can be set back */
 	uint32_t begun;
-	uint32_t reserved;
-	uint64_t base; /* memory in use at the beginning */
+	uint32_t polls; /* memory.events of version 2 can be polled */
+	uint64_t base;	/* memory in use at the beginning */
 	struct sbx_counts start;
 	struct sbx_counts birth; /* at the first beginning */
 };
@@ -311,7 +311,7 @@ enum sbx_hello_flags {
 
 /*
  * From the host. Descriptors: the answer's socket first, then what the kind needs.
- * RUN of a sandbox: keeper, work. EXEC: stdin, stdout, stderr where PASSED or RELAY, those to pass;
+ * RUN of a sandbox: keeper, work, a page for struct sbx_pause. EXEC: stdin, stdout, stderr where PASSED or RELAY, those to pass;
  * if detached, the socket that later messages come from, and the journal.
  */
 struct sbx_message {
@@ -359,6 +359,15 @@ enum sbx_record_kind {
 	SBX_RECORD_DONE,    /* answers FILES' operations and init's SIGNAL: error.err, perhaps a descriptor */
 };
 
+/*
+ * How long a sandbox that stays was suspended: in a page that the host writes and the launchers read, for no
+ * limit of time counts that.
+ */
+struct sbx_pause {
+	uint64_t total; /* ns, of those that are over */
+	uint64_t since; /* CLOCK_MONOTONIC, ns; 0: it runs */
+};
+
 enum sbx_clock { SBX_CLOCK_RECEIVED, SBX_CLOCK_STARTED, SBX_CLOCK_FORK, SBX_CLOCK_EXEC, SBX_CLOCK_EXITED, SBX_CLOCKS };
 
 struct sbx_record {
@@ -403,6 +412,16 @@ struct sbx_journal {
 int sbx_plan_check(const void *arena, size_t len, struct sbx_error *err);
 int sbx_request_check(const void *arena, size_t len, struct sbx_error *err);
 /* cdef-end */
+
+/* Until `now`, ns. */
+static inline uint64_t sbx_paused(const struct sbx_pause *pause, uint64_t now)
+{
+	if (!pause)
+		return 0;
+	uint64_t since = __atomic_load_n(&pause->since, __ATOMIC_ACQUIRE);
+	uint64_t total = __atomic_load_n(&pause->total, __ATOMIC_ACQUIRE);
+	return total + (since && now > since ? now - since : 0);
+}
 
 static inline const void *sbx_at(const void *arena, uint32_t off)
 {

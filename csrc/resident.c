@@ -247,6 +247,17 @@ static long fill_stdio(void)
 	return 0;
 }
 
+/* One page of the host's; NULL with *err filled. */
+static const struct sbx_pause *map_pause(int fd, struct sbx_error *err)
+{
+	long map = sbx_sys(SYS_mmap, NULL, sizeof(struct sbx_pause), PROT_READ, MAP_SHARED, fd, 0);
+
+	if (map >= 0 || map <= -4096)
+		return (const struct sbx_pause *)map;
+	sbx_fail(err, SBX_STAGE_LAUNCHER, 6, map);
+	return NULL;
+}
+
 static void *map_memory(size_t size, int how, struct sbx_error *err)
 {
 	long map = sbx_sys(SYS_mmap, NULL, size, PROT_READ | PROT_WRITE, how | MAP_ANONYMOUS, -1, 0);
@@ -266,6 +277,9 @@ int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 	(void)sbx_sys(SYS_prctl, PR_SET_NAME, "sbx-init", 0, 0, 0);
 
 	r.pool = map_memory(sizeof *r.pool, MAP_SHARED, err);
+	box->pause = map_pause(box->pause_page, err);
+	if (!box->pause)
+		return -1;
 	r.inbox = r.pool ? map_memory(sizeof *r.inbox, MAP_PRIVATE, err) : NULL;
 	if (!r.inbox)
 		return -1;

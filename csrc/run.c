@@ -76,8 +76,9 @@ static int start(struct sbx_run *run, struct sbx_error *err)
 	size_t nfds = 0;
 
 	run->began_ns = sbx_now();
+	run->paused_before = sbx_paused(run->pause, run->began_ns);
 	run->control = run->pidfd = run->stdin_fd = run->out[0].fd = run->out[1].fd = -1;
-	if (run->pass_count > SBX_MAX_PASS)
+	if (run->pass_count > SBX_MAX_PASS + SBX_MAX_GROUPS)
 		return sbx_fail(err, SBX_STAGE_REQUEST, 25, -E2BIG);
 	int ret = sbx_request_check(run->request, run->request_size, err);
 	if (ret < 0)
@@ -153,7 +154,10 @@ static int hear(struct sbx_run *run, struct sbx_error *err)
 	if (rec.kind != SBX_RECORD_EXIT)
 		return sbx_fail(err, SBX_STAGE_SPAWNER, 16, -EPROTO);
 	run->exit = rec;
-	run->timed_out = run->timed_out && rec.status == SIGKILL; /* else it ended just in time */
+	bool killed = rec.status == SIGKILL; /* else it ended just in time */
+	run->timed_out &= killed;
+	run->out_of_time &= killed;
+	run->flooded &= killed;
 	drain(run);
 	return 0;
 }
@@ -250,12 +254,18 @@ static int escalate(struct sbx_run *run, uint64_t now, struct sbx_error *err)
 	}
 }
 
+/* When its time is up; what it was suspended does not count. */
+static uint64_t time_is_up(const struct sbx_run *run)
+{
+	return run->began_ns + (uint64_t)run->timeout_ns + sbx_paused(run->pause, sbx_now()) - run->paused_before;
+}
+
 static uint64_t next_deadline(const struct sbx_run *run)
 {
 	if (run->state == STOPPING || run->state == KILLED || run->state == LOST)
 		return run->give_up_ns;
 	if (run->state == RUNNING && run->timeout_ns >= 0)
-		return run->began_ns + (uint64_t)run->timeout_ns;
+		return time_is_up(run);
 	return UINT64_MAX;
 }
 
@@ -280,6 +290,38 @@ static void abandon_relays(struct sbx_run *run)
 		}
 }
 
+/* End it as when its time is up, but for another reason. */
+static void put_down(struct sbx_run *run, int32_t *reason)
+{
+	*reason = 1;
+	run->state = STOPPING;
+	run->give_up_ns = sbx_now() + SOFT_NS;
+	(void)shutdown(run->control, SHUT_WR);
+}
+
+/* When to look at the CPU time again: it is up when it is up on all CPUs at once, at the earliest. */
+static uint64_t look_at_cpu(struct sbx_run *run, uint64_t now)
+{
+	if (!run->cpu_us || run->state != RUNNING)
+		return UINT64_MAX;
+	uint64_t used = sbx_gauge_cpu(run->gauge);
+	if (used >= run->cpu_us) {
+		put_down(run, &run->out_of_time);
+		return now;
+	}
+	if (!run->cpus)
+		run->cpus = (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
+	uint64_t left = (run->cpu_us - used) * 1000 / (uint64_t)run->cpus;
+	return now + (left < 1000000 ? 1000000 : left);
+}
+
+static void look_at_output(struct sbx_run *run)
+{
+	for (int i = 0; i < 2 && run->kill_flood && run->state == RUNNING; i++)
+		if (run->out[i].mode == SBX_STREAM_CAPTURE && run->out[i].total > run->out[i].limit)
+			put_down(run, &run->flooded);
+}
+
 static int step(struct sbx_run *run, struct sbx_error *err)
 {
 	struct pollfd p[SLOTS];
@@ -287,6 +329,8 @@ static int step(struct sbx_run *run, struct sbx_error *err)
 
 	if (now >= deadline)
 		return escalate(run, now, err);
+	uint64_t look = look_at_cpu(run, now);
+	deadline = look < deadline ? look : deadline;
 	watch(run, p);
 	/* not for ever: a signal may have come just before ppoll */
 	uint64_t wait = deadline - now < 1000000000 ? deadline - now : 1000000000;
@@ -299,10 +343,11 @@ static int step(struct sbx_run *run, struct sbx_error *err)
 	if (ready == 0 && run->state == RUNNING)
 		return sbx_now() < deadline;
 	if (ready == 0 && run->state == DRAINING && run->timeout_ns >= 0 &&
-	    now >= run->began_ns + (uint64_t)run->timeout_ns) /* its reader had its time, too */
+	    now >= time_is_up(run)) /* its reader had its time, too */
 		abandon_relays(run);
 	if (serve_streams(run, p, err) < 0)
 		return -1;
+	look_at_output(run);
 	if (run->state == DRAINING && drained(run, p))
 		run->state = DONE;
 	if (p[CONTROL].revents && hear(run, err) < 0)

@@ -44,6 +44,11 @@ struct sbx_run {
 	uint32_t owned;	    /* whether the pipes are to belong to owner_uid, owner_gid, so that the */
 	uint32_t owner_uid; /* payload can open them again through /dev/stdout and its like */
 	uint32_t owner_gid;
+	const struct sbx_pause *pause; /* EXEC: of its sandbox, or NULL */
+	uint64_t paused_before;
+	struct sbx_gauge *gauge; /* RUN: of its group, or NULL */
+	uint64_t cpu_us;	 /* RUN: what that may count; 0: no limit */
+	uint64_t kill_flood;	 /* whether a stream that exceeds its limit ends the command */
 	struct sbx_stream out[2];
 
 	struct sbx_record exit;
@@ -60,6 +65,10 @@ struct sbx_run {
 	int32_t control;
 	int32_t pidfd;
 	int32_t stdin_fd;
+	int32_t out_of_time; /* CPU time: we have ended it */
+	int32_t flooded;
+	int32_t cpus;
+	int32_t reserved;
 	unsigned char *stdin_buffer;
 	size_t stdin_offset;
 	size_t stdin_size;

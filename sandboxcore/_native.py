@@ -5,8 +5,10 @@ renders them with what it knows about the plan.
 """
 
 import functools
+import mmap
 import os
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -206,6 +208,21 @@ class Streams:
     owner: tuple[int, int] | None = None
 
 
+METERS = tuple(
+    name.lower()
+    for name in (
+        "CPU_USER",
+        "CPU_SYSTEM",
+        "MEMORY",
+        "OOM_KILLS",
+        "PIDS",
+        "PIDS_REFUSED",
+        "IO_READ",
+        "IO_WRITTEN",
+    )
+)
+
+
 @dataclass(slots=True)
 class NativeResult:
     """One finished run, in C's words: a wait status, bytes, nanoseconds and microseconds."""
@@ -220,6 +237,10 @@ class NativeResult:
     ended: int
     usage: tuple[int, ...]  # CPU us of user and system, peak KiB, major faults, blocks in and out
     applied: bytes
+    counts: Mapping[str, int] | None = None  # of its control group: METERS that are known
+    out_of_memory: bool = False
+    out_of_time: bool = False  # CPU time
+    flooded: bool = False  # killed for its output
 
 
 _UNBOUNDED = 1 << 62
@@ -230,14 +251,19 @@ def run(
     request: bytes,
     streams: Streams,
     timeout: float | None,
-    pass_fds: Sequence[int],
+    fds: Sequence[int],
     *,
     sandbox: int = -1,
+    pause: "Pause | None" = None,
+    gauge: "Gauge | None" = None,
+    cpu_time: float | None = None,
+    kill_flood: bool = False,
 ) -> NativeResult:
     """Run one request to its end. Signal handlers of Python run meanwhile and may raise.
 
     ``socket`` leads to the spawner, for a fresh sandbox; or with ``sandbox``, the pidfd of its init, to the
-    launchers of a living one.
+    launchers of a living one. ``fds``: those to pass, then those of the request's groups. ``gauge`` is of the
+    fresh sandbox's own group, ``cpu_time`` in seconds what it may count.
     """
     error, run = ffi.new("struct sbx_error *"), ffi.new("struct sbx_run *")
     keep: list[Any] = [ffi.from_buffer(request)]
@@ -251,10 +277,15 @@ def run(
     if streams.owner is not None:
         run.owned = 1
         run.owner_uid, run.owner_gid = streams.owner
-    if pass_fds:
-        keep.append(ffi.new("int32_t[]", list(pass_fds)))
+    if fds:
+        keep.append(ffi.new("int32_t[]", list(fds)))
         setattr(run, "pass", keep[-1])
-        run.pass_count = len(pass_fds)
+        run.pass_count = len(fds)
+    if pause is not None:
+        run.pause = pause.native
+    if gauge is not None:
+        run.gauge, run.cpu_us = gauge.native, int((cpu_time or 0) * 1e6)
+    run.kill_flood = kill_flood
     for number in streams.capture:
         out = run.out[number - 1]
         out.mode = lib.SBX_STREAM_CAPTURE
@@ -274,14 +305,17 @@ def run(
 _RECORD = Header("struct sbx_record")
 _STATUS, _CLOCK = _RECORD.names.index("status"), _RECORD.names.index("clock0")
 _USAGE = _RECORD.names.index("utime_us")
+_OOM = _RECORD.names.index("out_of_memory")
+_COUNTS = _RECORD.names.index("counts0")
+_COUNTS_END = _COUNTS + len(METERS) + 1
 _CLOCK_END, _USAGE_END = _CLOCK + lib.SBX_CLOCKS, _USAGE + 6
 _ENDED, _ENDED_AT = Header("struct sbx_run").part("exit0", "applied_size")
 
 
-def _ended(record: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Status, clock and usage of an EXIT record, in one go."""
-    values = _RECORD.unpack(ffi.buffer(record))
-    return values[_STATUS], values[_CLOCK:_CLOCK_END], values[_USAGE:_USAGE_END]
+def _counted(values: Sequence[int]) -> Mapping[str, int] | None:
+    """A struct sbx_counts by the names of its meters; None if it says nothing."""
+    known = values[len(METERS)]
+    return {name: values[i] for i, name in enumerate(METERS) if known >> i & 1} if known else None
 
 
 def _result(run: Any) -> NativeResult:
@@ -301,6 +335,10 @@ def _result(run: Any) -> NativeResult:
         ended,
         values[_USAGE:_USAGE_END],
         bytes(ffi.buffer(run.applied, applied)) if applied else b"",
+        _counted(values[_COUNTS:_COUNTS_END]),
+        bool(values[_OOM]),
+        bool(values[_OOM + 1] or run.out_of_time),
+        bool(run.flooded),
     )
 
 
@@ -381,16 +419,85 @@ def receive(socket: int) -> Record | None:
 
 def ended_result(record: Record, began: int, finished: int, applied: bytes) -> NativeResult:
     """The result of a command whose streams went elsewhere, from its EXIT record."""
-    status, clock, usage = _ended(record.native)
-    lost = record.killed and status == 9
+    values = _RECORD.unpack(ffi.buffer(record.native))
+    status = values[_STATUS]
     return NativeResult(
-        status, record.timed_out, lost, (b"", b""), (0, 0), clock, began, finished, usage, applied
+        status,
+        record.timed_out,
+        record.killed and status == 9,
+        (b"", b""),
+        (0, 0),
+        values[_CLOCK:_CLOCK_END],
+        began,
+        finished,
+        values[_USAGE:_USAGE_END],
+        applied,
+        _counted(values[_COUNTS:_COUNTS_END]),
+        bool(values[_OOM]),
+        bool(values[_OOM + 1]),
     )
 
 
 def lost_result(began: int, finished: int) -> NativeResult:
     """The result of a command whose launcher ended without a word: somebody killed it, and so the command."""
     return NativeResult(9, False, True, (b"", b""), (0, 0), (0,) * 5, began, finished, (0,) * 6, b"")
+
+
+class Pause:
+    """How long a sandbox was suspended: struct sbx_pause, in a file that its launchers have mapped."""
+
+    SIZE = mmap.PAGESIZE
+
+    def __init__(self, fd: int) -> None:
+        """``fd``: a file of :attr:`SIZE` bytes, which may be closed afterwards."""
+        self._memory = mmap.mmap(fd, self.SIZE)
+        self.native = ffi.cast("struct sbx_pause *", ffi.from_buffer(self._memory, require_writable=True))
+
+    def begin(self) -> None:
+        """From here on no limit of time counts. Idempotent."""
+        self.native.since = self.native.since or time.monotonic_ns()
+
+    def end(self) -> None:
+        """It goes on. Idempotent."""
+        since = self.native.since
+        if since:
+            self.native.total += time.monotonic_ns() - since
+            self.native.since = 0
+
+    def until(self, now: int) -> int:
+        """Nanoseconds up to a moment of CLOCK_MONOTONIC."""
+        since = cast(int, self.native.since)
+        return cast(int, self.native.total) + (max(0, now - since) if since else 0)
+
+
+class Gauge:
+    """The counters of one control group, for one command after the other: csrc/meter.c."""
+
+    def __init__(self, directories: Mapping[str, int]) -> None:
+        """``directories``: open ones, by names of ``enum sbx_group_use``. They may be closed afterwards."""
+        self.native = ffi.new("struct sbx_gauge *")
+        lib.sbx_gauge_init(self.native)
+        for use, fd in directories.items():
+            lib.sbx_gauge_open(self.native, fd, constant(f"GROUP_{use}"))
+
+    def begin(self) -> None:
+        """From here on it counts."""
+        lib.sbx_gauge_begin(self.native)
+
+    def end(self) -> Mapping[str, int] | None:
+        """What was counted since, but for init."""
+        counts = ffi.new("struct sbx_counts *")
+        lib.sbx_gauge_end(self.native, 1, counts)
+        return _counted([*counts.value, counts.known])
+
+    @property
+    def worn(self) -> bool:
+        """Whether a small command could not be measured any more."""
+        return bool(lib.sbx_gauge_worn(self.native))
+
+    def close(self) -> None:
+        """Close its files. Idempotent."""
+        lib.sbx_gauge_close(self.native)
 
 
 # --- journals -------------------------------------------------------------------------------------

@@ -225,12 +225,12 @@ def unsent(error: OSError) -> _native.NativeFailure:
     return _native.NativeFailure.of("spawner" if code in (E.EPIPE, E.ECONNRESET) else "host", 11, code)
 
 
-async def born(plan: Plan, home: Home | None = None) -> Link:
+async def born(plan: Plan, name: str, home: Home | None = None) -> Link:
     """A sandbox that stands; with ``home``, a persistent one. Whoever is cancelled here leaves none."""
 
     async def action(connection: Spawner) -> Link:
         try:
-            birth = Birth.send(plan, connection, home)
+            birth = Birth.send(plan, connection, name, home)
         except OSError as error:
             raise unsent(error) from error
         loop = asyncio.get_running_loop()

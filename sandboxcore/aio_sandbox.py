@@ -108,7 +108,7 @@ class Sandbox:
         """Start it, also again after :meth:`stop`; then everything private in it is new and empty."""
         async with self._changing():
             self._own._may_start()
-            self._own._started(await born(self._own._plan, self._home()))
+            self._own._started(await born(self._own._plan, self.id, self._home()))
 
     def _changing(self) -> AbstractAsyncContextManager[Any]:
         """Whoever changes the state is alone."""

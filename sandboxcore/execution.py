@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sandboxcore import _native
@@ -70,10 +70,14 @@ class Execution:
         return self._link
 
     def _tell(self, number: int) -> None:
-        """Have init send a signal to every command. Raises SandboxGone where init has ended."""
+        """Have init send a signal to every command."""
+        self._through(lambda link: link.tell_init(number))
+
+    def _through(self, action: Callable[[Link], None]) -> None:
+        """Do something with the link. Raises SandboxGone where init has ended."""
         link = self._link_now()
         try:
-            link.tell_init(number)
+            action(link)
         except (OSError, _native.NativeFailure):
             if not self._is_gone(link):
                 raise
@@ -144,7 +148,14 @@ class Execution:
         try:
             with link:
                 done = _native.run(
-                    link.work.fileno(), request.data, streams, seconds, request.pass_fds, sandbox=link.pidfd
+                    link.work.fileno(),
+                    request.data,
+                    streams,
+                    seconds,
+                    request.pass_fds,
+                    sandbox=link.pidfd,
+                    pause=link.pause,
+                    kill_flood=self.spec.limits.output_action == "kill",
                 )
         except _native.NativeFailure as failure:
             raise self._rendered(request, failure, link) from None

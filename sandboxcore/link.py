@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
-from sandboxcore import _native
+from sandboxcore import _native, cgroup
 from sandboxcore.errors import SandboxError
+from sandboxcore.groups import groups_of, remove_later
 from sandboxcore.plan import Plan
 from sandboxcore.request import sandbox_request
 from sandboxcore.spawner import Spawner
@@ -54,6 +55,21 @@ class Home:
             raise
         finally:
             os.close(directory)
+
+    def pause(self, *, new: bool = False) -> _native.Pause:
+        """The page that tells how long it was suspended."""
+        with self.open_pause(new=new) as file:
+            return _native.Pause(file.fileno())
+
+    def open_pause(self, *, new: bool = False) -> IO[bytes]:
+        """Its file; a sandbox that starts gets a new one."""
+        path = self.path / "pause"
+        if new:
+            path.unlink(missing_ok=True)
+        file = path.open("x+b" if new else "r+b", buffering=0)
+        if new:
+            file.truncate(_native.Pause.SIZE)
+        return file
 
     def end(self) -> None:
         """Tell whoever listens here as init to end."""
@@ -95,9 +111,17 @@ class Link:
     """
 
     def __init__(
-        self, keeper: socket.socket, work: socket.socket, pidfd: int, answer: socket.socket | None = None
+        self,
+        keeper: socket.socket,
+        work: socket.socket,
+        pidfd: int,
+        answer: socket.socket | None = None,
+        *,
+        pause: _native.Pause | None = None,
+        group: cgroup.Group | None = None,
     ) -> None:
         self.keeper, self.work, self.pidfd = keeper, work, pidfd
+        self.pause, self.group = pause, group
         self._answer = answer
         self._guard = threading.Lock()
         self._users, self._closed = 0, False
@@ -121,7 +145,9 @@ class Link:
             self._release()
 
     @classmethod
-    def reopen(cls, home: Home, pid: int, ticks: int, boot: str) -> Self | None:
+    def reopen(
+        cls, home: Home, pid: int, ticks: int, boot: str, group: cgroup.Group | None = None
+    ) -> Self | None:
         """The way to a persistent sandbox that was on record as this process; None if that is gone."""
         here = boot_id()
         if boot.split()[:1] == here.split()[:1] and boot != here:
@@ -147,7 +173,7 @@ class Link:
             for sock in socks:
                 sock.close()
             return None
-        return cls(socks[0], socks[1], pidfd)
+        return cls(socks[0], socks[1], pidfd, pause=home.pause(), group=group)
 
     def stay(self) -> None:
         """A persistent sandbox is on record now: from here on it does not end with this process."""
@@ -159,6 +185,33 @@ class Link:
     def alive(self, *, patience: float = 0) -> bool:
         """Whether init still runs, ``patience`` seconds from now at the latest."""
         return self.pidfd >= 0 and not _poll(self.pidfd, patience)
+
+    def freeze(self) -> None:
+        """Stop everything in it, and the clocks of its limits. Raises SetupError, TimeoutError, OSError."""
+        if self.pause is not None:
+            self.pause.begin()
+        try:
+            if not self._freezes():
+                self.tell_init(signal.SIGSTOP)
+            elif self.group is not None:
+                self.group.freeze(ANSWER_PATIENCE)
+        except BaseException:
+            if self.pause is not None:
+                self.pause.end()
+            raise
+
+    def thaw(self) -> None:
+        """Let it go on. Raises SetupError, TimeoutError, OSError."""
+        if self.pause is not None:
+            self.pause.end()
+        if not self._freezes():
+            self.tell_init(signal.SIGCONT)
+        elif self.group is not None:
+            self.group.thaw(ANSWER_PATIENCE)
+
+    def _freezes(self) -> bool:
+        """Whether there is a freezer; else every process is stopped by a signal."""
+        return self.group is not None and self.group.freezable
 
     def tell_init(self, number: int) -> None:
         """Have init send a signal to every command. Raises TimeoutError, OSError."""
@@ -191,9 +244,20 @@ class Link:
         if self.pidfd >= 0 and not self._closed:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            if self.group is not None and self.pause is not None and self.pause.native.since:
+                with contextlib.suppress(SandboxError):  # with version 1 a frozen process cannot even die
+                    self.group.thaw(0)
             if wait and not _poll(self.pidfd, wait):
                 raise TimeoutError("a process in uninterruptible sleep cannot be killed yet")
         self.close()
+
+    def end(self, *, wait: float) -> None:
+        """:meth:`kill`, and then the control group goes, too."""
+        try:
+            self.kill(wait=wait)
+        finally:
+            if self.group is not None:
+                remove_later(self.group)
 
     def close(self) -> None:
         """Let go of the descriptors. A sandbox that is not persistent ends by that. Idempotent."""
@@ -219,18 +283,55 @@ def _poll(fd: int, seconds: float) -> bool:
     return bool(poller.poll(seconds * 1000))
 
 
+def _anonymous_pause() -> IO[bytes]:
+    file = os.fdopen(os.memfd_create("sandboxcore-pause", os.MFD_CLOEXEC), "r+b", buffering=0)
+    file.truncate(_native.Pause.SIZE)
+    return file
+
+
 class Birth:
     """A sandbox on its way: the request is sent, the answer may be waited for in any manner."""
 
     def __init__(
-        self, answer: socket.socket, keeper: socket.socket, work: socket.socket, *, stays: bool
+        self,
+        answer: socket.socket,
+        keeper: socket.socket,
+        work: socket.socket,
+        *,
+        stays: bool,
+        pause: _native.Pause,
+        group: cgroup.Group | None,
     ) -> None:
         self.answer, self.keeper, self.work, self.stays = answer, keeper, work, stays
+        self.pause, self.group = pause, group
         self.pidfd = -1
 
     @classmethod
-    def send(cls, plan: Plan, connection: Spawner, home: Home | None = None) -> Self:
-        """Ask a spawner for a sandbox; with ``home``, a persistent one. Raises NativeFailure, OSError."""
+    def send(cls, plan: Plan, connection: Spawner, name: str, home: Home | None = None) -> Self:
+        """Ask a spawner for a sandbox; with ``home``, a persistent one. ``name``: of its control group, if it
+        needs one. Raises NativeFailure, SetupError, OSError."""
+        group = None
+        try:
+            with contextlib.ExitStack() as stack:
+                found: list[tuple[str, int]] = []
+                if plan.controllers:
+                    made = groups_of(connection).sandbox(plan, name)
+                    group, found = made.group, stack.enter_context(made.entrances())
+                return cls._send(plan, connection, home, found, group)
+        except BaseException:
+            if group is not None:
+                remove_later(group)
+            raise
+
+    @classmethod
+    def _send(
+        cls,
+        plan: Plan,
+        connection: Spawner,
+        home: Home | None,
+        entrances: list[tuple[str, int]],
+        group: cgroup.Group | None,
+    ) -> Self:
         ours: list[socket.socket] = []
         theirs: list[socket.socket] = []
         try:
@@ -243,8 +344,12 @@ class Birth:
                     pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                     ours.append(pair[0])
                     theirs.append(pair[1])
-            request = sandbox_request(plan, persistent=home is not None)
-            _native.send(connection.fd, "RUN", request, [sock.fileno() for sock in theirs])
+            uses, groups = [use for use, _ in entrances], [fd for _, fd in entrances]
+            request = sandbox_request(plan, persistent=home is not None, groups=uses)
+            with home.open_pause(new=True) if home else _anonymous_pause() as page:
+                pause = _native.Pause(page.fileno())
+                fds = [*(sock.fileno() for sock in theirs), page.fileno(), *groups]
+                _native.send(connection.fd, "RUN", request, fds)
         except BaseException:
             for sock in ours:
                 sock.close()
@@ -252,7 +357,7 @@ class Birth:
         finally:
             for sock in theirs:
                 sock.close()
-        return cls(*ours, stays=home is not None)
+        return cls(*ours, stays=home is not None, pause=pause, group=group)
 
     def hear(self) -> Link | None:
         """Take one record; the link when the sandbox stands. Raises BlockingIOError, NativeFailure."""
@@ -270,14 +375,15 @@ class Birth:
             return None
         if not self.stays:
             self.answer.close()
-        link = Link(self.keeper, self.work, self.pidfd, self.answer if self.stays else None)
+        answer = self.answer if self.stays else None
+        link = Link(self.keeper, self.work, self.pidfd, answer, pause=self.pause, group=self.group)
         self.pidfd = -1
         return link
 
     def abandon(self) -> None:
         """Give up: whatever there is of it dies."""
         self.answer.close()
-        Link(self.keeper, self.work, self.pidfd).kill(wait=0)
+        Link(self.keeper, self.work, self.pidfd, group=self.group).end(wait=0)
 
     def wait(self) -> Link:
         """Block until it stands. Raises NativeFailure, SandboxTimeout."""

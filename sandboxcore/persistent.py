@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import signal
 import socket
 import threading
 import time
@@ -12,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from sandboxcore import host
+from sandboxcore.cgroup import Group
 from sandboxcore.detached import DetachedCommand, Door
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.files import FileServer
+from sandboxcore.groups import find, remove_later
 from sandboxcore.journal import Journal
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link, boot_id, pid_of, start_ticks
@@ -142,7 +143,7 @@ class PersistentSandbox(Sandbox):
                 return
             if self._link is None:
                 home = self._store.home(self.id)
-                self._link = Link.reopen(home, record.pid, record.ticks, record.boot)
+                self._link = Link.reopen(home, record.pid, record.ticks, record.boot, self._group())
             if self._link is None or not self._link.alive():
                 self._let_go()
                 self._note_end(record)
@@ -151,7 +152,12 @@ class PersistentSandbox(Sandbox):
         """It was killed, or the machine was restarted: put that on record, unless somebody did meanwhile."""
         now = time.time()
         self._store.end(record, now)
+        if group := self._group():
+            remove_later(group)
         self._state, self.stopped_at = SandboxState.STOPPED, now
+
+    def _group(self) -> Group | None:
+        return find(self.id, self._plan.controllers) if self._plan.controllers else None
 
     def _let_go(self) -> None:
         self._file_server.close()
@@ -187,7 +193,7 @@ class PersistentSandbox(Sandbox):
             self._on_record(link, self._plan)
             link.stay()
         except BaseException:
-            link.kill(wait=0)
+            link.end(wait=0)
             raise
         self._link = link
         self._look()
@@ -204,13 +210,14 @@ class PersistentSandbox(Sandbox):
         self._adopt(record)
 
     def suspend(self) -> None:
-        """Stop every process in it (SIGSTOP, all at once) until :meth:`resume`."""
+        """Stop every process in it, all at once, until :meth:`resume`: by the freezer of its control group,
+        or SIGSTOP where it has none. No limit of time counts meanwhile."""
         with self._lock, self._store.locked(self.id):
             check_move(self.name, self.state, SandboxState.PAUSED, "suspend")
             # On record first: a paused one that runs, because we die here, can be resumed; the reverse hangs.
             self._store.change(self.id, state=SandboxState.PAUSED.value)
             try:
-                self._tell(signal.SIGSTOP)
+                self._through(Link.freeze)
             except BaseException:
                 self._store.change(self.id, state=SandboxState.RUNNING.value)
                 raise
@@ -221,7 +228,7 @@ class PersistentSandbox(Sandbox):
         with self._lock, self._store.locked(self.id):
             if self.state is not SandboxState.PAUSED:
                 raise InvalidTransition(self.name, self._state.value, "resume")
-            self._tell(signal.SIGCONT)
+            self._through(Link.thaw)
             self._store.change(self.id, state=SandboxState.RUNNING.value)
             self._look()
 
@@ -229,7 +236,7 @@ class PersistentSandbox(Sandbox):
         """Kill everything in it, wait until it is gone. What is private in it is lost; it can start again."""
         with self._lock, self._store.locked(self.id):
             check_move(self.name, self.state, SandboxState.STOPPED, "stop")
-            self._link_now().kill(wait=ANSWER_PATIENCE)
+            self._link_now().end(wait=ANSWER_PATIENCE)
             self._let_go()
             self._note_end(self._record)
 
@@ -249,7 +256,7 @@ class PersistentSandbox(Sandbox):
                 with self._store.locked(self.id):
                     self._look()
                     if self._link is not None:
-                        self._link.kill(wait=ANSWER_PATIENCE)
+                        self._link.end(wait=ANSWER_PATIENCE)
                     self._let_go()
                     self._store.remove(self.id)
                     self._state = SandboxState.DESTROYED

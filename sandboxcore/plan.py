@@ -7,11 +7,12 @@ description for people and the names behind every index that an error may mentio
 import hashlib
 import os
 import resource
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sandboxcore import _native
+from sandboxcore import _native, cgroup
+from sandboxcore.cgroup_values import LIMITS
 from sandboxcore.errors import SetupError, SpecError, UnsupportedHost
 from sandboxcore.host import ID_RANGE, HostFeatures
 from sandboxcore.seccomp import compile_filter, hosts_launcher, resolve, without_set_id
@@ -59,10 +60,11 @@ FAULT = 0
 # What a single command can have tighter than its sandbox.
 COMMAND_LIMITS = ("cpu_time", "wall_time", "pids", "open_files", "file_size", "output")
 
-CGROUP_LIMITS = ("memory", "swap", "cpus", "cpu_weight", "io")
-
 
 RLimit = tuple[str, int, int, int]  # name, RLIMIT_*, soft, hard
+
+
+_NONE = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ class Plan:
     omitted: tuple[str, ...]
     lines: tuple[str, ...]
     watched: tuple[tuple[str, tuple[int, ...]], ...] = field(repr=False)
+    controllers: tuple[str, ...] = ()  # of control groups; none: it needs no group
+    group_limits: Limits = _NONE  # what is written there
     ids: tuple[int, int] = field(init=False)  # uid and gid of the payload, as seen inside
     owner: tuple[int, int] | None = field(init=False)  # the same outside, unless it is the caller
 
@@ -130,6 +134,7 @@ def compile_plan(spec: SandboxSpec, host: HostFeatures) -> Plan:
 def reopened_plan(spec: SandboxSpec, host: HostFeatures, omitted: tuple[str, ...]) -> Plan:
     """What is needed of the plan of a sandbox that stands already: its commands' side of it, no template."""
     env = _environment(spec)
+    controllers, _ = _controllers(spec.replace(optional=(*spec.optional, *LIMITS, "accounting")))
     return Plan(
         id=0,
         data=b"",
@@ -137,11 +142,13 @@ def reopened_plan(spec: SandboxSpec, host: HostFeatures, omitted: tuple[str, ...
         host=host,
         env=env,
         env_items=_environment_items(env),
-        rlimits=tuple(_resource_limits(spec.limits, host, spec.ids()[0])),
+        rlimits=tuple(_resource_limits(spec.limits, host, spec.ids()[0], "pids" in controllers)),
         names={},
         omitted=omitted,
         lines=(),
         watched=(),
+        controllers=controllers,
+        group_limits=_group_limits(spec.limits, omitted),
     )
 
 
@@ -158,26 +165,16 @@ class _Compiler:
 
     def compile(self) -> Plan:
         """Everything that can be refused is refused before the first byte is written."""
-        self._check_cgroup_limits()
+        self.controllers, missing = _controllers(self.spec)
+        self.omitted += missing
         self.tree = Tree(self.spec, self.host)
-        self.rlimits = _resource_limits(self.spec.limits, self.host, self.uid)
+        self.rlimits = _resource_limits(self.spec.limits, self.host, self.uid, "pids" in self.controllers)
         self.landlock_fs, self.landlock_scoped, self.rules = self._landlock()
         self.policy = resolve(self.spec.seccomp or "standard")
         if any(mount.origin == "spec rw" for mount in self.tree.mounts):
             self.policy = without_set_id(self.policy)
         self.filter = compile_filter(self.policy)
         return self._plan(self._write())
-
-    def _check_cgroup_limits(self) -> None:
-        for name in CGROUP_LIMITS:
-            if getattr(self.spec.limits, name) is None:
-                continue
-            if name not in self.spec.optional:
-                raise UnsupportedHost(
-                    f"limits.{name}",
-                    "this version applies no cgroup limits; drop it, or list it in optional= to run without",
-                )
-            self.omitted.append(f"limits.{name}")
 
     def _landlock(self) -> tuple[int, int, list[tuple[str, int]]]:
         abi = min(self.host.landlock_abi, LL_NEWEST)
@@ -314,6 +311,8 @@ class _Compiler:
             omitted=tuple(self.omitted),
             lines=tuple(self._describe()),
             watched=watched,
+            controllers=self.controllers,
+            group_limits=_group_limits(self.spec.limits, self.omitted),
         )
 
     def _names(self) -> dict[str, tuple[str, ...]]:
@@ -340,10 +339,37 @@ class _Compiler:
         yield f"landlock: {rights}"
         yield f"seccomp: {self.policy.name}, {len(self.filter) // 8} instructions"
         yield "capabilities: none; no_new_privs; new session and keyring; no further namespaces"
+        if self.controllers:
+            yield f"control group: {' '.join(self.controllers)}"
         yield from (f"left out: {name}" for name in self.omitted)
 
 
-def _resource_limits(limits: Limits, host: HostFeatures, uid: int) -> list[RLimit]:
+def _controllers(spec: SandboxSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The controllers that a spec needs, and what of it is left out. Raises UnsupportedHost."""
+    if not spec.accounting and not cgroup.needed(spec.limits):
+        return (), ()
+    controllers, missing = cgroup.require(spec.limits, spec.optional)
+    if not spec.accounting:
+        return controllers, tuple(f"limits.{name}" for name in missing)
+    found = cgroup.layout()
+    if "memory" not in found.versions:
+        if "accounting" not in spec.optional:
+            raise UnsupportedHost("accounting", found.remedies["memory"])
+        missing = (*missing, "accounting")
+    metered = {name for name in ("memory", "pids", "io") if name in found.versions}
+    return tuple(sorted({*controllers, *metered})), tuple(
+        name if name == "accounting" else f"limits.{name}" for name in missing
+    )
+
+
+def _group_limits(limits: Limits, omitted: Collection[str]) -> Limits:
+    """What of the limits a group has."""
+    kept = (name for name in LIMITS if f"limits.{name}" not in omitted)
+    return Limits(**{"pids": None, **{name: getattr(limits, name) for name in kept}})
+
+
+def _resource_limits(limits: Limits, host: HostFeatures, uid: int, grouped: bool) -> list[RLimit]:
+    """``grouped``: processes are counted by a control group, which can tell; this is only the second wall."""
     default = Limits()
     wanted: dict[str, tuple[int, Any, Any]] = {
         "pids": (resource.RLIMIT_NPROC, limits.pids, default.pids),
@@ -361,6 +387,8 @@ def _resource_limits(limits: Limits, host: HostFeatures, uid: int) -> list[RLimi
         soft = -(-value // 1)  # whole seconds, rounded up
         if name == "pids" and (host.mode == "rootless" or uid == 0):
             soft += 1  # init has the payload's id
+        if name == "pids" and grouped:
+            soft += value + 64
         ceiling = resource.getrlimit(number)[1]
         if ceiling != resource.RLIM_INFINITY and soft > ceiling:
             if value != usual:
@@ -394,7 +422,9 @@ def command_limits(plan: Plan, limits: Limits) -> tuple[RLimit, ...]:
     bounds = tightened(plan.spec.limits, limits)
     if bounds == plan.spec.limits:
         return ()
-    return tuple(_resource_limits(bounds, plan.host, plan.spec.ids()[0]))
+    return tuple(
+        _resource_limits(bounds, plan.host, plan.ids[0], "pids" in plan.controllers and limits.pids is None)
+    )
 
 
 def _environment(spec: SandboxSpec) -> dict[str, str]:

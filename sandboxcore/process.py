@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from sandboxcore import _native, host, spawner
+from sandboxcore import _native, groups, host, spawner
 from sandboxcore.errors import (
     CwdNotFound,
     CwdNotPermitted,
@@ -97,8 +97,25 @@ _NEVER_RAN = {("spawner", 11), ("spawner", 13), ("spawner", 14), ("idmap", 1)}
 def _execute(
     plan: Plan, request: Request, streams: _native.Streams, timeout: float | None
 ) -> _native.NativeResult:
+    limits = plan.spec.limits
+    flood = limits.output_action == "kill"
+
     def action(connection: spawner.Spawner) -> _native.NativeResult:
-        return _native.run(connection.fd, request.data, streams, timeout, request.pass_fds)
+        if not plan.controllers:
+            fds = request.pass_fds
+            return _native.run(connection.fd, request.data, streams, timeout, fds, kill_flood=flood)
+        with groups.leased(plan, connection) as group:
+            done = _native.run(
+                connection.fd,
+                request.within(group.uses),
+                streams,
+                timeout,
+                [*request.pass_fds, *group.fds],
+                gauge=group.gauge,
+                cpu_time=limits.cpu_time,
+                kill_flood=flood,
+            )
+            return groups.counted(done, group)
 
     return with_spawner(plan, request, action)
 
@@ -143,6 +160,9 @@ def help_spawner(
 
 
 _HINTS = {
+    ("cgroup", E.EBUSY): "somebody put a process or another controller into a group of ours",
+    ("cgroup", E.ENOENT): "the group was removed, or lies outside of this process's cgroup namespace",
+    ("cgroup", E.EAGAIN): "pids.max of a group above is reached",
     ("spawner", E.ENOENT): "the package's _spawner is missing: reinstall sandboxcore",
     ("spawner", E.EACCES): "the package's _spawner is not executable: reinstall sandboxcore",
     ("spawner", E.EPIPE): "the spawner was killed",

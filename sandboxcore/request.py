@@ -125,18 +125,23 @@ _FILE = struct.Struct("=4I")  # struct sbx_file
 _RLIMIT = struct.Struct("=2I2Q")  # struct sbx_rlimit
 
 
-def sandbox_request(plan: Plan, *, persistent: bool) -> bytes:
-    """The request for a sandbox that stays, without a command."""
+def sandbox_request(plan: Plan, *, persistent: bool, groups: Sequence[str] = ()) -> bytes:
+    """The request for a sandbox that stays, without a command. ``groups``: what the last descriptors are,
+    names of ``enum sbx_group_use``."""
     names = ("SANDBOX", "PERSISTENT") if persistent else ("SANDBOX",)
     values = {
         **_FIXED,
-        "size": _HEADER.size,
+        "size": _HEADER.size + 4 * len(groups),
         "flags": _flags(names),
         "plan": plan.id,
+        "groups0": _HEADER.size,
+        "groups1": len(groups),
         "fault_at": FAULT[0],
         "fault_errno": FAULT[1],
     }
-    return _HEADER.pack(values)
+    return _HEADER.pack(values) + b"".join(
+        _native.constant(f"GROUP_{use}").to_bytes(4, "little") for use in groups
+    )
 
 
 @functools.lru_cache(64)
@@ -255,6 +260,8 @@ class Request:
         if extras.rlimits:
             limits = [_RLIMIT.pack(number, 0, soft, hard) for _, number, soft, hard in extras.rlimits]
             _append_records(out, "rlimits", limits)
+        if plan.controllers and (seconds := (extras.limits or plan.spec.limits).cpu_time):
+            _set(out, "cpu_us", max(1, int(seconds * 1e6)))
         if extras.timeout is not None:
             _set(out, "timeout_ns", max(1, int(extras.timeout * 1e9)))
         if extras.size is not None:
@@ -262,6 +269,18 @@ class Request:
         spans = (start, len(args), paths, len(candidates))
         flags = _flags(extras.flags)
         _VARYING.pack_into(out, _VARYING_AT, len(out), flags, *stdio, self.umask, *spans)
+        return bytes(out)
+
+    def within(self, groups: Sequence[str]) -> bytes:
+        """:attr:`data` of a command whose sandbox is made in control groups: names of ``enum sbx_group_use``,
+        one for each descriptor after those to pass."""
+        if not groups:
+            return self.data
+        out = bytearray(self.data)
+        _append_records(
+            out, "groups", [_native.constant(f"GROUP_{use}").to_bytes(4, "little") for use in groups]
+        )
+        _set(out, "size", len(out))
         return bytes(out)
 
     @staticmethod

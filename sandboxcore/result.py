@@ -35,8 +35,15 @@ class Cause(enum.StrEnum):
 
 @dataclass(slots=True)  # not frozen, as ExecResult: that costs microseconds per command
 class Usage:
-    """What everything in the sandbox used together: CPU seconds, the largest process's peak in bytes,
-    major page faults, block input and output in 512-byte units (getrusage(2), RUSAGE_CHILDREN)."""
+    """What a command and everything below it used.
+
+    cpu_user, cpu_system: seconds. max_rss: the largest process's peak, bytes. major_faults, blocks_in,
+    blocks_out: page faults, and block input and output in 512-byte units (getrusage(2), RUSAGE_CHILDREN).
+
+    The others are counted by the command's own control group, where it has one; else they are None:
+    memory_peak (bytes, of all processes together, with page cache and tmpfs), pids_peak (processes at once),
+    pids_refused (forks), oom_kills (processes), io_read and io_written (bytes, on disks).
+    """
 
     cpu_user: float
     cpu_system: float
@@ -44,6 +51,12 @@ class Usage:
     major_faults: int
     blocks_in: int
     blocks_out: int
+    memory_peak: int | None = None
+    pids_peak: int | None = None
+    pids_refused: int | None = None
+    oom_kills: int | None = None
+    io_read: int | None = None
+    io_written: int | None = None
 
 
 @dataclass(slots=True)
@@ -118,21 +131,38 @@ class Decoder:
 
 
 def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
-    if done.timed_out or done.lost:
-        return Cause.TIMEOUT if done.timed_out else Cause.KILLED
-    if not os.WIFSIGNALED(done.status):
-        return Cause.EXITED
-    ended = os.WTERMSIG(done.status)
-    if ended == signal.SIGSYS:
-        return Cause.SECCOMP
-    if ended == signal.SIGXFSZ and limits.file_size is not None:
-        return Cause.DISK
-    used = (done.usage[0] + done.usage[1]) / 1e6
-    if limits.cpu_time is not None and (
-        ended == signal.SIGXCPU or (ended == signal.SIGKILL and used >= limits.cpu_time)
-    ):
-        return Cause.CPU_TIME
-    return Cause.SIGNALED
+    """From what the kernel has counted or we have done, never from a status alone."""
+    counts = done.counts or {}
+    ended = os.WTERMSIG(done.status) if os.WIFSIGNALED(done.status) else 0
+    killed, used = ended == signal.SIGKILL, (done.usage[0] + done.usage[1]) / 1e6
+    out_of_time = ended == signal.SIGXCPU or (killed and used >= (limits.cpu_time or 0))
+    causes = {  # the first that holds
+        Cause.TIMEOUT: done.timed_out,
+        Cause.OUTPUT: done.flooded,
+        Cause.OOM: killed and (done.out_of_memory or counts.get("oom_kills")),
+        Cause.CPU_TIME: done.out_of_time,
+        Cause.KILLED: done.lost,
+        Cause.PIDS: counts.get("pids_refused"),
+        Cause.EXITED: not ended,
+        Cause.SECCOMP: ended == signal.SIGSYS,
+        Cause.DISK: ended == signal.SIGXFSZ and limits.file_size is not None,
+    }
+    if found := next((cause for cause, holds in causes.items() if holds), None):
+        return found
+    return Cause.CPU_TIME if limits.cpu_time is not None and out_of_time else Cause.SIGNALED
+
+
+def _usage(done: _native.NativeResult) -> Usage:
+    used, counts = done.usage, done.counts
+    user, system = used[0], used[1]
+    if done.lost and counts:  # init was killed, too, and has told nothing
+        user, system = counts.get("cpu_user", user), counts.get("cpu_system", system)
+    usage = Usage(user / 1e6, system / 1e6, used[2] * 1024, used[3], used[4], used[5])
+    if counts:
+        usage.memory_peak, usage.oom_kills = counts.get("memory"), counts.get("oom_kills")
+        usage.pids_peak, usage.pids_refused = counts.get("pids"), counts.get("pids_refused")
+        usage.io_read, usage.io_written = counts.get("io_read"), counts.get("io_written")
+    return usage
 
 
 class Timings(Mapping[str, float]):
@@ -179,7 +209,7 @@ def make_result(
     """``limits``: those of the command, where they are not the spec's."""
     status, totals = done.status, done.totals
     cause = _EXITED
-    if status & 0x7F or done.lost or done.timed_out:  # not by itself: wait(2)
+    if status or done.lost:
         cause = _cause(plan.spec.limits if limits is None else limits, done)
     truncated = False
     output: list[StrOrBytes | None] = [None, None]
@@ -188,7 +218,7 @@ def make_result(
         cut = streams.limit is not None and totals[number - 1] > streams.limit
         truncated |= cut
         output[number - 1] = decode(data, cut=cut or done.timed_out) if decode.wanted else data
-    clock, usage = done.clock, done.usage
+    clock = done.clock
     return ExecResult(
         args,
         os.waitstatus_to_exitcode(status),
@@ -199,7 +229,7 @@ def make_result(
         totals[0],
         totals[1],
         truncated,
-        Usage(usage[0] / 1e6, usage[1] / 1e6, usage[2] * 1024, *usage[3:]),
+        _usage(done),
         Timings(done),
         parse_applied(done.applied, plan.omitted) if done.applied else None,
     )

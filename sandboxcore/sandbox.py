@@ -135,7 +135,7 @@ class Sandbox(Execution):
     def _begin(self, home: Home | None) -> Link:
         def action(connection: Spawner) -> Link:
             try:
-                return Birth.send(self._plan, connection, home).wait()
+                return Birth.send(self._plan, connection, self.id, home).wait()
             except OSError as error:
                 code = error.errno or 0
                 stage = "spawner" if code in (E.EPIPE, E.ECONNRESET) else "host"
@@ -144,10 +144,11 @@ class Sandbox(Execution):
         return with_spawner(self._plan, None, action)
 
     def suspend(self) -> None:
-        """Stop every process in it (SIGSTOP, all at once) until :meth:`resume`."""
+        """Stop every process in it, all at once, until :meth:`resume`: by the freezer of its control group,
+        or SIGSTOP where it has none. No limit of time counts meanwhile."""
         with self._lock:
             check_move(self.name, self.state, SandboxState.PAUSED, "suspend")
-            self._tell(signal.SIGSTOP)
+            self._through(Link.freeze)
             self._state = SandboxState.PAUSED
 
     def resume(self) -> None:
@@ -155,7 +156,7 @@ class Sandbox(Execution):
         with self._lock:
             if self.state is not SandboxState.PAUSED:
                 raise InvalidTransition(self.name, self._state.value, "resume")
-            self._tell(signal.SIGCONT)
+            self._through(Link.thaw)
             self._state = SandboxState.RUNNING
 
     def stop(self) -> None:
@@ -184,7 +185,7 @@ class Sandbox(Execution):
         self.stopped_at = self.stopped_at or time.time()
         if link is not None:
             if os.getpid() == self._pid:
-                link.kill(wait=wait)
+                link.end(wait=wait)
             else:  # a forked child: the sandbox is its parent's
                 link.close()
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import weakref
-from typing import Final
+from typing import Any, Final
 
 from sandboxcore import _native
 from sandboxcore.errors import UnsupportedHost
@@ -27,6 +27,7 @@ class Spawner:
         program = os.environ.get("SANDBOXCORE_SPAWNER") or str(HELPER)
         diagnostics = 2 if os.environ.get("SANDBOXCORE_DIAGNOSTICS") else -1
         self.known: set[int] = set()
+        self.groups: Any = None  # the Groups below it: sandboxcore.groups
         self.fd: Final = _native.spawner_start(program, diagnostics)
         # Closed when the last thread that may still send on it has let go: the number would be reused.
         self.close: Final = weakref.finalize(self, os.close, self.fd)

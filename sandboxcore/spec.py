@@ -169,12 +169,23 @@ class Limits:
     pids: processes and threads alive at once (RLIMIT_NPROC of the sandbox's own user namespace).
     open_files: descriptors per process (RLIMIT_NOFILE).
     file_size: largest file (RLIMIT_FSIZE); a process that exceeds it gets SIGXFSZ.
-    cpu_time: CPU seconds per process (RLIMIT_CPU).
+    cpu_time: CPU seconds of a command's processes together where there is a control group with a meter, else
+        per process (RLIMIT_CPU, which holds in any case).
     wall_time: seconds until the whole tree is killed; the smaller of this and ``timeout=`` holds.
     output: bytes kept of stdout and of stderr, each: the first and the last half of it.
+    output_action: what happens beyond that: ``"truncate"`` or ``"kill"``, which ends the command with cause
+        ``output``.
     disk, inodes: everything private and writable together (``/tmp``, ``/workspace``, ``/dev/shm``).
-    memory, swap, cpus, cpu_weight, io: need a cgroup; not applied by this version, so asking for
-        them raises :class:`UnsupportedHost` unless the spec lists them in ``optional``.
+    memory: bytes in use at once, page cache and files in tmpfs included. When it runs out, the kernel kills a
+        process and we the rest of the command, or the whole of a fresh sandbox.
+    swap: bytes of swap on top of that; default none where memory is limited.
+    cpus: CPU time per time, for instance 0.5 or 2.
+    cpu_weight: share when others want the CPU, too: 1 to 10000, usual 100.
+    io: bytes per second, for reading and for writing each, on every disk.
+    cpuset: the CPUs it may use, as ``"0-3,8"``.
+
+    The last six need control groups, cgroups(7): where the host does not grant the controller, asking for one
+    raises :class:`UnsupportedHost`, unless the spec lists it in ``optional``.
     """
 
     memory: int | str | None = None
@@ -190,6 +201,8 @@ class Limits:
     disk: int | str | None = 1 << 30
     inodes: int | None = 1 << 20
     io: int | str | None = None
+    cpuset: str | None = None
+    output_action: Literal["truncate", "kill"] = "truncate"
 
     def __post_init__(self) -> None:
         """Validate and normalise."""
@@ -204,6 +217,12 @@ class Limits:
         for name in ("cpu_weight", "pids", "open_files", "inodes"):
             if isinstance(getattr(self, name), float):
                 raise SpecError(f"limits.{name}: {getattr(self, name)!r} is not a whole number")
+        if self.cpu_weight is not None and self.cpu_weight > 10000:
+            raise SpecError(f"limits.cpu_weight: {self.cpu_weight!r} is not between 1 and 10000")
+        if self.cpuset is not None and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", str(self.cpuset)):
+            raise SpecError(f"limits.cpuset: {self.cpuset!r} is not a list of CPUs such as '0-3,8'")
+        if self.output_action not in ("truncate", "kill"):
+            raise SpecError(f"limits.output_action: {self.output_action!r} is not 'truncate' or 'kill'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +258,8 @@ class SandboxSpec:
         ``"cpu_weight"``, ``"io"``.
     time_offsets: own time namespace with these offsets in seconds for ``monotonic`` and ``boottime``.
     proc: ``"full"`` with masks, or ``"pid"``: processes only (proc's ``subset=pid``).
+    accounting: measure memory, processes and io of every command in a control group of its own, also where no
+        limit needs one; ``optional`` may list it.
     """
 
     profile: str = "standard"
@@ -261,6 +282,7 @@ class SandboxSpec:
     optional: Sequence[str] = ()
     time_offsets: Mapping[str, float] | None = None
     proc: Literal["full", "pid"] | None = None
+    accounting: bool = False
     fingerprint: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:

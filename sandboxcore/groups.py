@@ -1,0 +1,337 @@
+"""Control groups for sandboxes: one for each run, used again and again, and one for each sandbox that stays.
+
+What is slow about groups (making, removing, giving them controllers) is done ahead or afterwards, in a thread
+of its own; a run takes one that is ready. :mod:`sandboxcore.cgroup` knows files, C (``csrc/group.c``) lets
+processes be born there.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import errno as E
+import os
+import queue
+import select
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from sandboxcore import _native, cgroup
+from sandboxcore.cgroup_layout import SHARED
+from sandboxcore.errors import SetupError
+from sandboxcore.plan import Plan
+from sandboxcore.spawner import Spawner
+from sandboxcore.spec import Limits
+
+READY = 2  # groups for runs that are kept ahead once there was a demand
+KEPT = 8  # and at most so many
+LEFTOVER = 4 << 20  # bytes that an idle group may still hold (page cache) to be used again
+PATIENCE = 5.0  # seconds for a group to become empty
+OWN_PIDS = _native.constant("OWN_PIDS")  # processes of a sandbox that stays: init, launchers
+SLOTS = {"memory": "SLOTS_MEMORY", "pids": "SLOTS_PIDS", "cpuacct": "SLOTS_CPUACCT", "blkio": "SLOTS_BLKIO"}
+
+Entrance = tuple[str, int]  # a name of enum sbx_group_use, and a descriptor
+
+
+def _watch_memory(directory: int) -> int:
+    """An eventfd that fires when memory runs out: cgroup-v1/memory.rst, 10."""
+    with contextlib.ExitStack() as stack:
+        event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        stack.callback(os.close, event)
+        control = os.open("memory.oom_control", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        stack.callback(os.close, control)
+        register = os.open("cgroup.event_control", os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
+        stack.callback(os.close, register)
+        os.write(register, f"{event} {control}".encode())
+        return os.dup(event)
+
+
+class RunGroup:
+    """The group of a fresh sandbox: one run after the other."""
+
+    def __init__(self, group: cgroup.Group, limits: Limits) -> None:
+        self.group = group
+        self._opened = cgroup.Directories()
+        self._event = -1
+        try:
+            if limits.pids is not None:
+                limits = dataclasses.replace(limits, pids=limits.pids + 1)  # init
+            group.limit(limits, whole=True)
+            opened = self._opened = group.directories()
+            gauges = {} if opened.v2 is None else {"SLOTS": opened.v2}
+            self.gauge = _native.Gauge(gauges | {SLOTS[k]: fd for k, fd in opened.v1.items() if k in SLOTS})
+            if "memory" in opened.v1:
+                self._event = _watch_memory(opened.v1["memory"])
+        except BaseException:
+            self._release()
+            group.remove()
+            raise
+        born = [] if opened.v2 is None else [("BORN", opened.v2)]
+        out_of_memory = [("OOM", self._event)] if self._event >= 0 else []
+        self._entrances = [*born, *(("MOVE", fd) for fd in opened.procs.values()), *out_of_memory]
+
+    @property
+    def uses(self) -> list[str]:
+        """What the request says about :attr:`fds`."""
+        return [use for use, _ in self._entrances]
+
+    @property
+    def fds(self) -> list[int]:
+        """What the spawner and init need of the group."""
+        return [fd for _, fd in self._entrances]
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the next run would find it as good as new."""
+        return (
+            not self.gauge.worn and (self.group.usage().memory or 0) <= LEFTOVER and not self.group.populated
+        )
+
+    def begin(self) -> None:
+        """From here on it counts for the next run."""
+        if self._event >= 0:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._event)
+        self.gauge.begin()
+
+    def _release(self) -> None:
+        self._opened.close()
+        if self._event >= 0:
+            os.close(self._event)
+            self._event = -1
+
+    def close(self) -> None:
+        """Remove it, when the last of its processes is gone."""
+        self._release()
+        self.gauge.close()
+        self.group.remove(PATIENCE)
+
+
+class SandboxGroup:
+    """The group of a sandbox that stays, in which its init makes one for each launcher."""
+
+    def __init__(self, group: cgroup.Group, limits: Limits, *, nested: bool) -> None:
+        """``nested``: version 2 counts; else each launcher gets groups of version 1 only."""
+        self.group, self._nested = group, nested
+        try:
+            group.limit(_with_own(limits), whole=False)
+            group.prepare()
+        except BaseException:
+            group.remove()
+            raise
+
+    @contextlib.contextmanager
+    def entrances(self) -> Iterator[list[Entrance]]:
+        """What the spawner and init need of it: uses and descriptors, which are closed afterwards."""
+        with self.group.directories("init") as opened, contextlib.ExitStack() as stack:
+            found = [] if opened.v2 is None else [("BORN", opened.v2)]
+            if self._nested and self.group.v2 is not None:
+                parent = os.open(self.group.v2, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, parent)
+                found.append(("SLOTS", parent))
+            found += [("MOVE", fd) for fd in opened.procs.values()]
+            found += [(SLOTS[name], fd) for name, fd in opened.v1.items() if name in SLOTS]
+            yield found
+
+
+def _with_own(limits: Limits) -> Limits:
+    """With room for what belongs to the sandbox and not to its commands."""
+    return limits if limits.pids is None else dataclasses.replace(limits, pids=limits.pids + OWN_PIDS)
+
+
+class Groups:
+    """All groups below one spawner."""
+
+    def __init__(self, connection: Spawner) -> None:
+        self.connection = connection
+        self._lock = threading.Lock()
+        self._idle: dict[tuple[tuple[str, ...], Limits], list[RunGroup]] = {}
+        self._number = 0
+        layout = cgroup.layout()
+        self._nested = 2 in layout.versions.values()
+        self.base = cgroup.Base(layout)
+        try:
+            if self._nested and layout.v2 is not None:  # while it has no controllers for its children:
+                self._make_root(connection, layout.v2 / self.base.relative)
+        except BaseException:
+            self.base.remove()
+            raise
+
+    @staticmethod
+    def _make_root(connection: Spawner, directory: Path) -> None:
+        """The root of what sandboxes that stay see of groups: cgroup_namespaces(7)."""
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with ours:
+                with theirs:
+                    _native.send(connection.fd, "CGROUP", fds=[theirs.fileno(), fd])
+                poller = select.poll()
+                poller.register(ours, select.POLLIN)
+                if not poller.poll(PATIENCE * 1000):
+                    raise _native.NativeFailure.of("cgroup", 26, E.ETIME)
+                record = _native.receive(ours.fileno())
+        finally:
+            os.close(fd)
+        if record is None:
+            raise _native.NativeFailure.of("spawner", 16, E.EPIPE)
+        if record.error:
+            raise record.error
+
+    def _make(self, name: str, controllers: Sequence[str]) -> cgroup.Group:
+        if set(controllers) - set(self.base.controllers):
+            self.base.enable(controllers)
+            self.base.adopt(self.connection.pid)
+        return self.base.group(name, controllers)
+
+    def _run_group(self, plan: Plan) -> RunGroup:
+        with self._lock:
+            self._number += 1
+            name = f"run-{self._number}"
+        return RunGroup(self._make(name, plan.controllers), plan.group_limits)
+
+    def lease(self, plan: Plan) -> RunGroup:
+        """A group for one run; give it back afterwards."""
+        key = plan.controllers, plan.group_limits
+        with self._lock:
+            idle = self._idle.setdefault(key, [])
+            group = idle.pop() if idle else None
+        if group is None:
+            group = self._run_group(plan)
+        group.begin()
+        return group
+
+    def give_back(self, plan: Plan, group: RunGroup) -> None:
+        """After a run: to be used again, or to be removed and replaced in the background."""
+        key = plan.controllers, plan.group_limits
+        if group.reusable:
+            with self._lock:
+                idle = self._idle.get(key)
+                if idle is not None and len(idle) < KEPT:
+                    idle.append(group)
+                    return
+        _later(group.close)
+        _later(lambda: self._refill(plan))
+
+    def _refill(self, plan: Plan) -> None:
+        key = plan.controllers, plan.group_limits
+        while True:
+            with self._lock:
+                if len(self._idle.get(key, ())) >= READY:
+                    return
+            group = self._run_group(plan)
+            with self._lock:
+                self._idle.setdefault(key, []).append(group)
+
+    def sandbox(self, plan: Plan, name: str) -> SandboxGroup:
+        """A group for a sandbox that stays."""
+        with self._lock:
+            self._number += 1
+            name = f"{name}.{self._number}"  # one that starts again gets a new one
+        return SandboxGroup(self._make(name, plan.controllers), plan.group_limits, nested=self._nested)
+
+    def close(self) -> None:
+        """Remove what nobody is in."""
+        with self._lock:
+            idle, self._idle = [group for groups in self._idle.values() for group in groups], {}
+        for group in idle:
+            group.close()
+        self.base.remove()
+
+
+def counted(done: _native.NativeResult, group: RunGroup) -> _native.NativeResult:
+    """The result with what the run's group has counted."""
+    done.counts = group.gauge.end()
+    done.out_of_memory |= bool(done.counts and done.counts.get("oom_kills"))
+    return done
+
+
+# --- one for each spawner, and the thread that tidies up ----------------------------------------------
+
+_lock = threading.Lock()
+_making = threading.Lock()
+_all: "weakref.WeakSet[Groups]" = weakref.WeakSet()
+_work: "queue.SimpleQueue[Callable[[], object]]" = queue.SimpleQueue()
+_worker: threading.Thread | None = None
+
+
+def groups_of(connection: Spawner) -> Groups:
+    """The groups below a spawner, made on first use."""
+    with _making:
+        if connection.groups is None:
+            connection.groups = Groups(connection)
+            _all.add(connection.groups)
+            _later(cgroup.collect)
+        found: Groups = connection.groups
+        return found
+
+
+def _later(task: Callable[[], object]) -> None:
+    global _worker
+    with _lock:
+        _work.put(task)
+        if _worker is None or not _worker.is_alive():
+            _worker = threading.Thread(target=_tidy, name="sandboxcore-groups", daemon=True)
+            _worker.start()
+
+
+def _tidy() -> None:
+    while True:
+        task = _work.get()
+        with contextlib.suppress(Exception):  # what could not be removed is collected another time
+            task()
+
+
+def remove_later(group: cgroup.Group) -> None:
+    """Remove a sandbox's group, when its last process is gone, without waiting for that."""
+    _later(lambda: group.remove(PATIENCE))
+
+
+def find(name: str, controllers: Sequence[str]) -> cgroup.Group | None:
+    """The group of a sandbox that another process has started; None if there is none."""
+    found = cgroup.layout()
+    parents = [*found.v1.values()] if found.v2 is None else [found.v2, *found.v1.values()]
+    for parent in parents:
+        for directory in parent.glob(f"{SHARED}/host-*/{name}.*"):
+            with contextlib.suppress(SetupError):
+                return cgroup.Group.open(found, str(directory.relative_to(parent)), controllers)
+    return None
+
+
+@contextlib.contextmanager
+def leased(plan: Plan, connection: Spawner) -> Iterator[RunGroup]:
+    """The group of one run."""
+    groups = groups_of(connection)
+    group = groups.lease(plan)
+    try:
+        yield group
+    finally:
+        groups.give_back(plan, group)
+
+
+def _at_exit() -> None:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            task = _work.get_nowait()
+        except queue.Empty:
+            break
+        with contextlib.suppress(Exception):
+            task()
+    for groups in list(_all):
+        groups.connection.close()  # the spawner is in one of them
+        with contextlib.suppress(Exception):
+            groups.close()
+
+
+def _after_fork_in_child() -> None:
+    global _lock, _making, _work, _worker
+    _lock, _making, _work, _worker = threading.Lock(), threading.Lock(), queue.SimpleQueue(), None
+    _all.clear()
+
+
+atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_after_fork_in_child)
