@@ -19,20 +19,21 @@ import os
 import re
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sandboxcore import cgroup_v2
 from sandboxcore.cgroup_files import groups_below, naming, processes, read, remove_tree, write
 from sandboxcore.cgroup_group import Directories, Group, GroupUsage, v1
-from sandboxcore.cgroup_layout import HOST_LEAF, SHARED, V1_NAMES, Layout, forget, layout
+from sandboxcore.cgroup_layout import HOST_LEAF, SHARED, TRIAL, V1_NAMES, Layout, forget, layout
 from sandboxcore.cgroup_scope import enter_scope
 from sandboxcore.cgroup_values import CONTROLLERS, LIMITS, check_cpus, values_of
 from sandboxcore.errors import SetupError, SpecError, UnsupportedHost
 from sandboxcore.spec import Limits
 
 __all__ = [
+    "LIMITS",
     "Base",
     "Directories",
     "Group",
@@ -44,6 +45,8 @@ __all__ = [
     "needed",
     "require",
 ]
+
+T = TypeVar("T")
 
 SPAWNER_LEAF = "spawner"
 
@@ -61,7 +64,7 @@ def needed(limits: Limits) -> dict[str, str]:
     return {
         name: controller
         for name, controller in LIMITS.items()
-        if name != "pids" and getattr(limits, name, None) is not None
+        if name != "pids" and getattr(limits, name) is not None
     }
 
 
@@ -152,8 +155,7 @@ class Base:
         with self._lock:
             every = tuple(sorted({*self.controllers, *controllers}))
             whole = Group.below(self.layout, self.relative, every)
-            for directory, names in _hierarchies(whole):
-                _make_base(directory, names)
+            _again(lambda: _make_base(whole))
             v2 = [name for name in every if self.layout.versions.get(name) == 2]
             if v2 and self.layout.v2 is not None and whole.v2 is not None:
                 _offer(self.layout.v2, v2)
@@ -199,28 +201,28 @@ def _hierarchies(group: Group) -> list[tuple[Path, list[str]]]:
     ]
 
 
-def _make_base(directory: Path, v1_controllers: Collection[str]) -> None:
-    """A base, and the shared parent, which another process may remove as long as it is empty."""
-    for last in [False] * _ROUNDS + [True]:
-        _make_shared(directory.parent, v1_controllers)
+def _again(action: Callable[[], T]) -> T:
+    """Do what needs the shared parent, which another process may remove as long as it is empty."""
+    for _ in range(_ROUNDS):
         try:
-            with naming(f"mkdir {directory}"):
-                directory.mkdir(mode=0o700, exist_ok=True)
+            return action()
         except SetupError as error:
-            if last or error.errno != E.ENOENT:
+            if error.errno not in (E.ENOENT, E.ENODEV):
                 raise
-        else:
-            break
+    return action()
+
+
+def _make(directory: Path, v1_controllers: Collection[str], mode: int = 0o755) -> None:
+    with naming(f"mkdir {directory}"), contextlib.suppress(FileExistsError):
+        os.mkdir(directory, mode)
     for name in v1_controllers:
         v1().made(name, directory)
 
 
-def _make_shared(directory: Path, v1_controllers: Collection[str]) -> None:
-    with naming(f"mkdir {directory}"):
-        directory.mkdir(exist_ok=True)
-    for name in v1_controllers:
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-            v1().made(name, directory)
+def _make_base(whole: Group) -> None:
+    for directory, names in _hierarchies(whole):
+        _make(directory.parent, names)
+        _make(directory, names, 0o700)
 
 
 def _offer(parent: Path, controllers: Collection[str]) -> None:
@@ -262,8 +264,8 @@ def _tidy(found: Layout) -> None:
     """The shared parent goes when it is empty and holds no host-wide limit."""
     every = Group.below(found, SHARED, tuple(found.versions.keys() & set(CONTROLLERS)))
     for directory, names in _hierarchies(every):
-        if directory.is_dir() and not _limited(found, directory, names):
-            with contextlib.suppress(OSError):  # another process has its base there
+        with contextlib.suppress(OSError):  # another process has its base there, or has removed it
+            if directory.is_dir() and not _limited(found, directory, names):
                 directory.rmdir()
 
 
@@ -287,6 +289,10 @@ def collect() -> list[str]:
     """Remove the bases of processes that are gone, if nothing runs there. Returns their directories."""
     found, removed = layout(), []
     parents = dict.fromkeys([*([] if found.v2 is None else [found.v2]), *found.v1.values()])
+    for trial in found.v2.glob(f"{TRIAL}*") if found.v2 is not None else ():
+        if _start(int(trial.name.removeprefix(TRIAL).partition("-")[0])) is None:
+            with contextlib.suppress(OSError):
+                trial.rmdir()
     for parent in parents:
         for base in sorted((parent / SHARED).glob("host-*")):
             match = _HOST.fullmatch(base.name)
@@ -321,12 +327,16 @@ def host_limits(limits: Limits) -> dict[str, Any]:
         _check(found, name, LIMITS[name], values, problem)
     controllers = tuple(name for name in CONTROLLERS if name in found.versions)
     shared = Group.below(found, SHARED, controllers)
-    for directory, names in _hierarchies(shared):
-        _make_shared(directory, names)
     v2 = [LIMITS[name] for name in values if found.versions[LIMITS[name]] == 2]
-    if v2 and found.v2 is not None:
-        _offer(found.v2, v2)
-    try:
+
+    def write_all() -> dict[str, Any]:
+        for directory, names in _hierarchies(shared):
+            _make(directory, names)
+        if v2 and found.v2 is not None:
+            _offer(found.v2, v2)
         return shared.change({name: values.get(name) for name in shared.limits()} | values)
+
+    try:
+        return _again(write_all)
     finally:
         _tidy(found)

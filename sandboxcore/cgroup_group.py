@@ -59,9 +59,10 @@ class GroupUsage:
 
     Sizes are bytes: ``memory`` and ``swap`` now, ``memory_peak``, and what was read from and written to block
     devices. Times are seconds; ``cpu_throttled`` is time spent waiting for the next period of limits.cpus.
-    ``oom_kills``: processes killed because memory was full. ``pids_refused``: forks that failed by
-    ``limits.pids`` (before Linux 6.11, and on v1, without those in groups that are gone). ``pressure``:
-    percent of the last 10 s in which something waited for cpu, memory or io.
+    ``oom_kills``: processes killed because memory was full (with a whole group, its first victim twice).
+    ``pids_refused``: forks that failed by ``limits.pids`` (before Linux 6.11, and on v1, without those in
+    groups that are gone). ``pressure``: percent of the last 10 s in which something waited for cpu, memory or
+    io.
     """
 
     memory: int | None = None
@@ -229,10 +230,18 @@ class Group:
         return {name: after.get(name) for name in values}
 
     def limits(self) -> dict[str, Any]:
-        """What is in force, read back from the kernel: each limit whose controller the group has."""
+        """What is in force, read back from the kernel: each limit whose controller the group has.
+
+        :class:`SetupError` (ENOENT) when the group is gone.
+        """
+        with naming(f"limits of {self.relative}"):
+            return self._limits()
+
+    def _limits(self) -> dict[str, Any]:
         names = [name for name, controller in LIMITS.items() if controller in self.controllers]
         found = v1().limits(self.v1, names) if self.v1 else {}
         if self.v2 is not None:
+            self.v2.stat()
             found.update(
                 cgroup_v2.limits(self.v2, [name for name in names if self._version(LIMITS[name]) == 2])
             )
@@ -261,10 +270,14 @@ class Group:
     # --- life
 
     def usage(self) -> GroupUsage:
-        """What the group used so far."""
-        found = {} if self.v2 is None else cgroup_v2.usage(self.v2)
-        if self.v1:
-            found.update(v1().usage(self.v1))
+        """What the group used so far. :class:`SetupError` (ENOENT) when it is gone."""
+        found: dict[str, Any] = {}
+        with naming(f"usage of {self.relative}"):
+            if self.v2 is not None:
+                self.v2.stat()
+                found.update(cgroup_v2.usage(self.v2))
+            if self.v1:
+                found.update(v1().usage(self.v1))
         return GroupUsage(**found)
 
     def freeze(self, timeout: float) -> None:
@@ -293,6 +306,9 @@ class Group:
         return self.v2 is not None and (self.v2 / "cgroup.freeze").exists()
 
     def _freezer(self) -> Path:
+        for directory in self.places():
+            with naming(f"freezer of {self.relative}"):
+                directory.stat()
         if "freezer" not in self.v1:
             raise UnsupportedHost("freezing a control group", "see layout().remedies['freezer']")
         return self.v1["freezer"]

@@ -4,6 +4,7 @@ Nothing is changed here, but for one trial directory below the real root of a hi
 does not show whether its groups can be frozen and killed. See cgroups(7) and cgroup_namespaces(7).
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -22,6 +23,7 @@ from sandboxcore.cgroup_values import CONTROLLERS
 SUBSYSTEMS = Path("/proc/cgroups")
 SETTING = "SANDBOXCORE_CGROUP"
 SHARED = "sandboxcore"  # the host-wide parent of all our groups
+TRIAL = "sandboxcore.trial-"  # and a pid: a group that shows what groups can do here
 HOST_LEAF = "sandboxcore.host"  # where the processes of a delegated group go
 
 V1_NAMES: Mapping[str, str] = {name: name for name in CONTROLLERS} | {"io": "blkio", "freezer": "freezer"}
@@ -151,10 +153,12 @@ def _freezer(
 
 
 def _abilities(parent: Path) -> set[str]:
-    """The names of the files of a group below ``parent``. A root lacks them itself."""
-    if (parent / "cgroup.events").exists():
-        return set(os.listdir(parent))
-    trial = parent / f"{SHARED}.trial-{os.getpid()}-{threading.get_ident()}"
+    """The names of the files of a group below ``parent``. A root lacks them itself, any child has them."""
+    for group in (parent, *(path for path in parent.iterdir() if path.is_dir())):
+        with contextlib.suppress(OSError):  # gone meanwhile, or closed to us
+            if "cgroup.events" in (names := set(os.listdir(group))):
+                return names
+    trial = parent / f"{TRIAL}{os.getpid()}-{threading.get_ident()}"
     trial.mkdir()
     try:
         return set(os.listdir(trial))

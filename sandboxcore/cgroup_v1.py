@@ -135,10 +135,10 @@ def _set_io(blkio: Any, value: int | None) -> None:
 
 def _set_memory(directory: Path, values: Mapping[str, Any]) -> None:
     """v1 limits memory, and memory + swap; the second may never be the smaller, not even for a moment."""
-    now = limits({"memory": directory}, ("memory", "swap"))
-    size, swap = values.get("memory", now.get("memory")), values.get("swap", now.get("swap"))
     own = controller("memory", directory)
     with naming(f"limits.memory ({directory})", "EBUSY: more than that is in use and cannot be reclaimed"):
+        now = _memory_limits(directory)
+        size, swap = values.get("memory", now["memory"]), values.get("swap", now.get("swap"))
         if not (directory / "memory.memsw.limit_in_bytes").exists():
             own.limit_in_bytes = size
             return
@@ -198,7 +198,12 @@ def usage(group: Group) -> dict[str, Any]:
         found.update(_memory_usage(group["memory"]))
     if "cpuacct" in group:
         cpuacct = controller("cpuacct", group["cpuacct"])
-        found.update(cpu_user=cpuacct.usage_user / 1e9, cpu_system=cpuacct.usage_sys / 1e9)
+        if (group["cpuacct"] / "cpuacct.usage_user").exists():
+            found.update(cpu_user=cpuacct.usage_user / 1e9, cpu_system=cpuacct.usage_sys / 1e9)
+        else:
+            ticks = os.sysconf("SC_CLK_TCK")
+            spent = cpuacct.acct_stat
+            found.update(cpu_user=spent["user"] / ticks, cpu_system=spent["system"] / ticks)
     if "cpu" in group:
         found["cpu_throttled"] = controller("cpu", group["cpu"]).stat["throttled_time"] / 1e9
     if "pids" in group:

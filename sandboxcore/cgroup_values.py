@@ -41,7 +41,7 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def values_of(limits: Limits) -> dict[str, Any]:
     """The limits of control groups that are set, checked."""
-    values = {name: getattr(limits, name, None) for name in LIMITS}
+    values = {name: getattr(limits, name) for name in LIMITS}
     return checked({name: value for name, value in values.items() if value is not None})
 
 

@@ -137,6 +137,10 @@ class CommandFailed(SandboxError, subprocess.CalledProcessError):
         )
         self.result = result
 
+    def __str__(self) -> str:
+        text = subprocess.CalledProcessError.__str__(self)
+        return f"{text} ({self.result.cause.value}: {self.result.detail})" if self.result.detail else text
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.result,)
 

@@ -256,6 +256,8 @@ _making = threading.Lock()
 _all: "weakref.WeakSet[Groups]" = weakref.WeakSet()
 _work: "queue.SimpleQueue[Callable[[], object]]" = queue.SimpleQueue()
 _worker: threading.Thread | None = None
+_ending = False
+_ours: dict[str, cgroup.Group] = {}  # of sandboxes that end with this process
 
 
 def groups_of(connection: Spawner) -> Groups:
@@ -271,6 +273,10 @@ def groups_of(connection: Spawner) -> Groups:
 
 def _later(task: Callable[[], object]) -> None:
     global _worker
+    if _ending:  # no thread starts any more
+        with contextlib.suppress(Exception):
+            task()
+        return
     with _lock:
         _work.put(task)
         if _worker is None or not _worker.is_alive():
@@ -285,8 +291,14 @@ def _tidy() -> None:
             task()
 
 
+def ends_with_us(group: cgroup.Group) -> None:
+    """Whoever does not close the sandbox leaves no group, either."""
+    _ours[group.relative] = group
+
+
 def remove_later(group: cgroup.Group) -> None:
     """Remove a sandbox's group, when its last process is gone, without waiting for that."""
+    _ours.pop(group.relative, None)
     _later(lambda: group.remove(PATIENCE))
 
 
@@ -313,6 +325,12 @@ def leased(plan: Plan, connection: Spawner) -> Iterator[RunGroup]:
 
 
 def _at_exit() -> None:
+    global _ending
+    _ending = True
+    for group in list(_ours.values()):
+        with contextlib.suppress(SetupError):
+            group.kill()
+            remove_later(group)
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
@@ -331,6 +349,7 @@ def _after_fork_in_child() -> None:
     global _lock, _making, _work, _worker
     _lock, _making, _work, _worker = threading.Lock(), threading.Lock(), queue.SimpleQueue(), None
     _all.clear()
+    _ours.clear()
 
 
 atexit.register(_at_exit)

@@ -15,7 +15,7 @@ from typing import IO, Self
 
 from sandboxcore import _native, cgroup
 from sandboxcore.errors import SandboxError
-from sandboxcore.groups import groups_of, remove_later
+from sandboxcore.groups import ends_with_us, groups_of, remove_later
 from sandboxcore.plan import Plan
 from sandboxcore.request import sandbox_request
 from sandboxcore.spawner import Spawner
@@ -317,6 +317,8 @@ class Birth:
                 if plan.controllers:
                     made = groups_of(connection).sandbox(plan, name)
                     group, found = made.group, stack.enter_context(made.entrances())
+                    if home is None:
+                        ends_with_us(group)
                 return cls._send(plan, connection, home, found, group)
         except BaseException:
             if group is not None:

@@ -21,6 +21,7 @@ from sandboxcore.lifecycle import SandboxState, check_move, new_id
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link, boot_id, pid_of, start_ticks
 from sandboxcore.plan import Plan, reopened_plan
 from sandboxcore.request import Request
+from sandboxcore.resources import LimitChange
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.store import CommandRecord, SandboxRecord, Store
@@ -277,6 +278,15 @@ class PersistentSandbox(Sandbox):
             if self.last_active_at - self._record.last_active_at > _TOUCH:
                 self._store.change(self.id, last_active_at=self.last_active_at)
             return link
+
+    def _update(self, changes: Mapping[str, Any]) -> dict[str, LimitChange]:
+        with self._store.locked(self.id):
+            self._look()
+            return super()._update(changes)
+
+    def _limits_now(self, spec: SandboxSpec, *, running: bool) -> None:
+        self._store.change(self.id, spec=spec.to_dict())
+        super()._limits_now(spec, running=running)
 
     # --- detached commands ----------------------------------------------------------------------
 

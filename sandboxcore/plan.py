@@ -84,6 +84,7 @@ class Plan:
     watched: tuple[tuple[str, tuple[int, ...]], ...] = field(repr=False)
     controllers: tuple[str, ...] = ()  # of control groups; none: it needs no group
     group_limits: Limits = _NONE  # what is written there
+    restated: bool = False  # the template knows other rlimits: a request brings them
     ids: tuple[int, int] = field(init=False)  # uid and gid of the payload, as seen inside
     owner: tuple[int, int] | None = field(init=False)  # the same outside, unless it is the caller
 
@@ -149,7 +150,15 @@ def reopened_plan(spec: SandboxSpec, host: HostFeatures, omitted: tuple[str, ...
         watched=(),
         controllers=controllers,
         group_limits=_group_limits(spec.limits, omitted),
+        restated=True,
     )
+
+
+def updated_plan(plan: Plan, spec: SandboxSpec) -> Plan:
+    """The commands' side of the plan of a sandbox whose limits have changed while it runs."""
+    rlimits = _resource_limits(spec.limits, plan.host, plan.ids[0], "pids" in plan.controllers)
+    limits = _group_limits(spec.limits, plan.omitted)
+    return replace(plan, spec=spec, rlimits=tuple(rlimits), group_limits=limits, restated=True)
 
 
 _cache: dict[tuple[str, HostFeatures], Plan] = {}
@@ -364,8 +373,10 @@ def _controllers(spec: SandboxSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _group_limits(limits: Limits, omitted: Collection[str]) -> Limits:
     """What of the limits a group has."""
-    kept = (name for name in LIMITS if f"limits.{name}" not in omitted)
-    return Limits(**{"pids": None, **{name: getattr(limits, name) for name in kept}})
+    kept = {name: getattr(limits, name) for name in LIMITS if f"limits.{name}" not in omitted}
+    if kept.get("memory") is not None and kept.get("swap") is None and "swap" in cgroup.layout().versions:
+        kept["swap"] = 0  # or the limit would only be where swapping begins
+    return Limits(**{"pids": None, **kept})
 
 
 def _resource_limits(limits: Limits, host: HostFeatures, uid: int, grouped: bool) -> list[RLimit]:

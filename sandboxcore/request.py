@@ -257,8 +257,8 @@ class Request:
             _append_records(out, "files", [self._file(out, f) for f in self.files])
         if self.pass_fds:
             _append_records(out, "pass", [number.to_bytes(4, "little") for number in self.pass_fds])
-        if extras.rlimits:
-            limits = [_RLIMIT.pack(number, 0, soft, hard) for _, number, soft, hard in extras.rlimits]
+        if rlimits := extras.rlimits or (plan.rlimits if plan.restated else ()):
+            limits = [_RLIMIT.pack(number, 0, soft, hard) for _, number, soft, hard in rlimits]
             _append_records(out, "rlimits", limits)
         if plan.controllers and (seconds := (extras.limits or plan.spec.limits).cpu_time):
             _set(out, "cpu_us", max(1, int(seconds * 1e6)))

@@ -72,6 +72,7 @@ class ExecResult:
         the last half of the limit, and ``stdout_total`` and ``stderr_total`` count what was written.
     timings: seconds of each phase: queue, clone, setup, drop, run, collect.
     capabilities: with ``record=True``, what was applied, read back from the kernel.
+    detail: where a limit ended it, which one, and the numbers.
     """
 
     args: tuple[Program, ...]
@@ -86,6 +87,7 @@ class ExecResult:
     usage: Usage
     timings: Mapping[str, float] = field(repr=False)
     capabilities: SandboxCapabilities | None = field(repr=False, default=None)
+    detail: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -150,6 +152,31 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
     if found := next((cause for cause, holds in causes.items() if holds), None):
         return found
     return Cause.CPU_TIME if limits.cpu_time is not None and out_of_time else Cause.SIGNALED
+
+
+def _detail(cause: Cause, limits: Limits, done: _native.NativeResult) -> str:
+    """Which limit it was, and what was used of it."""
+    counts = done.counts or {}
+    used = (done.usage[0] + done.usage[1]) / 1e6
+    texts = {
+        Cause.OOM: f"limits.memory: {_size(limits.memory)}, peak {_size(counts.get('memory'))}, "
+        f"{counts.get('oom_kills', 0)} processes killed by the kernel, then the rest",
+        Cause.PIDS: f"limits.pids: {limits.pids}, {counts.get('pids_refused', 0)} forks refused",
+        Cause.CPU_TIME: f"limits.cpu_time: {limits.cpu_time} s, used {used:.3f} s",
+        Cause.OUTPUT: f"limits.output: {_size(limits.output)}, written {_size(max(done.totals))}",
+        Cause.DISK: f"limits.file_size: {_size(limits.file_size)}",
+    }
+    return texts.get(cause, "")
+
+
+def _size(value: int | str | None) -> str:
+    """Bytes, for people."""
+    if not isinstance(value, int):
+        return "none" if value is None else value
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if value >= factor:
+            return f"{value / factor:.4g} {unit}"
+    return f"{value} B"
 
 
 def _usage(done: _native.NativeResult) -> Usage:
@@ -232,4 +259,5 @@ def make_result(
         _usage(done),
         Timings(done),
         parse_applied(done.applied, plan.omitted) if done.applied else None,
+        "" if cause is _EXITED else _detail(cause, limits or plan.spec.limits, done),
     )

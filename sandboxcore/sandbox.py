@@ -23,7 +23,6 @@ from sandboxcore.errors import (
     SandboxTimeout,
     SpecError,
 )
-from sandboxcore.execution import Execution
 from sandboxcore.files import Files, FileServer
 from sandboxcore.journal import Journal
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
@@ -39,12 +38,13 @@ from sandboxcore.request import (
     Request,
     make_streams,
 )
+from sandboxcore.resources import Resources
 from sandboxcore.result import Decoder, make_result
 from sandboxcore.spawner import Spawner
 from sandboxcore.spec import Limits, SandboxSpec, parse_size
 
 
-class Sandbox(Execution):
+class Sandbox(Resources):
     """A sandbox that stays until it is closed, or until this process ends.
 
     ``with Sandbox() as sandbox`` starts it; :meth:`create` makes a started one; else :meth:`start` does.

@@ -1,0 +1,119 @@
+"""What a living sandbox uses, and may use: :meth:`Sandbox.usage`, :meth:`Sandbox.update`."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from sandboxcore.cgroup import Group, GroupUsage
+from sandboxcore.cgroup_values import LIMITS
+from sandboxcore.errors import SpecError, UnsupportedHost
+from sandboxcore.execution import Execution
+from sandboxcore.groups import OWN_PIDS
+from sandboxcore.plan import updated_plan
+from sandboxcore.spec import Limits, SandboxSpec
+
+FIXED = ("disk", "inodes")  # sizes of what is mounted
+
+
+@dataclass(frozen=True, slots=True)
+class LimitChange:
+    """What :meth:`Sandbox.update` has done about one limit.
+
+    before: the value until now. value: what is in force, as the kernel says where it can. applies: ``"now"``,
+    to what runs already, or to the ``"next command"``, or with the ``"next start"``.
+    """
+
+    before: Any
+    value: Any
+    applies: Literal["now", "next command", "next start"]
+
+
+class Resources(Execution):
+    """The part of :class:`Sandbox` that has to do with its control group."""
+
+    def usage(self) -> GroupUsage:
+        """What everything in it uses now, and has used since its start.
+
+        Raises :class:`SpecError` where it has no control group: where neither a limit asked for one nor
+        ``accounting``.
+        """
+        link = self._link_now()
+        if link.group is None:
+            raise SpecError("accounting: this sandbox has no control group; start it with accounting=True")
+        return link.group.usage()
+
+    def update(self, **changes: Any) -> Mapping[str, LimitChange]:
+        """Change limits, by the names of :class:`Limits`; ``None`` lifts one. All of them change, or none.
+
+        Limits of the control group hold at once, also for what runs: lowering ``memory`` below what cannot be
+        reclaimed kills (cgroup v2) or is refused (v1). The others hold for the next commands. A sandbox that
+        does not run keeps them for its start.
+
+        Raises :class:`SpecError` for a value that cannot be or a limit that is fixed (disk, inodes),
+        :class:`UnsupportedHost` for one whose controller the sandbox was started without, and
+        :class:`SetupError` for what the kernel refuses.
+        """
+        with self._lock:
+            return self._update(changes)
+
+    def _update(self, changes: Mapping[str, Any]) -> dict[str, LimitChange]:
+        before = self.spec.limits
+        for name in changes:
+            if name not in Limits.__dataclass_fields__:
+                raise SpecError(f"limits.{name}: there is no such limit")
+        limits = replace(before, **changes)
+        wanted = {name: getattr(limits, name) for name in changes}
+        link = self._link
+        if link is None:
+            self._limits_now(self.spec.replace(limits=limits), running=False)
+            return {name: LimitChange(getattr(before, name), wanted[name], "next start") for name in wanted}
+        if fixed := [name for name in wanted if name in FIXED]:
+            raise SpecError(f"limits.{fixed[0]}: fixed when the sandbox starts")
+        in_force = self._change_group(link.group, wanted)
+        self._limits_now(self.spec.replace(limits=limits), running=True)
+        return {
+            name: LimitChange(
+                getattr(before, name),
+                in_force.get(name, wanted[name]),
+                "now" if name in in_force else "next command",
+            )
+            for name in wanted
+        }
+
+    def _change_group(self, group: Group | None, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        grouped = {name: value for name, value in wanted.items() if name in LIMITS}
+        if group is None or "pids" not in self._plan.controllers:
+            grouped.pop("pids", None)  # RLIMIT_NPROC will do
+        if not grouped:
+            return {}
+        if group is None:
+            raise UnsupportedHost(
+                f"limits.{next(iter(grouped))} of a sandbox without a control group",
+                "start it with such a limit, or with accounting=True",
+            )
+        if grouped.get("pids") is not None:
+            grouped["pids"] += OWN_PIDS
+        in_force = group.change(grouped)
+        if in_force.get("pids") is not None:
+            in_force["pids"] -= OWN_PIDS
+        if "pids" in in_force:
+            _limit_commands(group, in_force["pids"])
+        return in_force
+
+    def _limits_now(self, spec: SandboxSpec, *, running: bool) -> None:
+        """Go by another spec from here on."""
+        self.spec = spec
+        if running:
+            self._plan = updated_plan(self._plan, spec)
+
+
+def _limit_commands(group: Group, pids: int | None) -> None:
+    """The groups of launchers that run already; of others, init takes care: csrc/group.c."""
+    parents = {group.v2, group.v1.get("pids")} - {None}
+    for parent in parents:
+        for directory in parent.glob("cmd-*") if parent else ():
+            with contextlib.suppress(
+                OSError
+            ):  # gone; or not ours to write: the whole's holds
+                (directory / "pids.max").write_text("max" if pids is None else str(pids + 1))
