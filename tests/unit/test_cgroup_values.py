@@ -76,12 +76,14 @@ def test_values_are_normalised() -> None:
 
 def test_which_limits_need_a_group() -> None:
     assert cgroup.needed(Limits()) == {}
-    assert cgroup.needed(Limits(memory=1, swap=1, cpus=1, cpu_weight=1, io=1, pids=1)) == {
+    every = Limits(memory=1, swap=1, cpus=1, cpu_weight=1, io=1, cpuset="0", pids=1)
+    assert cgroup.needed(every) == {
         "memory": "memory",
         "swap": "memory",
         "cpus": "cpu",
         "cpu_weight": "cpu",
         "io": "io",
+        "cpuset": "cpuset",
     }
 
 
@@ -153,7 +155,7 @@ def test_reading_v2_files(tmp_path: Path) -> None:
         "cpu.stat": "usage_usec 3000000\nuser_usec 1000000\nsystem_usec 2000000\nthrottled_usec 500000\n",
         "memory.events": "low 0\noom 1\noom_kill 2\n",
         "pids.events": "max 3\n",
-        "cpu.pressure": "some avg10=1.50 avg60=0.00 avg300=0.00 total=1\nfull avg10=9.00 avg60=0 avg300=0 total=0\n",
+        "cpu.pressure": "some avg10=1.50 avg60=0.00 total=1\nfull avg10=9.00 avg60=0.00 total=0\n",
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
