@@ -23,6 +23,7 @@ def living_subjects(stack: ExitStack) -> list[Subject]:
         raise Refused(f"cannot import sandboxcore: {error}") from error
 
     sandbox = stack.enter_context(sandboxcore.Sandbox())
+    limited = _limited(sandboxcore, stack)
 
     def run(argv: Sequence[str]) -> Block:
         return timed(lambda: sandbox.exec(argv, check=True))
@@ -57,6 +58,7 @@ def living_subjects(stack: ExitStack) -> list[Subject]:
             does="the same, 1 MiB of output from `head`",
             ratio_to=("subprocess.run.1MiB",),
         ),
+        *limited,
         Subject(
             name="living.popen",
             block=timed(popen),
@@ -87,6 +89,46 @@ def living_subjects(stack: ExitStack) -> list[Subject]:
             block=_echo(terminal.stdout.fileno(), lambda: None),
             does="one byte to a command's terminal and its echo",
             ratio_to=("floor.pty_echo",),
+            paced=10,
+        ),
+    ]
+
+
+def _limited(sandboxcore: Any, stack: ExitStack) -> list[Subject]:
+    """The same with limits that need control groups, where this host grants them."""
+    limits = sandboxcore.Limits(memory="256M", cpus=os.cpu_count(), pids=256)
+    spec = sandboxcore.SandboxSpec(limits=limits)
+    try:
+        sandbox = stack.enter_context(sandboxcore.Sandbox(spec))
+    except sandboxcore.UnsupportedHost:
+        return []
+
+    def suspend() -> None:
+        sandbox.suspend()
+        sandbox.resume()
+
+    busy = stack.enter_context(sandbox.popen(["/bin/sh", "-c", "while sleep 0.01; do :; done"]))
+    stack.callback(busy.kill)
+    return [
+        Subject(
+            name="cold.run.limits",
+            block=timed(lambda: sandboxcore.run(["true"], spec=spec, check=True)),
+            does="cold.run with limits of memory, CPUs and processes by control groups",
+            ratio_to=("cold.run", "subprocess.run"),
+            paced=10,
+        ),
+        Subject(
+            name="living.exec.limits",
+            block=timed(lambda: sandbox.exec(["true"], check=True)),
+            does="living.exec with the same limits; what each command used is counted",
+            ratio_to=("living.exec", "subprocess.run"),
+            paced=10,
+        ),
+        Subject(
+            name="living.suspend",
+            block=timed(suspend),
+            does="suspend and resume of that sandbox, in which two processes run",
+            ratio_to=("subprocess.run",),
             paced=10,
         ),
     ]

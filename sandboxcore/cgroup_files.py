@@ -21,6 +21,7 @@ BLOCK = Path("/sys/block")
 _NOT_REAL = re.compile(r"(loop|ram|zram)[0-9]+")
 _ABSENT = (E.ENOENT, E.ENODEV, E.ENOTDIR, E.EOPNOTSUPP)  # of a group, of a file, of a switched-off feature
 _BUSY = (E.EBUSY, E.ENOTEMPTY)
+_SOON = 0.002  # seconds in which to look again at once: the kernel tells of a change at most every 10 ms
 
 
 def read(path: Path) -> str | None:
@@ -104,12 +105,16 @@ def wait_event(group: Path, key: str, value: int, deadline: float) -> bool:
         return key == "populated" and value == 0
     poller = select.poll()
     poller.register(fd, select.POLLPRI | select.POLLERR)
+    soon = time.monotonic() + _SOON
     try:
         while pairs(os.pread(fd, 4096, 0).decode()).get(key) != value:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            now = time.monotonic()
+            if now >= deadline:
                 return False
-            poller.poll(min(left, 1) * 1000)
+            if now < soon:
+                os.sched_yield()
+            else:
+                poller.poll(min(deadline - now, 1) * 1000)
     except OSError as error:
         if error.errno != E.ENODEV:
             raise

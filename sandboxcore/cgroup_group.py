@@ -142,6 +142,26 @@ class Group:
                 raise SetupError("cgroup", E.ENOENT, subject=str(directory))
         return group
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON: for a process that finds other parents than this one, as of another
+        session."""
+        return {
+            "relative": self.relative,
+            "v2": None if self.v2 is None else str(self.v2),
+            "v1": {name: str(path) for name, path in self.v1.items()},
+            "controllers": list(self.controllers),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The reverse of :meth:`to_dict`; nothing is looked at."""
+        return cls(
+            relative=data["relative"],
+            v2=None if data["v2"] is None else Path(data["v2"]),
+            v1=MappingProxyType({name: Path(path) for name, path in data["v1"].items()}),
+            controllers=tuple(data["controllers"]),
+        )
+
     def leaf(self, name: str) -> "Group":
         """A group right below, such as that of one command."""
         return Group(

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sandboxcore import _native, cgroup
-from sandboxcore.cgroup_layout import SHARED
 from sandboxcore.errors import SetupError
 from sandboxcore.plan import Plan
 from sandboxcore.spawner import Spawner
@@ -300,17 +299,6 @@ def remove_later(group: cgroup.Group) -> None:
     """Remove a sandbox's group, when its last process is gone, without waiting for that."""
     _ours.pop(group.relative, None)
     _later(lambda: group.remove(PATIENCE))
-
-
-def find(name: str, controllers: Sequence[str]) -> cgroup.Group | None:
-    """The group of a sandbox that another process has started; None if there is none."""
-    found = cgroup.layout()
-    parents = [*found.v1.values()] if found.v2 is None else [found.v2, *found.v1.values()]
-    for parent in parents:
-        for directory in parent.glob(f"{SHARED}/host-*/{name}.*"):
-            with contextlib.suppress(SetupError):
-                return cgroup.Group.open(found, str(directory.relative_to(parent)), controllers)
-    return None
 
 
 @contextlib.contextmanager

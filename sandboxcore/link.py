@@ -2,6 +2,7 @@
 
 import contextlib
 import errno as E
+import json
 import os
 import select
 import signal
@@ -70,6 +71,22 @@ class Home:
         if new:
             file.truncate(_native.Pause.SIZE)
         return file
+
+    @property
+    def group(self) -> cgroup.Group | None:
+        """The control group that the sandbox of this directory was started in."""
+        try:
+            data = json.loads((self.path / "group").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return cgroup.Group.from_dict(data)
+
+    @group.setter
+    def group(self, group: cgroup.Group | None) -> None:
+        if group is None:
+            self.remove("group")
+        else:
+            (self.path / "group").write_text(json.dumps(group.to_dict()))
 
     def end(self) -> None:
         """Tell whoever listens here as init to end."""
@@ -145,9 +162,7 @@ class Link:
             self._release()
 
     @classmethod
-    def reopen(
-        cls, home: Home, pid: int, ticks: int, boot: str, group: cgroup.Group | None = None
-    ) -> Self | None:
+    def reopen(cls, home: Home, pid: int, ticks: int, boot: str) -> Self | None:
         """The way to a persistent sandbox that was on record as this process; None if that is gone."""
         here = boot_id()
         if boot.split()[:1] == here.split()[:1] and boot != here:
@@ -173,7 +188,7 @@ class Link:
             for sock in socks:
                 sock.close()
             return None
-        return cls(socks[0], socks[1], pidfd, pause=home.pause(), group=group)
+        return cls(socks[0], socks[1], pidfd, pause=home.pause(), group=home.group)
 
     def stay(self) -> None:
         """A persistent sandbox is on record now: from here on it does not end with this process."""
@@ -319,6 +334,8 @@ class Birth:
                     group, found = made.group, stack.enter_context(made.entrances())
                     if home is None:
                         ends_with_us(group)
+                if home is not None:
+                    home.group = group
                 return cls._send(plan, connection, home, found, group)
         except BaseException:
             if group is not None:

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from sandboxcore import host
-from sandboxcore.cgroup import Group
 from sandboxcore.detached import DetachedCommand, Door
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.files import FileServer
-from sandboxcore.groups import find, remove_later
+from sandboxcore.groups import remove_later
 from sandboxcore.journal import Journal
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link, boot_id, pid_of, start_ticks
@@ -144,7 +143,7 @@ class PersistentSandbox(Sandbox):
                 return
             if self._link is None:
                 home = self._store.home(self.id)
-                self._link = Link.reopen(home, record.pid, record.ticks, record.boot, self._group())
+                self._link = Link.reopen(home, record.pid, record.ticks, record.boot)
             if self._link is None or not self._link.alive():
                 self._let_go()
                 self._note_end(record)
@@ -153,12 +152,9 @@ class PersistentSandbox(Sandbox):
         """It was killed, or the machine was restarted: put that on record, unless somebody did meanwhile."""
         now = time.time()
         self._store.end(record, now)
-        if group := self._group():
+        if group := self._store.home(self.id).group:
             remove_later(group)
         self._state, self.stopped_at = SandboxState.STOPPED, now
-
-    def _group(self) -> Group | None:
-        return find(self.id, self._plan.controllers) if self._plan.controllers else None
 
     def _let_go(self) -> None:
         self._file_server.close()

@@ -159,8 +159,7 @@ def _detail(cause: Cause, limits: Limits, done: _native.NativeResult) -> str:
     counts = done.counts or {}
     used = (done.usage[0] + done.usage[1]) / 1e6
     texts = {
-        Cause.OOM: f"limits.memory: {_size(limits.memory)}, peak {_size(counts.get('memory'))}, "
-        f"{counts.get('oom_kills', 0)} processes killed by the kernel, then the rest",
+        Cause.OOM: f"limits.memory: {_size(limits.memory)}, peak {_size(counts.get('memory'))}",
         Cause.PIDS: f"limits.pids: {limits.pids}, {counts.get('pids_refused', 0)} forks refused",
         Cause.CPU_TIME: f"limits.cpu_time: {limits.cpu_time} s, used {used:.3f} s",
         Cause.OUTPUT: f"limits.output: {_size(limits.output)}, written {_size(max(done.totals))}",
