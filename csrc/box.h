@@ -58,7 +58,7 @@ struct sbx_box {
 	const struct sbx_pause *pause;
 	unsigned peers; /* processes of ours that count against the payload's limit of processes */
 	/* control groups: group.c */
-	int born, oom; /* or -1 */
+	int born, oom, hold; /* or -1 */
 	int move[SBX_MAX_GROUPS], slot_dir[SBX_MAX_GROUPS];
 	uint32_t slot_use[SBX_MAX_GROUPS];
 	unsigned moves, slots;

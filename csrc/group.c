@@ -13,7 +13,7 @@
 /* Where each descriptor of the request belongs. `fds` are the last of the message. */
 void sbx_group_take(struct sbx_box *box, const uint32_t *use, const int *fds, size_t count)
 {
-	box->born = box->oom = -1;
+	box->born = box->oom = box->hold = -1;
 	box->moves = box->slots = 0;
 	box->shared_view = false;
 	for (size_t i = 0; i < count; i++) {
@@ -23,6 +23,8 @@ void sbx_group_take(struct sbx_box *box, const uint32_t *use, const int *fds, si
 			box->move[box->moves++] = fds[i];
 		else if (use[i] == SBX_GROUP_OOM)
 			box->oom = fds[i];
+		else if (use[i] == SBX_GROUP_HOLD)
+			box->hold = fds[i];
 		else {
 			box->slot_use[box->slots] = use[i];
 			box->slot_dir[box->slots++] = fds[i];

@@ -98,7 +98,7 @@ static bool serve(const struct sbx_launcher *l)
 	dispatch(l, len < 0 ? 0 : (size_t)len, fds, nfds);
 	for (size_t i = 0; i < nfds; i++)
 		sbx_close(fds[i]);
-	if (count(l->pool, SBX_LAUNCHER_IDLE) >= SPARE || (l->slot && sbx_gauge_worn(&l->slot->gauge)))
+	if (count(l->pool, SBX_LAUNCHER_IDLE) >= SPARE || (l->slot && sbx_gauge_worn(&l->slot->gauge, UINT64_MAX)))
 		return false;
 	l->pool->state[l->number] = SBX_LAUNCHER_IDLE;
 	return true;

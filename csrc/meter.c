@@ -94,6 +94,13 @@ static bool read_text(int fd, char *text, size_t size)
 	return n >= 0;
 }
 
+static uint64_t number_in(int fd)
+{
+	char text[64];
+
+	return read_text(fd, text, sizeof text) ? sum_of(text, "") : 0;
+}
+
 static void set(struct sbx_counts *c, enum sbx_meter meter, uint64_t value)
 {
 	c->value[meter] = value;
@@ -136,10 +143,8 @@ static void read_all(const struct sbx_gauge *g, struct sbx_counts *c)
 /* From here on it counts for the next command. */
 void sbx_gauge_begin(struct sbx_gauge *g)
 {
-	char text[64];
-
 	g->resets = g->fd[PEAK] >= 0 && sbx_sys(SYS_pwrite64, g->fd[PEAK], "0", 1, 0) == 1;
-	g->base = read_text(g->fd[NOW], text, sizeof text) ? sum_of(text, "") : 0;
+	g->base = number_in(g->fd[NOW]);
 	read_all(g, &g->start);
 	if (!g->begun)
 		g->birth = g->start;
@@ -200,13 +205,11 @@ int sbx_gauge_events(const struct sbx_gauge *g)
 	return g->polls ? g->fd[EVENTS] : -1;
 }
 
-/* Whether a small command could no longer be measured, after the last one. */
-int sbx_gauge_worn(const struct sbx_gauge *g)
+/* Whether a small command could no longer be measured, after the last one; or more is `left` than that. */
+int sbx_gauge_worn(const struct sbx_gauge *g, uint64_t left)
 {
-	struct sbx_counts now;
-
-	read_all(g, &now);
 	const uint64_t *at = g->birth.value;
-	return (!g->resets && now.value[SBX_METER_MEMORY] > at[SBX_METER_MEMORY] + (1u << 20)) ||
-	       now.value[SBX_METER_PIDS] > at[SBX_METER_PIDS] + 8;
+
+	return (!g->resets && number_in(g->fd[PEAK]) > at[SBX_METER_MEMORY] + (1u << 20)) ||
+	       number_in(g->fd[PIDS_PEAK]) > at[SBX_METER_PIDS] + 8 || number_in(g->fd[NOW]) > left;
 }

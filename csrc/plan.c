@@ -204,7 +204,7 @@ static bool groups_ok(const struct arena *a, const struct sbx_request *r)
 	if (!array_ok(a, r->groups, sizeof *use, _Alignof(uint32_t)) || r->groups.count > SBX_MAX_GROUPS)
 		return false;
 	for (uint32_t i = 0; i < r->groups.count; i++)
-		if (use[i] < SBX_GROUP_BORN || use[i] > SBX_GROUP_SLOTS_BLKIO)
+		if (use[i] < SBX_GROUP_BORN || use[i] > SBX_GROUP_HOLD)
 			return false;
 	return true;
 }

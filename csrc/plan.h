@@ -241,6 +241,7 @@ enum sbx_group_use {
 	SBX_GROUP_SLOTS_PIDS,
 	SBX_GROUP_SLOTS_CPUACCT,
 	SBX_GROUP_SLOTS_BLKIO,
+	SBX_GROUP_HOLD, /* no group: what the host wants to be open as long as init of a sandbox that stays lives */
 };
 
 /* What a group has counted; differences, if it was there before. */
@@ -280,7 +281,7 @@ void sbx_gauge_open(struct sbx_gauge *g, int dir, uint32_t use);
 void sbx_gauge_close(struct sbx_gauge *g);
 void sbx_gauge_begin(struct sbx_gauge *g);
 void sbx_gauge_end(const struct sbx_gauge *g, uint32_t own, struct sbx_counts *c);
-int sbx_gauge_worn(const struct sbx_gauge *g);
+int sbx_gauge_worn(const struct sbx_gauge *g, uint64_t left);
 int sbx_gauge_has_cpu(const struct sbx_gauge *g);
 uint64_t sbx_gauge_cpu(const struct sbx_gauge *g);
 int sbx_gauge_out_of_memory(const struct sbx_gauge *g);

@@ -286,10 +286,10 @@ int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 	r.poke = (int)sbx_sys(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (r.poke < 0)
 		return sbx_fail(err, SBX_STAGE_LAUNCHER, 1, r.poke);
-	int keep[6 + SBX_MAX_GROUPS] = { box->control,		 box->keeper, box->work, box->spawner->host_pidfd,
-					 box->spawner->children, r.poke };
-	memcpy(keep + 6, box->slot_dir, box->slots * sizeof(int));
-	long ret = sbx_fds_close_except(keep, 6 + box->slots);
+	int keep[7 + SBX_MAX_GROUPS] = { box->control,		 box->keeper, box->work, box->spawner->host_pidfd,
+					 box->spawner->children, r.poke,      box->hold };
+	memcpy(keep + 7, box->slot_dir, box->slots * sizeof(int));
+	long ret = sbx_fds_close_except(keep, 7 + box->slots);
 	if (ret >= 0)
 		ret = fill_stdio();
 	if (ret >= 0)

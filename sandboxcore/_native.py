@@ -490,10 +490,9 @@ class Gauge:
         lib.sbx_gauge_end(self.native, 1, counts)
         return _counted([*counts.value, counts.known])
 
-    @property
-    def worn(self) -> bool:
-        """Whether a small command could not be measured any more."""
-        return bool(lib.sbx_gauge_worn(self.native))
+    def worn(self, left: int) -> bool:
+        """Whether a small command could not be measured any more, or it holds more bytes than ``left``."""
+        return bool(lib.sbx_gauge_worn(self.native, left))
 
     def close(self) -> None:
         """Close its files. Idempotent."""

@@ -23,6 +23,7 @@ Failing to sandbox is an exception; what the program did is data (:class:`ExecRe
 ``check=True`` asks otherwise.
 """
 
+import errno as E
 import functools
 import os
 import subprocess
@@ -118,6 +119,18 @@ class InvalidTransition(SandboxError, RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.name, self.state, self.wanted)
+
+
+class TooManySandboxes(SandboxError, BlockingIOError):
+    """There are ``maximum`` sandboxes of this user already: ``host_limits(max_sandboxes=)`` or
+    ``SANDBOXCORE_MAX_SANDBOXES``. Close one, or try again later."""
+
+    def __init__(self, maximum: int) -> None:
+        super().__init__(E.EAGAIN, f"there are {maximum} sandboxes already, which is max_sandboxes")
+        self.maximum = maximum
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.maximum,)
 
 
 class SandboxNotFound(SandboxError, LookupError):

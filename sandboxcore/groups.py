@@ -18,8 +18,9 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from sandboxcore import _native, cgroup
+from sandboxcore import _native, census, cgroup
 from sandboxcore.errors import SetupError
 from sandboxcore.plan import Plan
 from sandboxcore.spawner import Spawner
@@ -81,13 +82,6 @@ class RunGroup:
     def fds(self) -> list[int]:
         """What the spawner and init need of the group."""
         return [fd for _, fd in self._entrances]
-
-    @property
-    def reusable(self) -> bool:
-        """Whether the next run would find it as good as new."""
-        return (
-            not self.gauge.worn and (self.group.usage().memory or 0) <= LEFTOVER and not self.group.populated
-        )
 
     def begin(self) -> None:
         """From here on it counts for the next run."""
@@ -203,10 +197,11 @@ class Groups:
         group.begin()
         return group
 
-    def give_back(self, plan: Plan, group: RunGroup) -> None:
-        """After a run: to be used again, or to be removed and replaced in the background."""
+    def give_back(self, plan: Plan, group: RunGroup, *, clean: bool) -> None:
+        """After a run: to be used again, if that would find it as good as new, or to be removed and replaced
+        in the background. ``clean``: nothing of the run is left in it."""
         key = plan.controllers, plan.group_limits
-        if group.reusable:
+        if clean and not group.gauge.worn(LEFTOVER):
             with self._lock:
                 idle = self._idle.get(key)
                 if idle is not None and len(idle) < KEPT:
@@ -246,6 +241,25 @@ def counted(done: _native.NativeResult, group: RunGroup) -> _native.NativeResult
     done.counts = group.gauge.end()
     done.out_of_memory |= bool(done.counts and done.counts.get("oom_kills"))
     return done
+
+
+def host_limits(limits: Limits | None = None, *, max_sandboxes: int | None = None) -> dict[str, Any]:
+    """Limit all sandboxes of this user together.
+
+    limits: of the control group that all of their groups are in, for every process that uses the same one;
+        what is None is lifted (``pids``: where it has its default), and default None leaves them alone.
+    max_sandboxes: how many there may be at once, in all processes of the user, those of :func:`run` included;
+        counted where this process makes one (the same can be said by SANDBOXCORE_MAX_SANDBOXES). One more
+        raises :class:`TooManySandboxes`. None: what the environment says.
+
+    Returns the group's limits as the kernel has them. Raises :class:`UnsupportedHost`, :class:`SpecError`.
+    """
+    census.set_maximum(max_sandboxes)
+    if limits is None:
+        return {}
+    if limits.pids == Limits().pids:
+        limits = dataclasses.replace(limits, pids=None)
+    return cgroup.host_limits(limits)
 
 
 # --- one for each spawner, and the thread that tidies up ----------------------------------------------
@@ -306,10 +320,12 @@ def leased(plan: Plan, connection: Spawner) -> Iterator[RunGroup]:
     """The group of one run."""
     groups = groups_of(connection)
     group = groups.lease(plan)
+    clean = False
     try:
         yield group
+        clean = True
     finally:
-        groups.give_back(plan, group)
+        groups.give_back(plan, group, clean=clean)
 
 
 def _at_exit() -> None:

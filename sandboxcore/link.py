@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from sandboxcore import _native, cgroup
+from sandboxcore.census import take_place
 from sandboxcore.errors import SandboxError
 from sandboxcore.groups import ends_with_us, groups_of, remove_later
 from sandboxcore.plan import Plan
@@ -329,6 +330,9 @@ class Birth:
         try:
             with contextlib.ExitStack() as stack:
                 found: list[tuple[str, int]] = []
+                place = take_place()
+                if place >= 0:
+                    stack.callback(os.close, place)
                 if plan.controllers:
                     made = groups_of(connection).sandbox(plan, name)
                     group, found = made.group, stack.enter_context(made.entrances())
@@ -336,6 +340,8 @@ class Birth:
                         ends_with_us(group)
                 if home is not None:
                     home.group = group
+                if place >= 0:
+                    found = [*found, ("HOLD", place)]
                 return cls._send(plan, connection, home, found, group)
         except BaseException:
             if group is not None:

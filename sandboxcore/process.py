@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from sandboxcore import _native, groups, host, spawner
+from sandboxcore.census import place
 from sandboxcore.errors import (
     CwdNotFound,
     CwdNotPermitted,
@@ -117,7 +118,8 @@ def _execute(
             )
             return groups.counted(done, group)
 
-    return with_spawner(plan, request, action)
+    with place():
+        return with_spawner(plan, request, action)
 
 
 def with_spawner(plan: Plan, request: Request | None, action: Callable[[spawner.Spawner], Done]) -> Done:

@@ -101,13 +101,13 @@ static void an_old_peak_is_not_this_commands(void)
 	sbx_gauge_begin(&g);
 	CHECK(!g.resets);
 	sbx_gauge_end(&g, 1, &c);
-	CHECK(!(c.known & 1u << SBX_METER_MEMORY) && !(c.known & 1u << SBX_METER_PIDS) && !sbx_gauge_worn(&g));
+	CHECK(!(c.known & 1u << SBX_METER_MEMORY) && !(c.known & 1u << SBX_METER_PIDS) && !sbx_gauge_worn(&g, 1000) && sbx_gauge_worn(&g, 999));
 	set("memory.peak", "9000000\n");
 	set("pids.peak", "6\n");
 	sbx_gauge_end(&g, 1, &c);
 	CHECK(c.known & 1u << SBX_METER_MEMORY && c.value[SBX_METER_MEMORY] == 9000000 - 1000);
 	CHECK(c.known & 1u << SBX_METER_PIDS && c.value[SBX_METER_PIDS] == 5);
-	CHECK(sbx_gauge_worn(&g));
+	CHECK(sbx_gauge_worn(&g, UINT64_MAX));
 	sbx_gauge_close(&g);
 	remove_group();
 }
