@@ -13,7 +13,7 @@
 #include <sys/resource.h>
 #include <sys/wait.h>
 
-enum { RETRY_NS = 50000000 };
+enum { RETRY_NS = 50000000, OOM_NS = 500000000, OOM_LOOK_NS = 2000000 };
 enum slot { CHILDREN, LISTEN, MEMORY, FIRST_PUMP, SLOTS = FIRST_PUMP + SBX_PUMPS };
 
 struct command {
@@ -30,6 +30,8 @@ struct command {
 	bool out_of_memory;	 /* the kernel has killed a process of it */
 	struct sbx_gauge *gauge; /* or NULL */
 	int cpus;
+	uint64_t cpu_look;     /* when to look at the CPU time again */
+	uint64_t memory_until; /* version 1: how long to look whether a process of it was killed */
 	struct sbx_streams streams;
 	struct sbx_usage usage;
 	int followers[SBX_MAX_FOLLOWERS];
@@ -218,16 +220,21 @@ static void hear(struct command *c)
 
 /* --- its control group ------------------------------------------------------------------------- */
 
+/*
+ * Version 2 tells after a kill, in the group of who was killed. Version 1 tells before it, in all groups below the
+ * one that is full: whether it was one of ours shows a moment later.
+ */
 static void look_at_memory(struct command *c, const struct pollfd *event)
 {
-	uint64_t drop;
+	uint64_t drop, now = sbx_now();
 
-	if (!event->revents)
-		return;
-	bool told = event->fd == c->box->slot->oom; /* version 1, before the kernel kills */
-	if (told)
+	if (event->revents && event->fd == c->box->slot->oom) {
 		(void)sbx_sys(SYS_read, event->fd, &drop, sizeof drop);
-	if (!c->ended && (told || sbx_gauge_out_of_memory(c->gauge)))
+		c->memory_until = now + OOM_NS;
+	}
+	if (!event->revents && now >= c->memory_until)
+		return;
+	if (!c->ended && !c->killed && sbx_gauge_out_of_memory(c->gauge))
 		c->killed = c->out_of_memory = true;
 }
 
@@ -249,6 +256,9 @@ static uint64_t look_at_cpu(struct command *c)
 
 	if (!limit || c->killed || !c->gauge || !sbx_gauge_has_cpu(c->gauge))
 		return 0;
+	uint64_t now = sbx_now();
+	if (now < c->cpu_look)
+		return c->cpu_look;
 	uint64_t used = sbx_gauge_cpu(c->gauge);
 	if (used >= limit) {
 		c->killed = c->out_of_time = true;
@@ -257,7 +267,7 @@ static uint64_t look_at_cpu(struct command *c)
 	if (!c->cpus)
 		c->cpus = count_cpus();
 	uint64_t left = (limit - used) * 1000 / (uint64_t)c->cpus;
-	return sbx_now() + (left < 1000000 ? 1000000 : left);
+	return c->cpu_look = now + (left < 1000000 ? 1000000 : left);
 }
 
 static bool pumping(const struct command *c)
@@ -330,6 +340,8 @@ static void watch(struct command *c)
 		if (timeout)
 			deadline = c->box->clock[SBX_CLOCK_RECEIVED] + timeout + sbx_paused(pause, sbx_now()) - before;
 		uint64_t next = look && (!deadline || look < deadline) ? look : deadline;
+		if (sbx_now() < c->memory_until) /* and soon */
+			next = sbx_now() + OOM_LOOK_NS;
 		long ret = wait_for_event(c, fds, c->killed ? 0 : next);
 		if (ret < 0) /* EINTR; or no memory just now */
 			continue;

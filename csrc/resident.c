@@ -57,8 +57,10 @@ static long add_launcher(struct resident *r)
 	if (number == SBX_MAX_LAUNCHERS)
 		return 0;
 	long ret = own ? sbx_slot_make(r->box, number, own) : 0;
-	if (ret < 0)
+	if (ret < 0) {
+		sbx_slot_remove(r->box, number);
 		return ret;
+	}
 	if (own && own->dir >= 0) {
 		args.flags = CLONE_INTO_CGROUP;
 		args.cgroup = (uint64_t)own->dir;

@@ -304,6 +304,8 @@ static uint64_t look_at_cpu(struct sbx_run *run, uint64_t now)
 {
 	if (!run->cpu_us || run->state != RUNNING)
 		return UINT64_MAX;
+	if (now < run->cpu_look_ns)
+		return run->cpu_look_ns;
 	uint64_t used = sbx_gauge_cpu(run->gauge);
 	if (used >= run->cpu_us) {
 		put_down(run, &run->out_of_time);
@@ -312,7 +314,7 @@ static uint64_t look_at_cpu(struct sbx_run *run, uint64_t now)
 	if (!run->cpus)
 		run->cpus = (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
 	uint64_t left = (run->cpu_us - used) * 1000 / (uint64_t)run->cpus;
-	return now + (left < 1000000 ? 1000000 : left);
+	return run->cpu_look_ns = now + (left < 1000000 ? 1000000 : left);
 }
 
 static void look_at_output(struct sbx_run *run)

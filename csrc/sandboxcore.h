@@ -73,6 +73,7 @@ struct sbx_run {
 	size_t stdin_offset;
 	size_t stdin_size;
 	uint64_t give_up_ns;
+	uint64_t cpu_look_ns; /* when to look at the CPU time again */
 };
 
 /*
