@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from sandboxcore import _native
+from sandboxcore.errors import SandboxError
 from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Birth, Home, Link
 from sandboxcore.plan import Plan
 from sandboxcore.process import ATTEMPTS, help_spawner, reach_spawner
@@ -231,6 +232,8 @@ async def born(plan: Plan, name: str, home: Home | None = None) -> Link:
     async def action(connection: Spawner) -> Link:
         try:
             birth = Birth.send(plan, connection, name, home)
+        except SandboxError:
+            raise
         except OSError as error:
             raise unsent(error) from error
         loop = asyncio.get_running_loop()

@@ -19,6 +19,7 @@ from sandboxcore.command import Ending, Process
 from sandboxcore.detached import DEFAULT_KEEP, DetachedCommand, PrivateDoor
 from sandboxcore.errors import (
     InvalidTransition,
+    SandboxError,
     SandboxNotFound,
     SandboxTimeout,
     SpecError,
@@ -136,6 +137,8 @@ class Sandbox(Resources):
         def action(connection: Spawner) -> Link:
             try:
                 return Birth.send(self._plan, connection, self.id, home).wait()
+            except SandboxError:
+                raise
             except OSError as error:
                 code = error.errno or 0
                 stage = "spawner" if code in (E.EPIPE, E.ECONNRESET) else "host"
