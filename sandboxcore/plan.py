@@ -103,6 +103,13 @@ class Plan:
             return None
         return self.host.id_base + ids[0], self.host.id_base + ids[1]
 
+    @property
+    def uids(self) -> range:
+        """The ids outside that a payload of any user inside may have."""
+        if self.host.mode == "root":
+            return range(self.host.id_base, self.host.id_base + ID_RANGE)
+        return range(self.host.uid, self.host.uid + 1)
+
     def is_fresh(self) -> bool:
         """Whether everything the template binds or copies is still the same file."""
         return all(identity(path) == known for path, known in self.watched)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sandboxcore import _native
+from sandboxcore import _native, audit
 from sandboxcore.capabilities import SandboxCapabilities, parse_applied
 from sandboxcore.errors import CommandFailed, SandboxTimeout
 from sandboxcore.plan import Plan
@@ -72,7 +72,8 @@ class ExecResult:
         the last half of the limit, and ``stdout_total`` and ``stderr_total`` count what was written.
     timings: seconds of each phase: queue, clone, setup, drop, run, collect.
     capabilities: with ``record=True``, what was applied, read back from the kernel.
-    detail: where a limit ended it, which one, and the numbers.
+    detail: where a limit ended it, which one, and the numbers; for ``seccomp``, the system call where the
+        kernel's log may be read (as root).
     """
 
     args: tuple[Program, ...]
@@ -154,8 +155,11 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
     return Cause.CPU_TIME if limits.cpu_time is not None and out_of_time else Cause.SIGNALED
 
 
-def _detail(cause: Cause, limits: Limits, done: _native.NativeResult) -> str:
+def _detail(cause: Cause, plan: Plan, limits: Limits, done: _native.NativeResult) -> str:
     """Which limit it was, and what was used of it."""
+    if cause is Cause.SECCOMP:
+        name = audit.forbidden_call(done.began, done.ended, plan.uids)
+        return f"system call {name}" if name else "the system call's name is not in a log that we may read"
     counts = done.counts or {}
     used = (done.usage[0] + done.usage[1]) / 1e6
     texts = {
@@ -258,5 +262,5 @@ def make_result(
         _usage(done),
         Timings(done),
         parse_applied(done.applied, plan.omitted) if done.applied else None,
-        "" if cause is _EXITED else _detail(cause, limits or plan.spec.limits, done),
+        "" if cause is _EXITED else _detail(cause, plan, limits or plan.spec.limits, done),
     )

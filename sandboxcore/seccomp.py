@@ -190,6 +190,16 @@ def _conjunction(tests: Sequence[ArgTest], hit: int) -> list[_Instruction]:
 _import_lock = threading.Lock()
 
 
+def call_name(number: int) -> str:
+    """A system call's name on this machine, or its number."""
+    lib = _pyseccomp()
+    try:
+        name: bytes = lib.resolve_syscall(lib.Arch.NATIVE, number)
+    except ValueError:  # newer than the library
+        return str(number)
+    return name.decode()
+
+
 def _pyseccomp() -> ModuleType:
     """Import pyseccomp without starting a process.
 
