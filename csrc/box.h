@@ -56,7 +56,8 @@ struct sbx_box {
 	int work;	 /* socket of the launchers: EXEC, FILES */
 	int pause_page;
 	const struct sbx_pause *pause;
-	unsigned peers; /* processes of ours that count against the payload's limit of processes */
+	uint64_t paused_before; /* up to RECEIVED, ns */
+	unsigned peers;		/* processes of ours that count against the payload's limit of processes */
 	/* control groups: group.c */
 	int born, oom, hold; /* or -1 */
 	int move[SBX_MAX_GROUPS], slot_dir[SBX_MAX_GROUPS];

@@ -328,7 +328,7 @@ static long wait_for_event(const struct command *c, struct pollfd *fds, uint64_t
 static void watch(struct command *c)
 {
 	const struct sbx_pause *pause = c->box->pause;
-	uint64_t timeout = c->box->request->timeout_ns, before = sbx_paused(pause, c->box->clock[SBX_CLOCK_RECEIVED]);
+	uint64_t timeout = c->box->request->timeout_ns, before = c->box->paused_before;
 	struct pollfd fds[SLOTS];
 	char drop[128];
 

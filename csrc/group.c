@@ -106,8 +106,13 @@ static long add_directory(struct sbx_slot *slot, int parent, uint32_t use, const
 	sbx_gauge_open(&slot->gauge, dir, use);
 	if (use == SBX_GROUP_SLOTS || use == SBX_GROUP_SLOTS_PIDS)
 		limit_pids(parent, dir);
-	if (use == SBX_GROUP_SLOTS_MEMORY)
+	if (use == SBX_GROUP_SLOTS_MEMORY) {
 		slot->oom = watch_memory(dir);
+		/* version 1 counts what sockets hold of groups only in which that was asked for; the limit is above */
+		ret = sbx_write_file(dir, "memory.kmem.tcp.limit_in_bytes", "-1");
+		if (ret < 0 && ret != -ENOENT)
+			return ret;
+	}
 	if (use == SBX_GROUP_SLOTS) {
 		slot->dir = sbx_steal_fd(&dir);
 		return 0;

@@ -91,6 +91,7 @@ static bool serve(const struct sbx_launcher *l)
 		(void)sbx_sys(SYS_ppoll, NULL, 0, NULL, NULL, 0);
 		return false;
 	}
+	l->box->paused_before = sbx_paused(l->box->pause, sbx_now()); /* first: we may be frozen at any moment */
 	l->box->clock[SBX_CLOCK_RECEIVED] = l->box->clock[SBX_CLOCK_STARTED] = sbx_now();
 	l->pool->state[l->number] = SBX_LAUNCHER_BUSY;
 	if (count(l->pool, SBX_LAUNCHER_IDLE) + count(l->pool, SBX_LAUNCHER_STARTING) == 0)

@@ -6,7 +6,7 @@
  */
 #include "util.h"
 
-enum file { CPU, USER_NS, SYSTEM_NS, PEAK, NOW, EVENTS, PIDS_PEAK, PIDS_EVENTS, IO, FILES };
+enum file { CPU, ALL_NS, SYSTEM_NS, PEAK, NOW, EVENTS, PIDS_PEAK, PIDS_EVENTS, IO, FILES };
 _Static_assert((int)FILES == (int)SBX_GAUGES, "struct sbx_gauge has room for every file");
 
 static const struct {
@@ -26,7 +26,7 @@ static const struct {
 	{ SBX_GROUP_SLOTS_MEMORY, EVENTS, "memory.oom_control" },
 	{ SBX_GROUP_SLOTS_PIDS, PIDS_PEAK, "pids.peak" },
 	{ SBX_GROUP_SLOTS_PIDS, PIDS_EVENTS, "pids.events" },
-	{ SBX_GROUP_SLOTS_CPUACCT, USER_NS, "cpuacct.usage_user" },
+	{ SBX_GROUP_SLOTS_CPUACCT, ALL_NS, "cpuacct.usage" },
 	{ SBX_GROUP_SLOTS_CPUACCT, SYSTEM_NS, "cpuacct.usage_sys" },
 	{ SBX_GROUP_SLOTS_BLKIO, IO, "blkio.throttle.io_service_bytes" },
 };
@@ -112,10 +112,12 @@ static void read_cpu(const struct sbx_gauge *g, char *text, size_t size, struct 
 	if (read_text(g->fd[CPU], text, size)) {
 		set(c, SBX_METER_CPU_USER, sum_of(text, "user_usec "));
 		set(c, SBX_METER_CPU_SYSTEM, sum_of(text, "system_usec "));
-	} else if (read_text(g->fd[USER_NS], text, size)) {
-		set(c, SBX_METER_CPU_USER, sum_of(text, "") / 1000);
-		if (read_text(g->fd[SYSTEM_NS], text, size))
-			set(c, SBX_METER_CPU_SYSTEM, sum_of(text, "") / 1000);
+	} else if (read_text(g->fd[ALL_NS], text, size)) {
+		/* only the sum is exact; what is the kernel's share of it was seen at clock ticks, and may be more */
+		uint64_t all = sum_of(text, "") / 1000;
+		uint64_t kernel = read_text(g->fd[SYSTEM_NS], text, size) ? sum_of(text, "") / 1000 : 0;
+		set(c, SBX_METER_CPU_USER, all - kernel);
+		set(c, SBX_METER_CPU_SYSTEM, kernel);
 	}
 }
 
@@ -172,6 +174,11 @@ void sbx_gauge_end(const struct sbx_gauge *g, uint32_t own, struct sbx_counts *c
 		if (stale && now <= s->value[i] && s->value[i])
 			c->known &= ~(1u << i);
 	}
+	uint64_t *user = &c->value[SBX_METER_CPU_USER];
+	if ((int64_t)*user < 0) {
+		c->value[SBX_METER_CPU_SYSTEM] += *user;
+		*user = 0;
+	}
 }
 
 /* CPU time since the beginning, us. */
@@ -187,7 +194,7 @@ uint64_t sbx_gauge_cpu(const struct sbx_gauge *g)
 
 int sbx_gauge_has_cpu(const struct sbx_gauge *g)
 {
-	return g->fd[CPU] >= 0 || g->fd[USER_NS] >= 0;
+	return g->fd[CPU] >= 0 || g->fd[ALL_NS] >= 0;
 }
 
 /* Whether processes were killed for want of memory since the beginning. */

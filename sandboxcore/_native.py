@@ -241,6 +241,7 @@ class NativeResult:
     out_of_memory: bool = False
     out_of_time: bool = False  # CPU time
     flooded: bool = False  # killed for its output
+    group_limits: Mapping[str, Any] | None = None  # of its control group; where `applied` was asked for
 
 
 _UNBOUNDED = 1 << 62
@@ -464,6 +465,11 @@ class Pause:
             self.native.total += time.monotonic_ns() - since
             self.native.since = 0
 
+    @property
+    def paused(self) -> bool:
+        """Whether it is suspended now."""
+        return bool(self.native.since)
+
     def until(self, now: int) -> int:
         """Nanoseconds up to a moment of CLOCK_MONOTONIC."""
         since = cast(int, self.native.since)
@@ -489,6 +495,11 @@ class Gauge:
         counts = ffi.new("struct sbx_counts *")
         lib.sbx_gauge_end(self.native, 1, counts)
         return _counted([*counts.value, counts.known])
+
+    @property
+    def cpu(self) -> float:
+        """Seconds of CPU time since."""
+        return cast(int, lib.sbx_gauge_cpu(self.native)) / 1e6
 
     def worn(self, left: int) -> bool:
         """Whether a small command could not be measured any more, or it holds more bytes than ``left``."""

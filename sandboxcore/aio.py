@@ -1,9 +1,15 @@
 """The same for asyncio: :func:`run`, :class:`Sandbox`, :class:`PersistentSandbox`, :class:`Process` and
 :class:`DetachedCommand` under the same names.
 
-Everything waits by the event loop's own callbacks; there is no thread behind it. What still blocks is what
-starting a program takes anyway: the first use in a process starts the spawner, and looks at what the host
-can do, which takes some tens of milliseconds; and statements of a persistent sandbox's database.
+Everything waits by the event loop's own callbacks; no thread waits for it. (Control groups are tidied up and
+made ahead by a thread, one for the process, whoever uses them.) What still blocks:
+
+- what starting a program takes anyway: the first use in a process starts the spawner, and looks at what the
+  host can do; the first control group is made. That takes some tens of milliseconds.
+- making a control group, some milliseconds: for each sandbox with limits that need one, and for a
+  :func:`run` that finds none ready, because many run at once. Taking a ready one does not.
+- :meth:`Sandbox.update` of ``memory`` below what is in use: the kernel reclaims before it answers.
+- statements of a persistent sandbox's database.
 
 Who is cancelled leaves nothing: a sandbox that was to be created, a command that was to be executed, are
 gone, or have been killed and are going, before :class:`asyncio.CancelledError` is raised. The command of a
@@ -15,7 +21,7 @@ A sandbox and its processes belong to the event loop in which they were made.
 import os
 from collections.abc import Mapping, Sequence
 
-from sandboxcore import _native, host
+from sandboxcore import _native, groups, host
 from sandboxcore.aio_detached import DetachedCommand
 from sandboxcore.aio_exec import converse
 from sandboxcore.aio_files import Files
@@ -23,6 +29,7 @@ from sandboxcore.aio_loop import with_spawner
 from sandboxcore.aio_persistent import PersistentSandbox, gc, list_sandboxes
 from sandboxcore.aio_process import Process
 from sandboxcore.aio_sandbox import Sandbox
+from sandboxcore.census import place
 from sandboxcore.command import Exit, Stderr, Stdout
 from sandboxcore.plan import compile_plan
 from sandboxcore.request import (
@@ -87,10 +94,26 @@ async def run(
     deadlines = [seconds for seconds in (timeout, limits.wall_time) if seconds is not None]
     seconds = max(0.0, min(deadlines)) if deadlines else None
 
-    async def action(connection: Spawner) -> _native.NativeResult:
-        return await converse("RUN", connection.fd, request, streams, seconds)
+    flood = limits.output_action == "kill"
 
-    done = await with_spawner(plan, request, action)
+    async def action(connection: Spawner) -> _native.NativeResult:
+        if not plan.controllers:
+            return await converse("RUN", connection.fd, request, streams, seconds, kill_flood=flood)
+        with groups.leased(plan, connection) as group:
+            done = await converse(
+                "RUN",
+                connection.fd,
+                request,
+                streams,
+                seconds,
+                group=group,
+                cpu_time=limits.cpu_time,
+                kill_flood=flood,
+            )
+            return groups.counted(done, group)
+
+    with place():
+        done = await with_spawner(plan, request, action)
     result = make_result(plan, request.args, streams, done, Decoder(text, encoding, errors))
     if check:
         result.check_returncode()

@@ -17,11 +17,17 @@ from typing import Literal
 from sandboxcore import _native
 from sandboxcore.aio_loop import News, unsent
 from sandboxcore.aio_streams import Captured, Fed, Relayed
+from sandboxcore.groups import RunGroup
+from sandboxcore.link import Link
 from sandboxcore.request import Request
 
 SOFT, HARD = 0.5, 2.0  # seconds: the chance of init or launcher to report; then the kernel's
 LOST = 0.05  # seconds for init to kill what a dead launcher left
 RELAY_PATIENCE = 0.2  # seconds at least for whoever reads what is relayed
+CPU_LOOK = 0.005  # seconds at least between two looks at the CPU time
+PAUSE_LOOK = 0.02  # seconds between two looks whether a suspended sandbox goes on
+
+Reason = Literal["timed_out", "out_of_time", "flooded"]  # flags of NativeResult
 
 
 async def converse(
@@ -31,19 +37,25 @@ async def converse(
     streams: _native.Streams,
     seconds: float | None,
     *,
-    sandbox: int = -1,
+    link: Link | None = None,
+    group: RunGroup | None = None,
+    cpu_time: float | None = None,
+    kill_flood: bool = False,
     spare: Callable[[], bool] = lambda: False,
 ) -> _native.NativeResult:
     """Run a request to its end. Raises NativeFailure.
 
-    ``address`` leads to the spawner (RUN), or to the launchers of the sandbox whose init has the pidfd
-    ``sandbox`` (EXEC). When cancelled, the command is gone before that is raised. A command that cannot be
-    killed otherwise takes its sandbox with it; after a cancellation not if ``spare()``.
+    ``address`` leads to the spawner (RUN), or to the launchers of the sandbox that ``link`` leads to (EXEC).
+    ``group`` is the fresh sandbox's own (RUN), in which all processes may use ``cpu_time`` seconds. With
+    ``kill_flood`` more output than is kept ends it. No time counts while the sandbox is suspended.
+
+    When cancelled, the command is gone before that is raised. A command that cannot be killed otherwise
+    takes its sandbox with it; after a cancellation not if ``spare()``.
     """
-    conversation = Conversation(kind, sandbox, spare)
+    conversation = Conversation(kind, link, group, spare)
     try:
-        conversation.send(address, request, streams)
-        return await conversation.result(seconds)
+        conversation.send(address, request, streams, kill_flood=kill_flood)
+        return await conversation.result(seconds, cpu_time)
     except GeneratorExit:  # there is no loop any more
         raise
     except BaseException:
@@ -53,38 +65,54 @@ async def converse(
         conversation.close()
 
 
+def _nothing() -> None:
+    pass
+
+
 class Conversation:
     """The socket of one command, and its streams."""
 
-    def __init__(self, kind: Literal["RUN", "EXEC"], sandbox: int, spare: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        kind: Literal["RUN", "EXEC"],
+        link: Link | None,
+        group: RunGroup | None,
+        spare: Callable[[], bool],
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._fresh, self._kind, self._spare = kind == "RUN", kind, spare
-        self._began = time.monotonic_ns()
+        self._group, self._pause = group, None if link is None else link.pause
+        self._began, self._since = time.monotonic_ns(), self._now()
         self._news = News()
         self._control: socket.socket | None = None
         self._feed: Fed | None = None
         self._outputs: dict[int, Captured | Relayed] = {}
         self._theirs: list[int] = []
         # init: of the run, or of the sandbox. A copy, which stays valid when the sandbox is closed meanwhile.
-        self._pidfd = os.dup(sandbox) if sandbox >= 0 else -1
+        self._pidfd = os.dup(link.pidfd) if link is not None and link.pidfd >= 0 else -1
         self._record: _native.Record | None = None
         self._failure: _native.NativeFailure | None = None
         self._applied = b""
         self._lost_timer: asyncio.TimerHandle | None = None
+        self._cpu_timer: asyncio.TimerHandle | None = None
         self._sent = self._started = self._ended = self._lost = self._dead = False
-        self._timed_out = self._killed = self._given_up = False
+        self._killed = self._given_up = False
+        self._reason: Reason | None = None  # why we end it
 
     # --- start ------------------------------------------------------------------------------------
 
-    def send(self, address: int, request: Request, streams: _native.Streams) -> None:
+    def send(self, address: int, request: Request, streams: _native.Streams, *, kill_flood: bool) -> None:
         """Make the channels and send the request. Raises NativeFailure."""
+        group = self._group
+        body = request.data if group is None else request.within(group.uses)
+        more = [*request.pass_fds, *(() if group is None else group.fds)]
         try:
             try:
-                self._open(streams)
+                self._open(streams, self._flood if kill_flood else _nothing)
             except OSError as error:
                 raise _native.NativeFailure.of("host", 10, error.errno or 0) from error
             try:
-                _native.send(address, self._kind, request.data, [*self._theirs, *request.pass_fds])
+                _native.send(address, self._kind, body, [*self._theirs, *more])
             except OSError as error:
                 raise unsent(error) from error
             self._sent = True
@@ -93,7 +121,7 @@ class Conversation:
                 os.close(fd)
             self._theirs.clear()
 
-    def _open(self, streams: _native.Streams) -> None:
+    def _open(self, streams: _native.Streams, flooded: Callable[[], None]) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._theirs.append(theirs.detach())
         self._loop.add_reader(self._control.fileno(), self._hear)
@@ -103,7 +131,7 @@ class Conversation:
         for number in (1, 2):
             if number in streams.capture:
                 fd = self._pipe(0, streams.owner)
-                self._outputs[number] = Captured(fd, streams.limit, self._news.tell)
+                self._outputs[number] = Captured(fd, streams.limit, self._news.tell, flooded)
             elif number in relays:
                 fd = self._pipe(0, streams.owner)
                 self._outputs[number] = Relayed(fd, relays[number], self._news.tell)
@@ -159,7 +187,8 @@ class Conversation:
         elif record.kind == "STARTED":
             self._started = True
         elif record.kind == "EXIT":
-            self._timed_out = self._timed_out and record.status == signal.SIGKILL  # else just in time
+            if record.status != signal.SIGKILL:
+                self._reason = None  # it ended just in time
             self._end(record)
         else:
             self._failure = _native.NativeFailure.of("spawner", 16, E.EPROTO)
@@ -203,24 +232,60 @@ class Conversation:
 
     # --- the end --------------------------------------------------------------------------------------
 
-    async def result(self, seconds: float | None) -> _native.NativeResult:
+    async def result(self, seconds: float | None, cpu_time: float | None) -> _native.NativeResult:
         """Wait for the end, ``seconds`` after the beginning at the latest. Raises NativeFailure."""
-
-        def left() -> float | None:
-            return None if seconds is None else seconds - (time.monotonic_ns() - self._began) / 1e9
-
-        if not await self._news.until(self._settled, left()):
-            self._timed_out = True
+        if cpu_time is not None and self._group is not None:
+            self._look_at_cpu(self._group.gauge, cpu_time)
+        if not await self._within(seconds, self._since, self._decided):
+            self._condemn("timed_out")
+        if not self._settled():
             self._shut_down()
-            if not await self._news.until(self._settled, SOFT):
+            if not await self._within(SOFT, self._now(), self._settled):
                 self._kill()
-                if not await self._news.until(self._settled, HARD):
+                if not await self._within(HARD, self._now(), self._settled):
                     raise _native.NativeFailure.of("init", 20, E.ETIME)
         if self._failure is not None:
             raise self._failure
-        patience = left()  # whoever reads what is relayed has that time, too
-        await self._news.until(self._drained, None if patience is None else max(patience, RELAY_PATIENCE))
+        # Whoever reads what is relayed has that time, too
+        left = None if seconds is None else seconds - (self._now() - self._since) / 1e9
+        await self._news.until(self._drained, None if left is None else max(left, RELAY_PATIENCE))
         return self._made()
+
+    def _now(self) -> int:
+        """Nanoseconds of a clock that stands still while the sandbox is suspended."""
+        now = time.monotonic_ns()
+        return now if self._pause is None else now - self._pause.until(now)
+
+    async def _within(self, seconds: float | None, since: int, condition: Callable[[], bool]) -> bool:
+        """Wait until a condition holds; False if it still does not so many seconds after ``since``."""
+        if seconds is None:
+            return await self._news.until(condition)
+        while (left := seconds - (self._now() - since) / 1e9) > 0:
+            paused = self._pause is not None and self._pause.paused
+            if await self._news.until(condition, max(left, PAUSE_LOOK) if paused else left):
+                return True
+        return condition()
+
+    def _decided(self) -> bool:
+        """Whether it has ended, or we are to end it."""
+        return self._settled() or self._reason is not None
+
+    def _condemn(self, reason: Reason) -> None:
+        if not self._decided():
+            self._reason = reason
+            self._news.tell()
+
+    def _flood(self) -> None:
+        self._condemn("flooded")
+
+    def _look_at_cpu(self, gauge: _native.Gauge, limit: float) -> None:
+        """Now, and whenever it may be up next: when all CPUs have worked for it since, at the earliest."""
+        left = limit - gauge.cpu
+        if left <= 0:
+            self._condemn("out_of_time")
+        elif not self._decided():
+            pause = max(left / (os.cpu_count() or 1), CPU_LOOK)
+            self._cpu_timer = self._loop.call_later(pause, self._look_at_cpu, gauge, limit)
 
     def _settled(self) -> bool:
         return self._ended or self._failure is not None
@@ -239,7 +304,9 @@ class Conversation:
         totals = [output.total if output else 0 for output in outputs]
         return dataclasses.replace(
             done,
-            timed_out=self._timed_out,
+            timed_out=self._reason == "timed_out",
+            out_of_time=done.out_of_time or self._reason == "out_of_time",
+            flooded=self._reason == "flooded",
             lost=self._lost,
             applied=self._applied,
             output=(kept[0], kept[1]),
@@ -280,8 +347,11 @@ class Conversation:
     def close(self) -> None:
         """Let go of everything."""
         self._drop_control()
-        if self._lost_timer is not None:
-            self._lost_timer.cancel()
+        for timer in (self._lost_timer, self._cpu_timer):
+            if timer is not None:
+                timer.cancel()
+        # A traceback may keep us: not what has a descriptor, and not in a circle
+        self._failure = self._pause = self._group = None
         if self._feed is not None:
             self._feed.close()
         for output in self._outputs.values():

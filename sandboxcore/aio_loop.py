@@ -5,12 +5,14 @@ import contextlib
 import errno as E
 import os
 import select
+import signal
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from sandboxcore import _native
-from sandboxcore.errors import SandboxError
+from sandboxcore import _native, cgroup
+from sandboxcore.cgroup_group import v1
+from sandboxcore.errors import SandboxError, SetupError
 from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Birth, Home, Link
 from sandboxcore.plan import Plan
 from sandboxcore.process import ATTEMPTS, help_spawner, reach_spawner
@@ -21,7 +23,7 @@ Done = TypeVar("Done")
 
 TEACH_PATIENCE = 60.0  # seconds for a template: a source may be on a slow network file system
 LOCK_PATIENCE = 120.0  # seconds for another process to start, stop or remove a persistent sandbox
-LONGEST_PAUSE = 0.05  # seconds between two attempts at what nobody tells of
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.05  # seconds between two attempts at what nobody tells of
 
 
 class News:
@@ -66,8 +68,11 @@ class News:
                 break
             except asyncio.CancelledError as error:
                 cancelled = error
-        if cancelled is not None:
-            raise cancelled
+        try:
+            if cancelled is not None:
+                raise cancelled
+        finally:
+            del cancelled  # whose traceback has this frame: no circle
         return held
 
 
@@ -102,7 +107,7 @@ async def readable(fd: int, seconds: float | None = None) -> None:
 async def patiently(action: Callable[[], Done], seconds: float, text: str) -> Done:
     """Try what raises BlockingIOError until it does not. Raises TimeoutError, with ``text``."""
     loop = asyncio.get_running_loop()
-    deadline, pause = loop.time() + seconds, 0.001
+    deadline, pause = loop.time() + seconds, SHORTEST_PAUSE
     while True:
         with contextlib.suppress(BlockingIOError):
             return action()
@@ -140,6 +145,12 @@ def _takes(fd: int) -> bool:
 async def tell_init(link: Link, number: int, done: Callable[[], None]) -> None:
     """:meth:`Link.tell_init`; what is ``done`` behind it is done although cancelled meanwhile."""
     loop, answered = asyncio.get_running_loop(), Flag()
+    silence = f"init does not answer within {ANSWER_PATIENCE} s"
+    try:
+        with link:
+            await writable(link.keeper.fileno(), ANSWER_PATIENCE)
+    except TimeoutError:
+        raise TimeoutError(silence) from None
     with link.ask_init(number) as answer:
         loop.add_reader(answer.fileno(), answered.set)
         try:
@@ -150,7 +161,100 @@ async def tell_init(link: Link, number: int, done: Callable[[], None]) -> None:
                 link.hear_init(answer)
                 done()
     if not answered.is_set():
-        raise TimeoutError(f"init does not answer within {ANSWER_PATIENCE} s")
+        raise TimeoutError(silence)
+
+
+# --- the freezer --------------------------------------------------------------------------------------
+
+
+async def freeze(link: Link, done: Callable[[], None]) -> None:
+    """:meth:`Link.freeze`; what is ``done`` behind it is done although cancelled meanwhile."""
+    group, pause, held = link.group, link.pause, False
+
+    def stands() -> None:
+        nonlocal held
+        done()
+        held = True
+
+    if pause is not None:
+        pause.begin()
+    try:
+        if group is None or not group.freezable:
+            await tell_init(link, signal.SIGSTOP, stands)
+        else:
+            await _insist(lambda: _stands_still(group), lambda: group.freeze(0), stands)
+    finally:
+        if not held:
+            if group is not None:
+                with contextlib.suppress(SandboxError):  # it is gone
+                    group.thaw(0)
+            if pause is not None:
+                pause.end()
+
+
+async def thaw(link: Link, done: Callable[[], None]) -> None:
+    """:meth:`Link.thaw`; what is ``done`` behind it is done although cancelled meanwhile."""
+    group, pause, runs = link.group, link.pause, False
+
+    def goes_on() -> None:
+        nonlocal runs
+        runs = True
+        done()
+
+    if pause is not None:  # before that: else whoever dies in between leaves it without limits of time
+        pause.end()
+    try:
+        if group is None or not group.freezable:
+            await tell_init(link, signal.SIGCONT, goes_on)
+        else:
+            await _insist(lambda: _is_thawed(group), lambda: group.thaw(0), goes_on)
+    finally:
+        if not runs and pause is not None:
+            pause.begin()
+
+
+def _stands_still(group: cgroup.Group) -> bool:
+    """Ask the freezer; asking again does no harm, and is what version 1 wants (see cgroup_v1.freeze)."""
+    if group._freezes_v2():
+        return group._freeze_v2(1, 0)
+    return bool(v1().freeze(group._freezer(), 0))
+
+
+def _is_thawed(group: cgroup.Group) -> bool:
+    try:
+        group.thaw(0)
+    except SetupError as error:
+        if error.errno != E.ETIMEDOUT:
+            raise
+        return False
+    return True
+
+
+async def _insist(attempt: Callable[[], bool], last: Callable[[], None], done: Callable[[], None]) -> None:
+    """Make attempts until one succeeds, although cancelled; what the ``last`` one raises is the answer.
+
+    By short timers: cgroup.events cannot be waited for on a loop, because it always polls readable
+    (POLLPRI tells of news), and version 1 has nothing to poll at all.
+    """
+    loop, cancelled = asyncio.get_running_loop(), None
+    deadline, pause = loop.time() + ANSWER_PATIENCE, SHORTEST_PAUSE
+    try:
+        while not attempt():
+            if loop.time() >= deadline:
+                last()
+                break
+            try:
+                await asyncio.sleep(pause)
+            except asyncio.CancelledError as error:
+                cancelled = error
+            pause = min(2 * pause, LONGEST_PAUSE)
+        done()
+    finally:
+        try:
+            if cancelled is not None:
+                raise cancelled
+        finally:
+            del cancelled  # whose traceback has this frame: no circle
 
 
 async def has_ended(link: Link) -> bool:
@@ -207,8 +311,7 @@ async def _spawner_takes(connection: Spawner) -> None:
 async def with_spawner(
     plan: Plan, request: Request | None, action: Callable[[Spawner], Awaitable[Done]]
 ) -> Done:
-    """:func:`sandboxcore.process.with_spawner`. Starting a spawner blocks, as starting any program does;
-    nothing after that."""
+    """:func:`sandboxcore.process.with_spawner`. Starting a spawner blocks, as starting any program does."""
     for attempt in range(ATTEMPTS):
         connection = reach_spawner(plan, request)
         try:

@@ -7,16 +7,16 @@ a start takes; that is waited for without blocking.
 import asyncio
 import contextlib
 import os
-import signal
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Self
 
-from sandboxcore import persistent
-from sandboxcore.aio_loop import LOCK_PATIENCE, Flag, patiently, writable
+from sandboxcore import persistent, sandbox
+from sandboxcore.aio_loop import LOCK_PATIENCE, Flag, freeze, patiently
 from sandboxcore.aio_sandbox import Sandbox
 from sandboxcore.lifecycle import SandboxState, check_move
 from sandboxcore.link import ANSWER_PATIENCE, Home
 from sandboxcore.persistent import Collected, StatePath
+from sandboxcore.resources import LimitChange
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.store import SandboxRecord, Store
 
@@ -58,7 +58,7 @@ class PersistentSandbox(Sandbox):
         with contextlib.suppress(BlockingIOError), own._store.locked(own.id, wait=False):
             own._look()
             if own._link is not None:
-                own._link.kill(wait=0)
+                own._link.end(wait=0)
             self._forget()
         if own._state is SandboxState.DESTROYED:
             own.close()
@@ -106,18 +106,22 @@ class PersistentSandbox(Sandbox):
         self._own._look()
 
     async def suspend(self) -> None:
-        """Stop every process in it (SIGSTOP, all at once) until :meth:`resume`."""
-        own = self._own
+        """Stop every process in it, all at once, until :meth:`resume`: by the freezer of its control group,
+        or SIGSTOP where it has none. No limit of time counts meanwhile."""
+        own, stands = self._own, Flag()
         async with self._changing():
             check_move(own.name, self.state, SandboxState.PAUSED, "suspend")
-            await writable(own._link_now().keeper.fileno(), ANSWER_PATIENCE)
             # On record first: a paused one that runs, because we die here, can be resumed; the reverse hangs.
             self._is_now(SandboxState.PAUSED)
             try:
-                await self._tell(signal.SIGSTOP, SandboxState.PAUSED)
-            except Exception:  # a cancellation comes when it is done
-                self._is_now(SandboxState.RUNNING)
-                raise
+                await self._through(lambda link: freeze(link, stands.set))
+            finally:
+                if not stands.is_set():
+                    self._is_now(SandboxState.RUNNING)
+
+    def _updated(self, changes: Mapping[str, Any]) -> Mapping[str, LimitChange]:
+        self._own._look()
+        return sandbox.Sandbox._update(self._own, changes)  # its own would wait for the lock that we hold
 
     async def _end(self, state: SandboxState, *, wait: bool) -> None:
         """Kill it and wait until it is gone, although cancelled, but not for ever; and put that on record."""
@@ -126,7 +130,7 @@ class PersistentSandbox(Sandbox):
         self._file_server.close()
         loop.add_reader(watch, gone.set)
         try:
-            own._link_now().kill(wait=0)
+            own._link_now().end(wait=0)
             await gone.insist(gone.is_set, ANSWER_PATIENCE)
         finally:
             loop.remove_reader(watch)
@@ -183,7 +187,8 @@ async def gc(state_dir: StatePath = None, *, dry_run: bool = False) -> Collected
     """:func:`sandboxcore.persistent.gc`."""
     ended: list[str] = []
     removed: list[str] = []
+    groups: list[str] = []
     with Store(state_dir) as store:
-        for _ in persistent._collect(store, ended, removed, dry_run=dry_run):
+        for _ in persistent._collect(store, ended, removed, groups, dry_run=dry_run):
             await asyncio.sleep(0)
-    return Collected(tuple(ended), tuple(removed))
+    return Collected(tuple(ended), tuple(removed), tuple(groups))

@@ -5,7 +5,7 @@ import errno as E
 import os
 import signal
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Self
@@ -17,19 +17,23 @@ from sandboxcore.aio_files import AsyncFileServer, Files
 from sandboxcore.aio_loop import (
     LOCK_PATIENCE,
     born,
+    freeze,
     has_ended,
     patiently,
     readable,
     tell_init,
+    thaw,
     writable,
 )
 from sandboxcore.aio_process import Process, start_process
 from sandboxcore.capabilities import SandboxCapabilities
+from sandboxcore.cgroup import GroupUsage
 from sandboxcore.detached import DEFAULT_KEEP
-from sandboxcore.errors import InvalidTransition, SandboxGone
+from sandboxcore.errors import InvalidTransition, SandboxGone, SetupError
 from sandboxcore.lifecycle import SandboxState, check_move
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link
 from sandboxcore.request import DEVNULL, PIPE, File, FileContent, Program, Request, StrOrBytes
+from sandboxcore.resources import LimitChange
 from sandboxcore.result import Decoder, ExecResult
 from sandboxcore.spec import Limits, SandboxSpec
 
@@ -62,7 +66,7 @@ class Sandbox:
     def _handle(self, own: sandbox.Sandbox) -> None:
         """Become a handle of it."""
         self._own = own
-        self.spec, self.id, self.name, self.labels = own.spec, own.id, own.name, own.labels
+        self.id, self.name, self.labels = own.id, own.name, own.labels
         self.description, self.metadata, self.owner = own.description, own.metadata, own.owner
         self.created_at = own.created_at
         self._file_server = AsyncFileServer()
@@ -76,6 +80,11 @@ class Sandbox:
         made = cls(spec, **about)
         await made.start()
         return made
+
+    @property
+    def spec(self) -> SandboxSpec:
+        """How it is built, with the limits that :meth:`update` has set."""
+        return self._own.spec
 
     # --- states ---------------------------------------------------------------------------------
 
@@ -119,31 +128,32 @@ class Sandbox:
         return None
 
     async def suspend(self) -> None:
-        """Stop every process in it (SIGSTOP, all at once) until :meth:`resume`."""
+        """Stop every process in it, all at once, until :meth:`resume`: by the freezer of its control group,
+        or SIGSTOP where it has none. No limit of time counts meanwhile."""
         async with self._changing():
             check_move(self._own.name, self.state, SandboxState.PAUSED, "suspend")
-            await self._tell(signal.SIGSTOP, SandboxState.PAUSED)
+            await self._through(lambda link: freeze(link, lambda: self._is_now(SandboxState.PAUSED)))
 
     async def resume(self) -> None:
         """Let it go on after :meth:`suspend`."""
         async with self._changing():
             if self.state is not SandboxState.PAUSED:
                 raise InvalidTransition(self._own.name, self.state.value, "resume")
-            await self._tell(signal.SIGCONT, SandboxState.RUNNING)
+            await self._through(lambda link: thaw(link, lambda: self._is_now(SandboxState.RUNNING)))
 
     async def signal(self, number: int) -> None:
         """Send a signal to every process of every command. After SIGKILL it is empty, and still runs."""
         if number in (signal.SIGSTOP, signal.SIGCONT):
             raise ValueError("use suspend() and resume()")
         self._own._ready("signal")
-        await self._tell(number, None)
+        await self._through(lambda link: tell_init(link, number, lambda: None))
 
-    async def _tell(self, number: int, then: SandboxState | None) -> None:
-        """Have init send a signal; what it has done then is what the state says, even when cancelled."""
+    async def _through(self, action: Callable[[Link], Awaitable[None]]) -> None:
+        """Do something with the link. Raises SandboxGone where init has ended."""
         link = self._own._link_now()
         try:
-            await tell_init(link, number, lambda: None if then is None else self._is_now(then))
-        except (OSError, _native.NativeFailure):
+            await action(link)
+        except (OSError, SetupError, _native.NativeFailure):
             if not await has_ended(link):
                 raise
             raise SandboxGone(f"sandbox {self._own.name}: its init has ended") from None
@@ -201,6 +211,21 @@ class Sandbox:
     def files(self) -> Files:
         """Its files: :class:`sandboxcore.files.Files`, with coroutines."""
         return Files(self._own, self._file_server)
+
+    # --- resources ------------------------------------------------------------------------------
+
+    def usage(self) -> GroupUsage:
+        """:meth:`sandboxcore.Sandbox.usage`. No coroutine: it reads small files, waits for nobody."""
+        return self._own.usage()
+
+    async def update(self, **changes: Any) -> Mapping[str, LimitChange]:
+        """:meth:`sandboxcore.Sandbox.update`. Waits for whoever else changes the sandbox just now; once it is
+        done nothing interrupts it."""
+        async with self._changing():
+            return self._updated(changes)
+
+    def _updated(self, changes: Mapping[str, Any]) -> Mapping[str, LimitChange]:
+        return self._own.update(**changes)
 
     # --- commands -------------------------------------------------------------------------------
 
@@ -268,7 +293,14 @@ class Sandbox:
         self._busy += 1
         try:
             return await converse(
-                "EXEC", link.work.fileno(), request, streams, seconds, sandbox=link.pidfd, spare=paused
+                "EXEC",
+                link.work.fileno(),
+                request,
+                streams,
+                seconds,
+                link=link,
+                kill_flood=self.spec.limits.output_action == "kill",
+                spare=paused,
             )
         except _native.NativeFailure as failure:
             raise self._own._rendered(request, failure) from None

@@ -36,6 +36,11 @@ class Store:
         self._tail_size = 0 if limit is None else limit // 2
         self._head, self._tail = bytearray(), bytearray()
 
+    @property
+    def exceeded(self) -> bool:
+        """Whether more came than is kept."""
+        return self._limit is not None and self.total > self._limit
+
     def add(self, data: bytes) -> None:
         """Keep a piece, or what of it is to be kept."""
         self.total += len(data)
@@ -110,11 +115,13 @@ class Ready:
 
 
 class Captured:
-    """A pipe whose content is kept."""
+    """A pipe whose content is kept. ``flooded`` is called when it becomes more than the limit."""
 
-    def __init__(self, fd: int, limit: int | None, tell: Callable[[], None]) -> None:
+    def __init__(
+        self, fd: int, limit: int | None, tell: Callable[[], None], flooded: Callable[[], None]
+    ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._fd, self._tell = fd, tell
+        self._fd, self._tell, self._flooded = fd, tell, flooded
         self.store = Store(limit)
         self.done = False
         self._loop.add_reader(fd, self._read)
@@ -133,7 +140,10 @@ class Captured:
         if not data:
             self.close()
             return False
+        before = self.store.exceeded
         self.store.add(data)
+        if self.store.exceeded and not before:
+            self._flooded()
         return True
 
     def finish(self) -> None:

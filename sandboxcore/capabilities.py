@@ -29,7 +29,9 @@ class SandboxCapabilities:
 
     ``capability_sets`` maps the names of /proc/PID/status (CapInh ...) to bit masks; ``namespaces`` maps
     a kind to its inode number; ``limits`` maps the names of /proc/PID/limits to (soft, hard), ``None`` for
-    unlimited; ``omitted`` lists what the spec allowed to be missing and is missing.
+    unlimited; ``omitted`` lists what the spec allowed to be missing and is missing; ``control_group`` has the
+    limits of the sandbox's group by the names of :class:`Limits`, as its files say (``pids`` with those of
+    ours), or is None where there is no group.
     """
 
     no_new_privs: bool
@@ -44,6 +46,7 @@ class SandboxCapabilities:
     mounts: tuple[AppliedMount, ...]
     limits: Mapping[str, tuple[int | None, int | None]]
     omitted: tuple[str, ...]
+    control_group: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -55,7 +58,9 @@ class SandboxCapabilities:
         return data
 
 
-def parse_applied(text: bytes, omitted: tuple[str, ...]) -> SandboxCapabilities:
+def parse_applied(
+    text: bytes, omitted: tuple[str, ...], control_group: Mapping[str, Any] | None = None
+) -> SandboxCapabilities:
     """Read the text that ``csrc/record.c`` collects: name NUL content NUL, for each part."""
     pieces = text.split(b"\0")
     parts = {
@@ -81,6 +86,7 @@ def parse_applied(text: bytes, omitted: tuple[str, ...]) -> SandboxCapabilities:
         mounts=tuple(_mount(line) for line in parts["/proc/self/mountinfo"].splitlines()),
         limits=dict(_limit(line) for line in parts["/proc/self/limits"].splitlines()[1:]),
         omitted=omitted,
+        control_group=control_group,
     )
 
 

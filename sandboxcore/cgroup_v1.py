@@ -25,7 +25,13 @@ Group = Mapping[str, Path]
 _UNLIMITED = 1 << 60  # the kernel says LONG_MAX rounded to pages; nobody has an exabyte
 
 
-class PidsController(spy.Controller):  # type: ignore[misc]  # cgroupspy ships no types
+class MemoryController(spy.MemoryController):  # type: ignore[misc]  # cgroupspy ships no types
+    """cgroupspy does not know the limit of what sockets hold (memory.rst, 2.7)."""
+
+    kmem_tcp_limit_in_bytes = IntegerFile("memory.kmem.tcp.limit_in_bytes")
+
+
+class PidsController(spy.Controller):  # type: ignore[misc]
     """pids.max is a number or "max", which no class of cgroupspy's reads."""
 
     max = BaseFileInterface("pids.max")
@@ -48,12 +54,12 @@ class BlkIOController(spy.BlkIOController):  # type: ignore[misc]
 class CpuAcctController(spy.CpuAcctController):  # type: ignore[misc]
     """Nanoseconds, since Linux 4.10; cpuacct.stat has hundredths."""
 
-    usage_user = IntegerFile("cpuacct.usage_user", readonly=True)
+    usage = IntegerFile("cpuacct.usage", readonly=True)
     usage_sys = IntegerFile("cpuacct.usage_sys", readonly=True)
 
 
 _CLASSES = {
-    "memory": spy.MemoryController,
+    "memory": MemoryController,
     "cpu": spy.CpuController,
     "cpuacct": CpuAcctController,
     "cpuset": spy.CpuSetController,
@@ -139,6 +145,8 @@ def _set_memory(directory: Path, values: Mapping[str, Any]) -> None:
     with naming(f"limits.memory ({directory})", "EBUSY: more than that is in use and cannot be reclaimed"):
         now = _memory_limits(directory)
         size, swap = values.get("memory", now["memory"]), values.get("swap", now.get("swap"))
+        if "memory" in values and (directory / "memory.kmem.tcp.limit_in_bytes").exists():
+            own.kmem_tcp_limit_in_bytes = size  # what sockets hold is counted apart, and only if that is set
         if not (directory / "memory.memsw.limit_in_bytes").exists():
             own.limit_in_bytes = size
             return
@@ -198,8 +206,10 @@ def usage(group: Group) -> dict[str, Any]:
         found.update(_memory_usage(group["memory"]))
     if "cpuacct" in group:
         cpuacct = controller("cpuacct", group["cpuacct"])
-        if (group["cpuacct"] / "cpuacct.usage_user").exists():
-            found.update(cpu_user=cpuacct.usage_user / 1e9, cpu_system=cpuacct.usage_sys / 1e9)
+        if (group["cpuacct"] / "cpuacct.usage_sys").exists():
+            kernel = cpuacct.usage_sys  # seen at clock ticks; only the sum is exact
+            spent = max(cpuacct.usage, kernel)
+            found.update(cpu_user=(spent - kernel) / 1e9, cpu_system=kernel / 1e9)
         else:
             ticks = os.sysconf("SC_CLK_TCK")
             spent = cpuacct.acct_stat

@@ -6,11 +6,9 @@ up, or what was asked for cannot be; 126 the command is not executable, 127 not 
 """
 
 import json
-import os
 import signal
 import sys
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -35,6 +33,9 @@ from sandboxcore.errors import (
     SandboxError,
 )
 
+if TYPE_CHECKING:
+    from sandboxcore.plan import Plan
+
 
 class _Verbs(click.Group):
     """Those of persistent sandboxes are loaded when they are asked for."""
@@ -47,7 +48,7 @@ class _Verbs(click.Group):
 
 
 def _living() -> click.Group:
-    from sandboxcore import cli_living, cli_reading  # noqa: F401 - they add themselves
+    from sandboxcore import cli_living, cli_reading, cli_resources  # noqa: F401 - they add themselves
 
     return living
 
@@ -76,6 +77,8 @@ def run(command: tuple[str, ...], timeout: float | None, as_json: bool, **given:
     from sandboxcore.process import run as run_command
 
     end_by_exception()
+    if not as_json and (given["output"] or given["output_action"]):
+        raise click.UsageError("--output and --output-action are about captured output: use them with --json")
     spec = make_spec(given)
     if as_json:
         result = run_command(command, spec=spec, stdin=own_stdin(), timeout=timeout, record=True)
@@ -85,7 +88,7 @@ def run(command: tuple[str, ...], timeout: float | None, as_json: bool, **given:
             result = run_command(
                 command, spec=spec, stdin=own_stdin(), stdout=out, stderr=err, timeout=timeout
             )
-    exit_as(result)
+    exit_as(result, say=not as_json)
 
 
 @cli.command()
@@ -104,6 +107,9 @@ def explain(as_json: bool, **given: Any) -> None:
             "host": facts,
             "spec": plan.spec.to_dict(),
             "plan": list(plan.lines),
+            "controllers": list(plan.controllers),
+            "group_limits": _group_limits(plan),
+            "omitted": list(plan.omitted),
             "bytes": len(plan.data),
         }
         click.echo(json.dumps(data, indent=2))
@@ -111,49 +117,34 @@ def explain(as_json: bool, **given: Any) -> None:
     click.echo(f"host: mode {features.mode}, uid {features.uid}, Landlock ABI {features.landlock_abi}")
     for line in plan.lines:
         click.echo(line)
+    for name, value in _group_limits(plan).items():
+        extra = ", and the sandbox's own processes" if name == "pids" else ""
+        click.echo(f"group limit: {name} {value}{extra}")
+
+
+def _group_limits(plan: "Plan") -> dict[str, Any]:
+    """What would be written to the sandbox's control group."""
+    from sandboxcore.cgroup import LIMITS
+
+    values = {name: getattr(plan.group_limits, name) for name in LIMITS if LIMITS[name] in plan.controllers}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True)
 def doctor(as_json: bool) -> None:
-    """Try every kernel primitive for real; print what is missing and the remedy.
+    """Try every kernel primitive and control groups for real; print what is missing and the remedy.
 
     Exit status 0 if sandboxes can run here, 1 if not.
     """
-    from sandboxcore import host
+    from sandboxcore.cli_doctor import examine, show
 
-    probes = host.probe()
-    trial = _trial_run()
+    report = examine()
     if as_json:
-        rows = [{"name": p.name, "errno": p.errno, "value": p.value, "essential": p.essential,
-                 "remedy": p.remedy if p.errno else None} for p in probes]  # fmt: skip
-        click.echo(json.dumps({"uname": " ".join(os.uname()[2:4:]), "probes": rows, "run": trial}, indent=2))
+        click.echo(json.dumps(report.to_dict(), indent=2))
     else:
-        _print_probes(probes, trial)
-    sys.exit(0 if trial == "ok" else 1)
-
-
-def _trial_run() -> str:
-    from sandboxcore.process import run as run_command
-
-    try:
-        result = run_command(["/bin/sh", "-c", "exit 0"], timeout=30)
-    except SandboxError as error:
-        return str(error)
-    return "ok" if result.ok else f"/bin/sh -c 'exit 0' gave {result.returncode}"
-
-
-def _print_probes(probes: list[Any], trial: str) -> None:
-    for probe in probes:
-        number = f" {probe.value}" if probe.value else ""
-        verdict = "ok" + number if not probe.errno else os.strerror(probe.errno)
-        click.echo(f"{probe.name:<16}{verdict}")
-        if probe.errno:
-            need = "needed" if probe.essential else "optional"
-            click.echo(f"{'':<16}  {need}: {probe.remedy}")
-    click.echo(f"{'a sandbox':<16}{trial}")
-    memory = [line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")]
-    click.echo(f"{'cgroup v2':<16}{memory[0][3:] if memory else 'not mounted'} (not used by this version)")
+        show(report)
+    sys.exit(0 if report.run == "ok" else 1)
 
 
 def main() -> NoReturn:

@@ -1,11 +1,13 @@
 """What the verbs of the command line share: options that describe a sandbox, finding a persistent one,
-results, exit statuses."""
+results, exit statuses, tables."""
 
 import contextlib
+import dataclasses
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -22,9 +24,88 @@ EXIT_TIMEOUT, EXIT_SETUP, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND = 124, 125, 126, 1
 Verb = Callable[..., None]
 
 
+# --- limits -----------------------------------------------------------------------------------------
+
+NONE = "none"  # lifts a limit
+
+
+_NUMBERS = ("cpus", "cpu_weight", "cpu_time", "wall_time", "pids", "open_files", "inodes")
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text  # for Limits to complain about
+
+
+def _check_limit(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    """A limit as :class:`Limits` has it; None where it is not given."""
+    if value is None or value == NONE:
+        return value
+    field = str(param.name)
+    plain: Any = _number(value) if field in _NUMBERS else value
+    try:
+        return getattr(Limits(**{field: plain}), field)
+    except SpecError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _limit_option(field: str, metavar: str, help: str) -> Callable[[Verb], Verb]:
+    flag = f"--{field.replace('_', '-')}"
+    return click.option(flag, callback=_check_limit, metavar=metavar, help=help)
+
+
+_LIMIT_OPTIONS = (
+    _limit_option(
+        "memory",
+        "SIZE",
+        "Memory at once, with page cache and tmpfs: bytes, or 64M, 1.5G. none lifts a limit.",
+    ),
+    _limit_option("swap", "SIZE", "Swap on top of --memory; default 0."),
+    _limit_option("cpus", "X", "CPU time per time: 0.5 is half of one CPU."),
+    _limit_option("cpu_weight", "N", "Share when others want the CPU: 1 to 10000, usual 100."),
+    _limit_option("cpu_time", "S", "CPU seconds of a command, all of its processes together."),
+    _limit_option("wall_time", "S", "Seconds until a command is killed with all of its processes."),
+    _limit_option("pids", "N", "Processes and threads at once."),
+    _limit_option("open_files", "N", "Descriptors of each process."),
+    _limit_option("file_size", "SIZE", "Largest file."),
+    _limit_option("io", "SIZE", "Bytes per second, read and written each, on every disk."),
+    _limit_option("cpuset", "LIST", "CPUs it may use: 0-3,8."),
+    _limit_option("disk", "SIZE", "All private writable directories together."),
+    _limit_option("inodes", "N", "Files in them."),
+    _limit_option("output", "SIZE", "Captured of stdout and of stderr, each; see --output-action."),
+    click.option(
+        "--output-action",
+        type=click.Choice(["truncate", "kill"]),
+        help="What happens beyond --output: only its ends are kept (default), or the command is killed.",
+    ),
+)
+
+
+def limit_options(command: Verb) -> Verb:
+    """The options for limits, for :func:`wanted_limits`."""
+    return _with_options(command, _LIMIT_OPTIONS)
+
+
+def _with_options(command: Verb, options: Sequence[Callable[..., Any]]) -> Verb:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def wanted_limits(given: dict[str, Any]) -> dict[str, Any]:
+    """The limits among the options, taken out of them; None: to be lifted."""
+    values = {name: given.pop(name) for name in Limits.__dataclass_fields__}
+    return {name: None if value == NONE else value for name, value in values.items() if value is not None}
+
+
+# --- the sandbox ------------------------------------------------------------------------------------
+
+
 def spec_options(command: Verb) -> Verb:
     """The options that describe a sandbox, shared by ``run``, ``explain`` and ``create``."""
-    options = [
+    options: list[Any] = [
         click.option("--profile", type=click.Choice(list(PROFILES)), help="Preset of filter and /proc."),
         click.option("--rootfs", metavar="DIR", help="Directory that becomes the read-only root."),
         click.option("--ro", multiple=True, metavar="SRC[:DST]", help="Show a host path read-only."),
@@ -37,16 +118,22 @@ def spec_options(command: Verb) -> Verb:
         click.option("--user", metavar="UID[:GID]", help="Identity inside; default 1000:1000."),
         click.option("--env", multiple=True, metavar="K=V", help="Add a variable."),
         click.option("--seccomp", metavar="PROFILE", help="minimal, standard or full."),
-        click.option("--memory", metavar="SIZE"),
-        click.option("--cpus", type=float, metavar="X"),
-        click.option("--pids", type=int, metavar="N", help="Processes and threads at once."),
-        click.option("--disk", metavar="SIZE", help="All private writable directories together."),
-        click.option("--optional", multiple=True, metavar="NAME", help="What may be missing."),
+        *_LIMIT_OPTIONS,
+        click.option(
+            "--accounting",
+            is_flag=True,
+            default=None,
+            help="Measure every command in a control group, also where no limit needs one.",
+        ),
+        click.option(
+            "--optional",
+            multiple=True,
+            metavar="NAME",
+            help="What may be missing on this host: landlock, accounting, or a limit, such as memory.",
+        ),
         click.option("--spec", "spec_file", metavar="FILE.toml", help="Start from this spec."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _with_options(command, options)
 
 
 def make_spec(given: dict[str, Any]) -> SandboxSpec:
@@ -54,10 +141,8 @@ def make_spec(given: dict[str, Any]) -> SandboxSpec:
     spec_file = given.pop("spec_file")
     spec = SandboxSpec.from_toml(spec_file) if spec_file else SandboxSpec()
     changes: dict[str, Any] = {}
-    limits = {name: given.pop(name) for name in ("memory", "cpus", "pids", "disk")}
-    if wanted := {name: value for name, value in limits.items() if value is not None}:
-        base = {name: getattr(spec.limits, name) for name in Limits.__dataclass_fields__}
-        changes["limits"] = Limits(**(base | wanted))
+    if wanted := wanted_limits(given):
+        changes["limits"] = dataclasses.replace(spec.limits, **wanted)
     if env := given.pop("env"):
         changes["env"] = {**spec.env, **pairs(env, "--env")}
     for name, value in given.items():
@@ -105,6 +190,7 @@ def result_data(result: Any) -> dict[str, Any]:
         "args": [os.fsdecode(arg) for arg in result.args],
         "returncode": result.returncode,
         "cause": result.cause.value,
+        "detail": result.detail,
         "signal": None if result.signal is None else int(result.signal),
         "timed_out": result.timed_out,
         "duration": result.duration,
@@ -127,9 +213,45 @@ def exit_status(result: Any) -> int:
     return code if code >= 0 else 128 - code
 
 
-def exit_as(result: Any) -> NoReturn:
-    """End as the command did."""
+def exit_as(result: Any, *, say: bool = True) -> NoReturn:
+    """End as the command did. ``say``: and tell on stderr which limit ended it, if one did."""
+    if say and (line := limit_line(result)):
+        with contextlib.suppress(OSError):  # closed; the status tells, too
+            click.echo(f"sandboxcore: {line}", err=True)
     sys.exit(exit_status(result))
+
+
+def limit_line(result: Any) -> str:
+    """The limit that ended a command; empty if none did."""
+    detail = result.detail
+    if result.timed_out and not detail:
+        detail = f"killed after {result.duration:.3f} s"
+    return f"{result.cause.value}: {detail}" if detail else ""
+
+
+# --- tables -----------------------------------------------------------------------------------------
+
+
+def print_table(rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -> None:
+    """Columns side by side, the first row names them; on a terminal no wider than that. ``right``: columns
+    of numbers."""
+    plain = [["".join(c if c.isprintable() else "?" for c in cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
+    justify = [str.rjust if name in right else str.ljust for name in rows[0]]
+    room = shutil.get_terminal_size().columns if os.isatty(1) else None
+    for row in plain:
+        cells = (put(cell, width) for put, cell, width in zip(justify, row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip()[:room])
+
+
+def size_text(size: int | None) -> str:
+    """Bytes for people, as an option takes them: ``1.5M``; ``-`` for None."""
+    if size is None:
+        return "-"
+    for unit, factor in (("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:.1f}".removesuffix(".0") + unit
+    return str(size)
 
 
 # --- persistent sandboxes ---------------------------------------------------------------------------

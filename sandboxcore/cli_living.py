@@ -3,6 +3,7 @@
 Like :mod:`sandboxcore.cli`: parses and prints, decides nothing, and loads what it uses where it uses it.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -80,7 +81,10 @@ def stop(name: str, state_dir: str | None) -> None:
 @verb("suspend")
 @click.argument("name")
 def suspend(name: str, state_dir: str | None) -> None:
-    """Stop all processes of a sandbox, until resume."""
+    """Stop all processes of a sandbox, until resume.
+
+    No limit of time counts meanwhile.
+    """
     with opened(name, state_dir) as sandbox:
         sandbox.suspend()
 
@@ -123,16 +127,17 @@ def _remove(name: str, force: bool, state_dir: str | None) -> None:
 def gc(dry_run: bool, as_json: bool, state_dir: str | None) -> None:
     """Set the records right after crashes.
 
-    Sandboxes that are gone are put down as stopped; what no record knows is removed.
+    Sandboxes that are gone are put down as stopped; what no record knows is removed; so are the control
+    groups of sandboxes and of processes that are gone.
     """
     from sandboxcore.persistent import gc as collect
 
     done = collect(state_dir, dry_run=dry_run)
     if as_json:
-        click.echo(json.dumps({"ended": done.ended, "removed": done.removed}, indent=2))
+        click.echo(json.dumps(dataclasses.asdict(done), indent=2))
         return
-    for word, ids in (("ended", done.ended), ("removed", done.removed)):
-        for name in ids:
+    for word, names in (("ended", done.ended), ("removed", done.removed), ("removed group", done.groups)):
+        for name in names:
             click.echo(f"{word} {name}")
 
 
@@ -173,7 +178,7 @@ def exec_(name: str, command: tuple[str, ...], tty: bool, detach: bool, as_json:
             return
         if tty:
             exit_as(sandbox.interact(command, **options))
-        exit_as(_executed(sandbox, command, as_json, options))
+        exit_as(_executed(sandbox, command, as_json, options), say=not as_json)
 
 
 def _environment(sandbox: "PersistentSandbox", given: tuple[str, ...], tty: bool) -> dict[str, str]:

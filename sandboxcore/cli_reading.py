@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -24,6 +23,7 @@ from sandboxcore.cli_common import (
     json_option,
     opened,
     pairs,
+    print_table,
     verb,
 )
 from sandboxcore.cli_filter import TerminalFilter, write_all
@@ -77,7 +77,7 @@ def _list_sandboxes(labels: dict[str, str], as_json: bool, state_dir: str | None
                 pairs_text,
             )
         )
-    _print_table(rows)
+    print_table(rows)
 
 
 def _list_commands(commands: Sequence["DetachedCommand"], as_json: bool) -> None:
@@ -91,7 +91,7 @@ def _list_commands(commands: Sequence["DetachedCommand"], as_json: bool) -> None
         pid = str(command.pid_inside) if result is None else "-"
         line = shlex.join(map(os.fsdecode, command.args))
         rows.append((command.id, _status(result), status, pid, _age(command.started_at), line))
-    _print_table(rows)
+    print_table(rows)
 
 
 def _status(result: "ExecResult | None") -> str:
@@ -115,11 +115,12 @@ def _command_data(command: "DetachedCommand") -> dict[str, Any]:
 
 def _end_data(result: "ExecResult | None") -> dict[str, Any]:
     if result is None:
-        return dict.fromkeys(("returncode", "signal", "cause", "duration"))
+        return dict.fromkeys(("returncode", "signal", "cause", "detail", "duration"))
     return {
         "returncode": result.returncode,
         "signal": None if result.signal is None else int(result.signal),
         "cause": result.cause.value,
+        "detail": result.detail,
         "duration": result.duration,
     }
 
@@ -130,16 +131,6 @@ def _age(since: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds // size}{unit}"
     return f"{seconds}s"
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns side by side; on a terminal no wider than that."""
-    plain = [["".join(c if c.isprintable() else "?" for c in cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
-    room = shutil.get_terminal_size().columns if os.isatty(1) else None
-    for row in plain:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        click.echo(line[:room])
 
 
 # --- what they write --------------------------------------------------------------------------------

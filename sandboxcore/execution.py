@@ -186,11 +186,17 @@ class Execution:
         *,
         check: bool,
     ) -> ExecResult:
+        if done.applied:
+            done.group_limits = self._group_limits()
         result = make_result(self._plan, request.args, streams, done, decode, limits=request.limits)
         self.last_active_at = time.time()
         if check:
             result.check_returncode()
         return result
+
+    def _group_limits(self) -> dict[str, Any] | None:
+        link = self._link
+        return link.group.limits() if link is not None and link.group is not None else None
 
     def shell(self, script: str, **options: Any) -> ExecResult:
         """:meth:`exec` of ``/bin/sh -c script``."""

@@ -109,6 +109,8 @@ class SandboxGroup:
     def __init__(self, group: cgroup.Group, limits: Limits, *, nested: bool) -> None:
         """``nested``: version 2 counts; else each launcher gets groups of version 1 only."""
         self.group, self._nested = group, nested
+        # Version 1 throttles each group by itself, without those below: then commands have none of their own.
+        self._slots = {name: use for name, use in SLOTS.items() if name != "blkio" or limits.io is None}
         try:
             group.limit(_with_own(limits), whole=False)
             group.prepare()
@@ -126,7 +128,7 @@ class SandboxGroup:
                 stack.callback(os.close, parent)
                 found.append(("SLOTS", parent))
             found += [("MOVE", fd) for fd in opened.procs.values()]
-            found += [(SLOTS[name], fd) for name, fd in opened.v1.items() if name in SLOTS]
+            found += [(self._slots[name], fd) for name, fd in opened.v1.items() if name in self._slots]
             yield found
 
 
@@ -143,6 +145,7 @@ class Groups:
         self._lock = threading.Lock()
         self._idle: dict[tuple[tuple[str, ...], Limits], list[RunGroup]] = {}
         self._number = 0
+        self._retired = False
         layout = cgroup.layout()
         self._nested = 2 in layout.versions.values()
         self.base = cgroup.Base(layout)
@@ -204,7 +207,7 @@ class Groups:
         if clean and not group.gauge.worn(LEFTOVER):
             with self._lock:
                 idle = self._idle.get(key)
-                if idle is not None and len(idle) < KEPT:
+                if idle is not None and len(idle) < KEPT and not self._retired:
                     idle.append(group)
                     return
         _later(group.close)
@@ -214,7 +217,7 @@ class Groups:
         key = plan.controllers, plan.group_limits
         while True:
             with self._lock:
-                if len(self._idle.get(key, ())) >= READY:
+                if self._retired or len(self._idle.get(key, ())) >= READY:
                     return
             group = self._run_group(plan)
             with self._lock:
@@ -227,18 +230,25 @@ class Groups:
             name = f"{name}.{self._number}"  # one that starts again gets a new one
         return SandboxGroup(self._make(name, plan.controllers), plan.group_limits, nested=self._nested)
 
-    def close(self) -> None:
-        """Remove what nobody is in."""
+    def retire(self) -> None:
+        """Keep no group ready any more."""
         with self._lock:
+            self._retired = True
             idle, self._idle = [group for groups in self._idle.values() for group in groups], {}
         for group in idle:
             group.close()
+
+    def close(self) -> None:
+        """Remove what nobody is in."""
+        self.retire()
         self.base.remove()
 
 
 def counted(done: _native.NativeResult, group: RunGroup) -> _native.NativeResult:
     """The result with what the run's group has counted."""
     done.counts = group.gauge.end()
+    if done.applied:
+        done.group_limits = group.group.limits()
     done.out_of_memory |= bool(done.counts and done.counts.get("oom_kills"))
     return done
 
@@ -267,6 +277,7 @@ def host_limits(limits: Limits | None = None, *, max_sandboxes: int | None = Non
 _lock = threading.Lock()
 _making = threading.Lock()
 _all: "weakref.WeakSet[Groups]" = weakref.WeakSet()
+_bases: list[cgroup.Base] = []  # of spawners that are gone: sandboxes may live on there
 _work: "queue.SimpleQueue[Callable[[], object]]" = queue.SimpleQueue()
 _worker: threading.Thread | None = None
 _ending = False
@@ -282,6 +293,13 @@ def groups_of(connection: Spawner) -> Groups:
             _later(cgroup.collect)
         found: Groups = connection.groups
         return found
+
+
+def let_go(connection: Spawner) -> None:
+    """There will be another spawner instead of this one: what is ready for runs below it is of no use."""
+    if isinstance(connection.groups, Groups):
+        _bases.append(connection.groups.base)
+        _later(connection.groups.retire)
 
 
 def _later(task: Callable[[], object]) -> None:
@@ -312,7 +330,13 @@ def ends_with_us(group: cgroup.Group) -> None:
 def remove_later(group: cgroup.Group) -> None:
     """Remove a sandbox's group, when its last process is gone, without waiting for that."""
     _ours.pop(group.relative, None)
-    _later(lambda: group.remove(PATIENCE))
+    _later(lambda: _remove(group))
+
+
+def _remove(group: cgroup.Group) -> None:
+    group.remove(PATIENCE)
+    if f"/host-{os.getpid()}-" not in group.relative:  # who made it may be gone: then so is what it is below
+        cgroup.collect()
 
 
 @contextlib.contextmanager
@@ -331,6 +355,10 @@ def leased(plan: Plan, connection: Spawner) -> Iterator[RunGroup]:
 def _at_exit() -> None:
     global _ending
     _ending = True
+    if _worker is not None and _worker.is_alive():  # in the middle of something, perhaps
+        done = threading.Event()
+        _work.put(done.set)
+        done.wait(PATIENCE)
     for group in list(_ours.values()):
         with contextlib.suppress(SetupError):
             group.kill()
@@ -347,12 +375,16 @@ def _at_exit() -> None:
         groups.connection.close()  # the spawner is in one of them
         with contextlib.suppress(Exception):
             groups.close()
+    for base in _bases:
+        with contextlib.suppress(Exception):
+            base.remove()
 
 
 def _after_fork_in_child() -> None:
     global _lock, _making, _work, _worker
     _lock, _making, _work, _worker = threading.Lock(), threading.Lock(), queue.SimpleQueue(), None
     _all.clear()
+    _bases.clear()
     _ours.clear()
 
 

@@ -260,9 +260,11 @@ class Link:
         if self.pidfd >= 0 and not self._closed:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            if self.group is not None and self.pause is not None and self.pause.native.since:
-                with contextlib.suppress(SandboxError):  # with version 1 a frozen process cannot even die
-                    self.group.thaw(0)
+            if self.group is not None:
+                with contextlib.suppress(SandboxError):
+                    self.group.kill()  # the second way
+                    if self.pause is not None and self.pause.native.since:
+                        self.group.thaw(0)  # with version 1 a frozen process cannot even die
             if wait and not _poll(self.pidfd, wait):
                 raise TimeoutError("a process in uninterruptible sleep cannot be killed yet")
         self.close()
@@ -284,6 +286,7 @@ class Link:
             self._release()
 
     def _release(self) -> None:
+        self.pause = None  # it keeps a descriptor, and we may be kept by a traceback
         if self._answer is not None:
             self._answer.close()
         self.keeper.close()

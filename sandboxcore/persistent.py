@@ -10,9 +10,11 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
-from sandboxcore import host
+from sandboxcore import cgroup, host
+from sandboxcore.cgroup_files import groups_below, processes
+from sandboxcore.cgroup_layout import SHARED
 from sandboxcore.detached import DetachedCommand, Door
-from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
+from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SetupError, SpecError
 from sandboxcore.files import FileServer
 from sandboxcore.groups import remove_later
 from sandboxcore.journal import Journal
@@ -356,6 +358,10 @@ def _true_records(store: Store, labels: Mapping[str, str]) -> Iterator[SandboxRe
 def _true_record(store: Store, record: SandboxRecord) -> SandboxRecord | None:
     if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not _runs(store, record):
         store.end(record, time.time())
+        with contextlib.suppress(BlockingIOError), store.locked(record.id, wait=False):
+            now, group = store.get(record.id), store.home(record.id).group
+            if group is not None and now is not None and now.state == SandboxState.STOPPED:
+                remove_later(group)  # or somebody has started it again: then it is another one
         return store.get(record.id)
     return record
 
@@ -363,26 +369,34 @@ def _true_record(store: Store, record: SandboxRecord) -> SandboxRecord | None:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collected:
     """What :func:`gc` did: ids of sandboxes found dead; what no record knew: directories, and files in
-    them as "sandbox/file"."""
+    them as "sandbox/file"; control groups in which nothing can run any more, as absolute paths."""
 
     ended: tuple[str, ...]
     removed: tuple[str, ...]
+    groups: tuple[str, ...] = ()
 
 
 def gc(state_dir: StatePath = None, *, dry_run: bool = False) -> Collected:
     """Set the records right after crashes: sandboxes whose processes are gone are put down as stopped, and
     what no record knows is removed (what may still run there is ended first). What somebody works on
-    just now is left alone."""
+    just now is left alone.
+
+    The control groups of such sandboxes go, and those of all processes on this host that are gone: also of
+    those that had no state directory, or another one."""
     ended: list[str] = []
     removed: list[str] = []
+    groups: list[str] = []
     with Store(state_dir) as store:
-        for _ in _collect(store, ended, removed, dry_run=dry_run):
+        for _ in _collect(store, ended, removed, groups, dry_run=dry_run):
             pass
-    return Collected(tuple(ended), tuple(removed))
+    return Collected(tuple(ended), tuple(removed), tuple(groups))
 
 
-def _collect(store: Store, ended: list[str], removed: list[str], *, dry_run: bool) -> Iterator[None]:
+def _collect(
+    store: Store, ended: list[str], removed: list[str], groups: list[str] | None = None, *, dry_run: bool
+) -> Iterator[None]:
     """A step for each sandbox; no lock is held between them."""
+    found = [] if groups is None else groups
     for record in store.all():
         if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not _runs(store, record):
             ended.append(record.id)
@@ -390,6 +404,8 @@ def _collect(store: Store, ended: list[str], removed: list[str], *, dry_run: boo
                 store.end(record, time.time())
         with contextlib.suppress(BlockingIOError), store.locked(record.id, wait=False):
             removed += _clear(store, record.id, dry_run=dry_run)
+            if (now := store.get(record.id)) is not None and not _may_run(store, now):
+                found += _clear_group(store.home(record.id), dry_run=dry_run)
         yield
     for stray in store.strays():
         with contextlib.suppress(BlockingIOError), store.locked(stray, wait=False):
@@ -397,8 +413,40 @@ def _collect(store: Store, ended: list[str], removed: list[str], *, dry_run: boo
                 removed.append(stray)
                 if not dry_run:
                     store.home(stray).end()
+                    found += _clear_group(store.home(stray), dry_run=False)
                     store.remove(stray)
         yield
+    found += _left_bases() if dry_run else cgroup.collect()
+
+
+def _may_run(store: Store, record: SandboxRecord) -> bool:
+    return record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and _runs(store, record)
+
+
+def _left_bases() -> list[str]:
+    """What :func:`sandboxcore.cgroup.collect` would remove."""
+    found = cgroup.layout()
+    left = []
+    for parent in dict.fromkeys([*([found.v2] if found.v2 else []), *found.v1.values()]):
+        for base in sorted((parent / SHARED).glob("host-*")):
+            pid, _, ticks = base.name.removeprefix("host-").rpartition("-")[0].partition("-")
+            if not (pid.isdecimal() and ticks.isdecimal()) or start_ticks(int(pid)) == int(ticks):
+                continue
+            with contextlib.suppress(PermissionError):  # somebody else's
+                if not any(processes(group) for group in groups_below(base)):
+                    left.append(str(base))
+    return left
+
+
+def _clear_group(home: Home, *, dry_run: bool) -> list[str]:
+    """Remove the control group of a sandbox that is gone. What is busy still stays for the next time."""
+    group = home.group
+    places = [str(place) for place in group.places() if place.is_dir()] if group else []
+    if group is None or dry_run:
+        return places
+    with contextlib.suppress(SetupError):  # somebody else's
+        group.remove()
+    return [place for place in places if not os.path.exists(place)]
 
 
 def _runs(store: Store, record: SandboxRecord) -> bool:

@@ -157,6 +157,7 @@ def help_spawner(
         return
     if failure.stage == "spawner" or (failure.stage, failure.index) in _NEVER_RAN:
         spawner.drop_spawner(connection)
+        groups.let_go(connection)
     if last or (failure.stage, failure.index) not in _NEVER_RAN:
         raise render(plan, request, failure) from None
 

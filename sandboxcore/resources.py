@@ -113,7 +113,5 @@ def _limit_commands(group: Group, pids: int | None) -> None:
     parents = {group.v2, group.v1.get("pids")} - {None}
     for parent in parents:
         for directory in parent.glob("cmd-*") if parent else ():
-            with contextlib.suppress(
-                OSError
-            ):  # gone; or not ours to write: the whole's holds
+            with contextlib.suppress(OSError):  # gone; or not ours to write: the whole's holds
                 (directory / "pids.max").write_text("max" if pids is None else str(pids + 1))

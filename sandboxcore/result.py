@@ -137,8 +137,8 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
     """From what the kernel has counted or we have done, never from a status alone."""
     counts = done.counts or {}
     ended = os.WTERMSIG(done.status) if os.WIFSIGNALED(done.status) else 0
-    killed, used = ended == signal.SIGKILL, (done.usage[0] + done.usage[1]) / 1e6
-    out_of_time = ended == signal.SIGXCPU or (killed and used >= (limits.cpu_time or 0))
+    killed = ended == signal.SIGKILL
+    by_clock = limits.cpu_time is not None and (killed or ended == signal.SIGXCPU)
     causes = {  # the first that holds
         Cause.TIMEOUT: done.timed_out,
         Cause.OUTPUT: done.flooded,
@@ -152,7 +152,9 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
     }
     if found := next((cause for cause, holds in causes.items() if holds), None):
         return found
-    return Cause.CPU_TIME if limits.cpu_time is not None and out_of_time else Cause.SIGNALED
+    # Or it sent that to itself. RLIMIT_CPU goes by clock ticks, and so may be early.
+    enough = by_clock and sum(_cpu(done)) >= (limits.cpu_time or 0) * 0.8e6
+    return Cause.CPU_TIME if enough else Cause.SIGNALED
 
 
 def _detail(cause: Cause, plan: Plan, limits: Limits, done: _native.NativeResult) -> str:
@@ -161,7 +163,7 @@ def _detail(cause: Cause, plan: Plan, limits: Limits, done: _native.NativeResult
         name = audit.forbidden_call(done.began, done.ended, plan.uids)
         return f"system call {name}" if name else "the system call's name is not in a log that we may read"
     counts = done.counts or {}
-    used = (done.usage[0] + done.usage[1]) / 1e6
+    used = sum(_cpu(done)) / 1e6
     texts = {
         Cause.OOM: f"limits.memory: {_size(limits.memory)}, peak {_size(counts.get('memory'))}",
         Cause.PIDS: f"limits.pids: {limits.pids}, {counts.get('pids_refused', 0)} forks refused",
@@ -182,11 +184,16 @@ def _size(value: int | str | None) -> str:
     return f"{value} B"
 
 
+def _cpu(done: _native.NativeResult) -> tuple[int, int]:
+    """CPU time of user and system, us: the group's, for nobody gets that of children who were not waited for
+    (wait(2)), and an init that was killed tells nothing."""
+    counts = done.counts or {}
+    return counts.get("cpu_user", done.usage[0]), counts.get("cpu_system", done.usage[1])
+
+
 def _usage(done: _native.NativeResult) -> Usage:
     used, counts = done.usage, done.counts
-    user, system = used[0], used[1]
-    if done.lost and counts:  # init was killed, too, and has told nothing
-        user, system = counts.get("cpu_user", user), counts.get("cpu_system", system)
+    user, system = _cpu(done)
     usage = Usage(user / 1e6, system / 1e6, used[2] * 1024, used[3], used[4], used[5])
     if counts:
         usage.memory_peak, usage.oom_kills = counts.get("memory"), counts.get("oom_kills")
@@ -261,6 +268,6 @@ def make_result(
         truncated,
         _usage(done),
         Timings(done),
-        parse_applied(done.applied, plan.omitted) if done.applied else None,
+        parse_applied(done.applied, plan.omitted, done.group_limits) if done.applied else None,
         "" if cause is _EXITED else _detail(cause, plan, limits or plan.spec.limits, done),
     )

@@ -376,6 +376,7 @@ class Sandbox(Resources):
     def _seen(
         self, request: Request, streams: _native.Streams, done: _native.NativeResult
     ) -> SandboxCapabilities:
+        done.group_limits = self._group_limits()
         result = make_result(self._plan, request.args, streams, done, Decoder(False, None, None))
         if result.capabilities is None:
             raise SandboxTimeout(result)

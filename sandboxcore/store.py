@@ -247,7 +247,7 @@ class Store:
 
     def orphans(self, sandbox: str) -> list[str]:
         """Files in a sandbox's directory that are nobody's. The caller holds its lock."""
-        known = {"keeper", "work"}
+        known = {"keeper", "work", "pause", "group"}
         for command in self.commands(sandbox):
             known |= {command.id, f"{command.id}.journal"}
         return sorted(set(os.listdir(self.home(sandbox).path)) - known)

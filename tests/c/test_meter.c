@@ -29,7 +29,7 @@ static void remove_group(void)
 {
 	const char *names[] = { "cpu.stat",	  "memory.peak",	 "memory.current", "memory.events",
 				"pids.peak",	  "pids.events",	 "io.stat",	   "memory.max_usage_in_bytes",
-				"cpuacct.usage_user", "cpuacct.usage_sys", "memory.oom_control",
+				"cpuacct.usage", "cpuacct.usage_sys", "memory.oom_control",
 				"blkio.throttle.io_service_bytes" };
 
 	for (size_t i = 0; i < SBX_COUNT(names); i++)
@@ -118,7 +118,7 @@ static void version_1(void)
 	struct sbx_counts c;
 
 	make_group();
-	set("cpuacct.usage_user", "5000000\n");
+	set("cpuacct.usage", "6000000\n");
 	set("cpuacct.usage_sys", "1000000\n");
 	set("memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 0\n");
 	set("memory.max_usage_in_bytes", "123\n");
@@ -129,7 +129,7 @@ static void version_1(void)
 	sbx_gauge_open(&g, dir, SBX_GROUP_SLOTS_BLKIO);
 	sbx_gauge_begin(&g);
 	CHECK(g.resets);
-	set("cpuacct.usage_user", "9000000\n");
+	set("cpuacct.usage", "10000000\n");
 	set("memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n");
 	set("memory.max_usage_in_bytes", "77\n");
 	set("blkio.throttle.io_service_bytes", "8:0 Read 8192\n8:0 Write 512\n8:0 Total 8704\nTotal 8704\n");

@@ -20,14 +20,20 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/capability.h>
+#include <linux/rtnetlink.h>
+#include <netinet/in.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/msg.h>
 #include <sys/prctl.h>
+#include <sys/shm.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -278,6 +284,256 @@ static int fdbomb(char **argv)
 	return 0;
 }
 
+/* N processes with BYTES each; prints how many have got them. With "stay" they keep them. */
+static int hogs(char **argv)
+{
+	size_t size = strtoul(argv[1], NULL, 0);
+	int made = 0, ends[2];
+	char byte;
+
+	if (pipe(ends) < 0)
+		die("pipe");
+	for (int i = atoi(argv[0]); i > 0; i--)
+		if (fork() == 0) {
+			char *own = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+			if (own == MAP_FAILED)
+				_exit(1);
+			memset(own, 1, size);
+			if (write(ends[1], "", 1) == 1)
+				pause();
+			_exit(1);
+		}
+	close(ends[1]); /* end-of-file: one of them has died before it had all, and all of the others */
+	while (made < atoi(argv[0]) && read(ends[0], &byte, 1) == 1)
+		made++;
+	printf("%d ok\n", made);
+	fflush(stdout);
+	if (argv[2] && strcmp(argv[2], "stay") == 0)
+		pause();
+	signal(SIGTERM, SIG_IGN);
+	kill(0, SIGTERM);
+	return 0;
+}
+
+/* --- kinds of memory ---------------------------------------------------------------------------- */
+
+enum { PIECE = 1 << 20 };
+
+/* Each of these takes about a piece of memory that stays taken, and says how much; -1 if it cannot. */
+
+static long take_anonymous(void)
+{
+	void *own = mmap(NULL, PIECE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	return own == MAP_FAILED ? -1 : (memset(own, 1, PIECE), PIECE);
+}
+
+static long append(int fd)
+{
+	long done = 0;
+
+	for (ssize_t n; fd >= 0 && done < PIECE; done += n)
+		if ((n = write(fd, buffer, sizeof buffer)) < 0)
+			return done ? done : -1;
+	return done ? done : -1;
+}
+
+static long take_tmp(void)
+{
+	static int fd = -1;
+
+	if (fd < 0)
+		fd = open("/tmp/fill", O_WRONLY | O_CREAT | O_TRUNC, 0600);
+	return append(fd);
+}
+
+static long take_shm(void)
+{
+	static int fd = -1;
+
+	if (fd < 0)
+		fd = open("/dev/shm/fill", O_WRONLY | O_CREAT | O_TRUNC, 0600);
+	if (fd >= 0)
+		unlink("/dev/shm/fill"); /* a control leaves nothing outside */
+	return append(fd);
+}
+
+static long take_memfd(void)
+{
+	return append(memfd_create("fill", 0));
+}
+
+static long take_sysv(void)
+{
+	int id = shmget(IPC_PRIVATE, PIECE, IPC_CREAT | 0600);
+	void *own = id < 0 ? (void *)-1 : shmat(id, NULL, 0);
+
+	if (own == (void *)-1)
+		return -1;
+	shmctl(id, IPC_RMID, NULL); /* when its last user has gone */
+	memset(own, 1, PIECE);
+	return PIECE;
+}
+
+static long take_messages(void)
+{
+	struct {
+		long type;
+		char text[4096];
+	} message = { .type = 1 };
+	long done = 0;
+
+	for (int id; done < PIECE;)
+		for (id = msgget(IPC_PRIVATE, IPC_CREAT | 0600);; done += sizeof message.text)
+			if (id < 0)
+				return -1;
+			else if (msgsnd(id, &message, sizeof message.text, IPC_NOWAIT) < 0)
+				break;
+	return done;
+}
+
+/* As much as goes into it without waiting. */
+static long stuff(int fd, size_t piece)
+{
+	long done = 0;
+
+	if (fcntl(fd, F_SETFL, O_NONBLOCK) < 0)
+		return -1;
+	for (ssize_t n; (n = write(fd, buffer, piece)) > 0;)
+		done += n;
+	return done ? done : -1;
+}
+
+static long take_pipe(void)
+{
+	int ends[2];
+
+	if (pipe(ends) < 0)
+		return -1;
+	(void)fcntl(ends[1], F_SETPIPE_SZ, PIECE);
+	return stuff(ends[1], 4096);
+}
+
+static long take_unix(void)
+{
+	int ends[2];
+
+	return socketpair(AF_UNIX, SOCK_STREAM, 0, ends) < 0 ? -1 : stuff(ends[1], 4096);
+}
+
+/* Two ends on lo: as much as TCP takes; of datagrams, as many as fit for sure, for what does not is lost. */
+static long take_inet(int type)
+{
+	struct sockaddr_in at = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	socklen_t size = sizeof at;
+	int to = socket(AF_INET, type, 0), from = socket(AF_INET, type, 0);
+	long done = 0;
+
+	if (to < 0 || from < 0 || bind(to, (void *)&at, size) < 0 || getsockname(to, (void *)&at, &size) < 0)
+		return -1;
+	if ((type == SOCK_STREAM && listen(to, 1) < 0) || connect(from, (void *)&at, size) < 0)
+		return -1;
+	if (type == SOCK_STREAM)
+		return stuff(from, sizeof buffer);
+	for (ssize_t n; done < 131072 && (n = send(from, buffer, 32768, MSG_DONTWAIT)) > 0;)
+		done += n;
+	return done ? done : -1;
+}
+
+static long take_tcp(void)
+{
+	return take_inet(SOCK_STREAM);
+}
+
+static long take_udp(void)
+{
+	return take_inet(SOCK_DGRAM);
+}
+
+/* Answers of the kernel that nobody reads. */
+static long take_netlink(void)
+{
+	const struct {
+		struct nlmsghdr head;
+		struct ifinfomsg body;
+	} ask = { { sizeof ask, RTM_GETLINK, NLM_F_REQUEST, 0, 0 }, { .ifi_index = 1 } };
+	int fd = socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE);
+	int many = 0;
+
+	for (; fd >= 0 && many < 1000 && send(fd, &ask, sizeof ask, MSG_DONTWAIT) > 0; many++)
+		;
+	int room = 0;
+	socklen_t size = sizeof room;
+	if (getsockopt(fd, SOL_SOCKET, SO_RCVBUF, &room, &size) < 0)
+		return -1;
+	return room / 2;
+}
+
+/* A page of tables for each touch of a page that all processes share. */
+static long take_tables(void)
+{
+	const size_t each = 2 << 20, pages = PIECE / 4096;
+	char *own = mmap(NULL, each * pages, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (own == MAP_FAILED)
+		return -1;
+	(void)madvise(own, each * pages, MADV_NOHUGEPAGE);
+	for (size_t i = 0; i < pages; i++)
+		(void)*(volatile char *)(own + i * each);
+	return PIECE;
+}
+
+/* Locks of files; with many on one, each new one takes longer. */
+static long take_locks(void)
+{
+	const int each = 192, count = 1024;
+	int fd = memfd_create("locks", 0);
+
+	for (int i = 0; i < count; i++) {
+		struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 2 * i, .l_len = 1 };
+		if (fcntl(fd, F_OFD_SETLK, &lock) < 0)
+			return -1;
+	}
+	return each * count;
+}
+
+/* Up to N bytes of one kind, "pieces" at a time; says after each how many it has. */
+static int fill(char **argv)
+{
+	static const struct {
+		const char *name;
+		long (*take)(void);
+	} kinds[] = {
+		{ "anonymous", take_anonymous },
+		{ "tmp", take_tmp },
+		{ "shm", take_shm },
+		{ "memfd", take_memfd },
+		{ "sysv", take_sysv },
+		{ "messages", take_messages },
+		{ "pipe", take_pipe },
+		{ "unix", take_unix },
+		{ "tcp", take_tcp },
+		{ "udp", take_udp },
+		{ "netlink", take_netlink },
+		{ "tables", take_tables },
+		{ "locks", take_locks },
+	};
+	long done = 0, wanted = atol(argv[1]), n = 0;
+	size_t kind = 0;
+
+	while (kind < sizeof kinds / sizeof kinds[0] && strcmp(kinds[kind].name, argv[0]) != 0)
+		kind++;
+	if (kind == sizeof kinds / sizeof kinds[0])
+		return 64;
+	for (; done < wanted && (n = kinds[kind].take()) > 0; printf("%ld ok\n", done += n))
+		fflush(stdout);
+	if (n <= 0)
+		printf("%ld %s\n", done, strerrorname_np(errno));
+	return 0;
+}
+
+/* --- the rest --------------------------------------------------------------------------------- */
+
 /* N bytes to stdout, as fast as possible. */
 static int flood(char **argv)
 {
@@ -369,7 +625,8 @@ int main(int argc, char **argv)
 	} acts[] = {
 		{ "call", calls },	  { "exec", run },	    { "hold", hold },		{ "swap", swap },
 		{ "forkbomb", forkbomb }, { "diskbomb", diskbomb }, { "inodebomb", inodebomb }, { "fdbomb", fdbomb },
-		{ "flood", flood },	  { "linger", linger },	    { "barrage", barrage },
+		{ "flood", flood },	  { "linger", linger },	    { "barrage", barrage },	{ "hogs", hogs },
+		{ "fill", fill },
 	};
 
 	argv++;

@@ -36,6 +36,7 @@ from sandboxcore import (
     aio_persistent,
     aio_sandbox,
 )
+from sandboxcore.aio_loop import tell_init
 from sandboxcore.command import Exit, Stderr, Stdout
 from sandboxcore.persistent import PersistentSandbox, list_sandboxes
 from sandboxcore.store import Store
@@ -702,7 +703,7 @@ def test_told_what_init_cannot_hear(state: Path) -> None:
         link = box._own._link_now()
         os.kill(box.pid, signal.SIGKILL)
         with pytest.raises(SandboxGone):
-            await box._tell(signal.SIGTERM, None)
+            await box._through(lambda link: tell_init(link, signal.SIGTERM, lambda: None))
         assert box._own._link is link  # nobody had looked
         assert box.state == "stopped"
         await box.destroy()

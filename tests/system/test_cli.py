@@ -54,7 +54,6 @@ def test_timeout_is_124() -> None:
         (["--env", "novalue", "--", "true"], ["--env", "novalue"]),
         (["--ro", "/no/such/source", "--", "true"], ["/no/such/source", "No such file"]),
         (["--rootfs", "/no/such/root", "--", "true"], ["rootfs", "/no/such/root"]),
-        (["--memory", "64M", "--", "true"], ["limits.memory", "cgroup"]),
         (["--disk", "many", "--", "true"], ["limits.disk", "many"]),
         (["--spec", "/no/such.toml", "--", "true"], ["/no/such.toml"]),
         (["--workdir", "/no/such/dir", "--", "true"], ["cwd", "/no/such/dir"]),

@@ -171,20 +171,26 @@ def test_rm_goes_on_after_a_refusal(sh: Shell) -> None:
 
 def test_gc(sh: Shell) -> None:
     sandbox = sh("create", "one").strip()
-    assert sh.json("gc") == {"ended": [], "removed": []}
+    done = sh.json("gc")
+    assert (done["ended"], done["removed"]) == ([], [])
     os.kill(sh.json("ls")[0]["pid"], signal.SIGKILL)
     stray = sh.state / "sandboxes" / "sbx-stray"
     stray.mkdir()
     dry = sh.json("gc", "--dry-run")
     assert dry["removed"] == ["sbx-stray"]
     assert stray.exists()
-    printed = sh("gc")
+    printed = _without_groups(sh("gc"))
     assert "removed sbx-stray\n" in printed
     assert not stray.exists()
     assert sh.state_of("one") == "stopped"
     assert set(printed.split()) <= {"ended", "removed", "sbx-stray", sandbox}
-    assert sh("gc") == ""
+    assert _without_groups(sh("gc")) == ""
     sh("start", "one")
+
+
+def _without_groups(printed: str) -> str:
+    """Of control groups, anybody on this host may have left some just now."""
+    return "".join(line for line in printed.splitlines(True) if not line.startswith("removed group "))
 
 
 # --- names and places ---------------------------------------------------------------------------
@@ -212,7 +218,7 @@ def test_a_name_that_is_taken(shared: Shell) -> None:
         (["create", "x", "--network", "wifi"], ["--network"]),
         (["create", "x", "--label", "novalue"], ["--label", "novalue"]),
         (["create", "x", "--ro", "/no/such"], ["/no/such", "No such file"]),
-        (["create", "x", "--memory", "64M"], ["limits.memory"]),
+        (["create", "x", "--memory", "lots"], ["--memory", "lots"]),
         (["exec", "box"], ["COMMAND"]),
         (["exec", "box", "--env", "=x", "--", "true"], ["--env", "'=x'"]),
         (["exec", "box", "--env", "K\n", "--", "true"], ["--env"]),

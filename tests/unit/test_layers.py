@@ -12,7 +12,7 @@ LAYERS = (
     ("errors", "_core", "seccomp_calls"),
     ("census", "_native", "capabilities", "seccomp_policy"),
     ("seccomp",),
-    ("spec",),
+    ("spec", "audit"),
     ("host",),
     ("tree", "cgroup_files", "cgroup_mounts"),
     ("cgroup_values",),
@@ -42,7 +42,7 @@ LAYERS = (
     ("aio_persistent",),
     ("aio",),
     ("cli_common", "cli_filter"),
-    ("cli_living", "cli_reading"),
+    ("cli_living", "cli_reading", "cli_resources", "cli_doctor"),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -1,0 +1,319 @@
+"""The fault walk through sandboxes with control groups: in init, in the first launcher, on the host's side.
+
+As in test_fault_walk.py: a refusal that names the stage, with nothing left behind, or a sandbox that is no
+weaker. Here that means: its processes are in its groups, and these have the limits that were asked for.
+"""
+
+import errno
+import os
+import resource
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import wait_until
+from system.test_fault_walk import FINGERPRINT, NORMAL_ENDS, by_exec, fault_helper, faulty, settled
+
+import sandboxcore
+from sandboxcore import Cause, Sandbox, SandboxSpec, SetupError, _native, cgroup, groups, request, spawner
+
+__all__ = ["fault_helper", "faulty"]  # fixtures
+
+MEMORY, PIDS = 64 << 20, 64
+SPEC = SandboxSpec(
+    tmpfs=["/opt/scratch:1M"], limits=sandboxcore.Limits(cpu_time=100, memory=MEMORY, pids=PIDS)
+)
+CODES = [errno.EUCLEAN, errno.ENOENT, errno.ENOSYS, errno.EINVAL, errno.EINTR, errno.EACCES]
+PATIENCE = 60
+
+Failures = list[_native.NativeFailure]
+
+
+@pytest.fixture(autouse=True)
+def _limits_work() -> None:
+    found = cgroup.layout()
+    if "memory" not in found.versions:
+        pytest.skip(found.remedies["memory"])
+
+
+def base() -> cgroup.Base:
+    """Of the spawner in use."""
+    (connection,) = spawner._spawners.values()
+    return groups.groups_of(connection).base
+
+
+def left(kind: str) -> set[str]:
+    """The groups of runs, or of sandboxes, that exist in any hierarchy."""
+    found = base().layout
+    parents = {*found.v1.values(), *([] if found.v2 is None else [found.v2])}
+    return {path.name for parent in parents for path in (parent / base().relative).glob(f"{kind}-*")}
+
+
+def kept() -> set[str]:
+    """The groups of runs that are ready for the next one."""
+    (connection,) = spawner._spawners.values()
+    idle = groups.groups_of(connection)._idle
+    return {Path(group.group.relative).name for ready in idle.values() for group in ready}
+
+
+def descriptors() -> int:
+    """How many there are, but for the groups that are ready: those have the only ones of groups."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:  # the listing's own
+            continue
+    of_groups = [link for link in links if "/sandboxcore/host-" in link]
+    words = {word for link in of_groups if base().relative in link for word in link.split("/")}
+    assert {word for word in words if word.startswith("run-")} <= kept()
+    return len([link for link in links if link not in of_groups and link != "anon_inode:[eventfd]"])
+
+
+def in_force(group: cgroup.Group, own: int) -> bool:
+    """Whether the group has the limits that were asked for; ``own`` processes are the sandbox's."""
+    limits = group.limits()
+    return limits["memory"] == MEMORY and limits.get("pids") in (None, PIDS + own)
+
+
+def member(pid: int, group: cgroup.Group) -> bool:
+    """Whether a process is in every hierarchy of a group."""
+    text = Path(f"/proc/{pid}/cgroup").read_text()
+    return text.count(f"/{group.relative}") == len(group.places())
+
+
+# --- fresh sandboxes ----------------------------------------------------------------------------
+
+
+SEEN = 2 << 20  # bytes that its group must have counted: BULKY takes twice that
+BULKY = FINGERPRINT + "dd if=/dev/zero of=/dev/null bs=4M count=1 2>/dev/null\n"
+
+
+def attempt() -> sandboxcore.ExecResult:
+    return sandboxcore.run(["/bin/sh", "-c", BULKY], spec=SPEC, files={"injected": "data"}, timeout=30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("code", CODES)
+def test_every_call_of_a_run_in_a_group(faulty: Failures, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    clean = attempt()
+    assert clean.ok, clean
+    before = descriptors(), *settled()[1:]
+    stages, survived = [], 0
+    for number in range(1, 2000):
+        monkeypatch.setattr(request, "FAULT", (number, code))
+        faulty.clear()
+        try:
+            done = attempt()
+        except NORMAL_ENDS:
+            stages.append(faulty[0].stage)
+            survived = 0
+        else:
+            assert done.stdout == clean.stdout, f"call {number} failed with {code} and weakened the sandbox"
+            assert (done.usage.memory_peak or 0) > SEEN, f"call {number}: it was not in its group"
+            survived += 1
+        if survived == 50:
+            break
+    monkeypatch.setattr(request, "FAULT", (0, 0))
+    assert attempt().stdout == clean.stdout
+    wait_until(lambda: left("run") == kept(), "the end of every group but the next runs'", PATIENCE)
+    (connection,) = spawner._spawners.values()
+    for ready in groups.groups_of(connection)._idle.values():
+        assert all(in_force(group.group, own=1) for group in ready)
+    settled()
+    assert (descriptors(), *settled()[1:]) == before
+    assert len(stages) > 100
+    if code == errno.EUCLEAN:
+        assert "cgroup" in stages
+        assert stages.index("cgroup") < stages.index("session"), "before anything of the payload"
+
+
+# --- living sandboxes ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("code", [*CODES, errno.ENOMEM])
+def test_every_call_of_a_living_sandbox_in_a_group(
+    faulty: Failures, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+) -> None:
+    """From its birth to its first command, in init and in its first launcher, each of which counts on."""
+    with Sandbox(SPEC) as living:
+        clean = by_exec(living, tmp_path)[1]
+    before = settled()
+    stages, survived = set(), 0
+    for number in range(1, 3000):
+        faulty.clear()
+        monkeypatch.setattr(request, "FAULT", (number, code))
+        living = Sandbox(SPEC)
+        try:
+            living.start()
+            monkeypatch.setattr(request, "FAULT", (0, 0))
+            link = living._link
+            assert link is not None
+            assert link.group is not None
+            assert in_force(link.group, groups.OWN_PIDS)
+            assert member(living.pid, link.group)
+            done, output = by_exec(living, tmp_path)
+        except NORMAL_ENDS:
+            stages.add(faulty[0].stage)
+            survived = 0
+        except (sandboxcore.SandboxGone, sandboxcore.InvalidTransition):
+            survived = 0  # it stood already: its end is the answer
+        else:
+            assert done.cause is Cause.KILLED or output == clean, (number, done)
+            if done.cause is not Cause.KILLED:
+                assert (done.usage.memory_peak or 0) > 100_000, (number, done.usage)
+            survived = survived + 1 if output == clean else 0
+        finally:
+            living.close()
+        if survived == 30:
+            break
+    monkeypatch.setattr(request, "FAULT", (0, 0))
+    with Sandbox(SPEC) as living:
+        assert by_exec(living, tmp_path)[1] == clean
+    wait_until(lambda: not left("sbx"), "the end of every sandbox's group", PATIENCE)
+    after = settled()
+    assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
+    if code == errno.EUCLEAN:
+        assert "cgroup" in stages
+
+
+# --- the host's side ----------------------------------------------------------------------------
+
+
+def by_run() -> None:
+    assert sandboxcore.run(["true"], spec=SPEC, timeout=PATIENCE).ok
+
+
+def by_start() -> None:
+    with Sandbox(SPEC) as living:
+        assert living.exec(["true"], timeout=PATIENCE).ok
+
+
+STARTS = {"run": by_run, "start": by_start}
+Start = Callable[[], None]
+
+
+@pytest.fixture(params=STARTS)
+def start(request: pytest.FixtureRequest) -> Start:
+    """Both kinds, with a spawner of its own that has no group ready."""
+    for connection in list(spawner._spawners.values()):
+        spawner.drop_spawner(connection)
+        groups.let_go(connection)
+    chosen: Start = STARTS[request.param]
+    return chosen
+
+
+def everywhere() -> list[Path]:
+    """The directories of the base."""
+    found = base().layout
+    parents = {*found.v1.values(), *([] if found.v2 is None else [found.v2])}
+    return [parent / base().relative for parent in parents if (parent / base().relative).exists()]
+
+
+def nothing_new() -> None:
+    wait_until(lambda: left("run") == kept(), "the end of groups of runs", PATIENCE)
+    wait_until(lambda: not left("sbx"), "the end of groups of sandboxes", PATIENCE)
+
+
+@pytest.mark.parametrize("what", ["mkdir", "open", "write"])
+def test_a_group_that_cannot_be_made(start: Start, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Every call on group files of this process fails once, one after the other."""
+    start()
+    real = {"mkdir": os.mkdir, "open": os.open, "write": os.write}[what]
+    (connection,) = spawner._spawners.values()
+    groups.groups_of(connection).retire()
+    failed = 0
+    for number in range(1, 200):
+        left_to_go = [number]
+
+        def maybe(*args: object, **options: object) -> object:
+            about_groups = what == "write" or "cgroup" in str(args[0]) or "dir_fd" in options
+            if about_groups:
+                left_to_go[0] -= 1
+                if left_to_go[0] == 0:
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(args[0]))
+            return real(*args, **options)  # type: ignore[operator]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, what, maybe)
+            try:
+                start()
+            except SetupError as error:
+                assert (error.stage, error.errno) == ("cgroup", errno.EROFS), error
+                failed += 1
+        if left_to_go[0] > 0:
+            break
+        nothing_new()
+    assert failed >= 1
+    start()
+    nothing_new()
+
+
+def test_a_base_that_was_removed(start: Start) -> None:
+    """By whoever tidies up too eagerly: said as what it is, and what is not ours is not made again."""
+    start()
+    (connection,) = spawner._spawners.values()
+    groups.groups_of(connection).retire()
+    nothing_new()
+    base().remove()
+    if everywhere():
+        pytest.skip("the spawner is in it, so nobody can remove it")
+    with pytest.raises(SetupError) as caught:
+        start()
+    assert (caught.value.stage, caught.value.errno) == ("cgroup", errno.ENOENT)
+    assert "removed" in str(caught.value) or "mkdir" in str(caught.value)
+    assert not everywhere()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_base_that_is_read_only(start: Start) -> None:
+    start()
+    (connection,) = spawner._spawners.values()
+    groups.groups_of(connection).retire()
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in everywhere()}
+    try:
+        for path in modes:
+            path.chmod(0o500)
+        with pytest.raises(SetupError) as caught:
+            start()
+        assert (caught.value.stage, caught.value.errno) == ("cgroup", errno.EACCES)
+        assert "mkdir" in str(caught.value)
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
+    nothing_new()
+    start()
+
+
+def test_no_descriptor_is_left(start: Start) -> None:
+    """RLIMIT_NOFILE, at every number of free descriptors until there are enough."""
+    start()
+    (connection,) = spawner._spawners.values()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before, stages = descriptors(), set()
+    try:
+        for free in range(100):
+            groups.groups_of(connection).retire()
+            used = max(int(fd) for fd in os.listdir("/proc/self/fd"))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(used + free, hard), hard))
+            try:
+                start()
+            except SetupError as error:
+                assert error.errno == errno.EMFILE, error
+                stages.add(error.stage)
+            except OSError as error:
+                assert error.errno == errno.EMFILE, error
+            else:
+                break
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            nothing_new()
+        assert "cgroup" in stages, stages
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    nothing_new()
+    assert descriptors() <= before
