@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 from sandboxcore import _native
-from sandboxcore.link import pid_of
+from sandboxcore.link import Link, pid_of
 from sandboxcore.pipes import Exchange, Outputs, Pipes, Terminal, close_quietly, poll_once
 from sandboxcore.plan import Plan
 from sandboxcore.process import render
@@ -58,8 +58,8 @@ class Ending:
     The socket is the command's life: closing it kills the command and everything below it.
     """
 
-    def __init__(self, plan: Plan, request: Request, sock: socket.socket) -> None:
-        self.plan, self.request, self.sock = plan, request, sock
+    def __init__(self, plan: Plan, request: Request, sock: socket.socket, link: Link | None = None) -> None:
+        self.plan, self.request, self.sock, self.link = plan, request, sock, link
         self.began = time.monotonic_ns()
         self.result: ExecResult | None = None
         self.started = False
@@ -133,6 +133,8 @@ class Ending:
             done = _native.lost_result(self.began, now)
         else:
             done = _native.ended_result(record, self.began, now, self._applied)
+        if self.link is not None:
+            self.link.explain(done)
         streams = _native.Streams(capture=())
         bounds, decode = self.request.limits, Decoder(False, None, None)
         result = make_result(self.plan, self.request.args, streams, done, decode, limits=bounds)

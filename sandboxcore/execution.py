@@ -188,6 +188,8 @@ class Execution:
     ) -> ExecResult:
         if done.applied:
             done.group_limits = self._group_limits()
+        if (done.lost or done.out_of_memory) and (link := self._link) is not None:
+            link.explain(done)
         result = make_result(self._plan, request.args, streams, done, decode, limits=request.limits)
         self.last_active_at = time.time()
         if check:
@@ -329,7 +331,7 @@ class Execution:
         pipes = Pipes(stdio, self._owner(extras.ids))
         try:
             request = Request(self._plan, argv, stdio=pipes.stdio, extras=extras, **options)
-            ending = Ending(self._plan, request, self._submit(link, request, pipes.theirs))
+            ending = Ending(self._plan, request, self._submit(link, request, pipes.theirs), link)
         except BaseException:
             pipes.close()
             raise

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sandboxcore import _native, census, cgroup
+from sandboxcore.cgroup_files import naming
 from sandboxcore.errors import SetupError
 from sandboxcore.plan import Plan
 from sandboxcore.spawner import Spawner
@@ -38,7 +39,7 @@ Entrance = tuple[str, int]  # a name of enum sbx_group_use, and a descriptor
 
 def _watch_memory(directory: int) -> int:
     """An eventfd that fires when memory runs out: cgroup-v1/memory.rst, 10."""
-    with contextlib.ExitStack() as stack:
+    with naming("memory.oom_control"), contextlib.ExitStack() as stack:
         event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         stack.callback(os.close, event)
         control = os.open("memory.oom_control", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
@@ -56,6 +57,7 @@ class RunGroup:
         self.group = group
         self._opened = cgroup.Directories()
         self._event = -1
+        self.gauge = _native.Gauge({})
         try:
             if limits.pids is not None:
                 limits = dataclasses.replace(limits, pids=limits.pids + 1)  # init
@@ -67,6 +69,7 @@ class RunGroup:
                 self._event = _watch_memory(opened.v1["memory"])
         except BaseException:
             self._release()
+            self.gauge.close()
             group.remove()
             raise
         born = [] if opened.v2 is None else [("BORN", opened.v2)]
@@ -124,7 +127,8 @@ class SandboxGroup:
         with self.group.directories("init") as opened, contextlib.ExitStack() as stack:
             found = [] if opened.v2 is None else [("BORN", opened.v2)]
             if self._nested and self.group.v2 is not None:
-                parent = os.open(self.group.v2, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                with naming(f"opening {self.group.v2}"):
+                    parent = os.open(self.group.v2, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 stack.callback(os.close, parent)
                 found.append(("SLOTS", parent))
             found += [("MOVE", fd) for fd in opened.procs.values()]
@@ -159,7 +163,8 @@ class Groups:
     @staticmethod
     def _make_root(connection: Spawner, directory: Path) -> None:
         """The root of what sandboxes that stay see of groups: cgroup_namespaces(7)."""
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with naming(f"opening {directory}"):
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with ours:

@@ -68,7 +68,8 @@ class Home:
         path = self.path / "pause"
         if new:
             path.unlink(missing_ok=True)
-        file = path.open("x+b" if new else "r+b", buffering=0)
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if new else 0)
+        file = os.fdopen(os.open(path, flags, 0o600), "r+b", buffering=0)
         if new:
             file.truncate(_native.Pause.SIZE)
         return file
@@ -87,7 +88,10 @@ class Home:
         if group is None:
             self.remove("group")
         else:
-            (self.path / "group").write_text(json.dumps(group.to_dict()))
+            self.remove("group")
+            fd = os.open(self.path / "group", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "w") as file:
+                file.write(json.dumps(group.to_dict()))
 
     def end(self) -> None:
         """Tell whoever listens here as init to end."""
@@ -140,6 +144,7 @@ class Link:
     ) -> None:
         self.keeper, self.work, self.pidfd = keeper, work, pidfd
         self.pause, self.group = pause, group
+        self._oom_kills = 0  # that are known
         self._answer = answer
         self._guard = threading.Lock()
         self._users, self._closed = 0, False
@@ -189,7 +194,9 @@ class Link:
             for sock in socks:
                 sock.close()
             return None
-        return cls(socks[0], socks[1], pidfd, pause=home.pause(), group=home.group)
+        link = cls(socks[0], socks[1], pidfd, pause=home.pause(), group=home.group)
+        link._oom_kills = link._count_oom_kills()
+        return link
 
     def stay(self) -> None:
         """A persistent sandbox is on record now: from here on it does not end with this process."""
@@ -201,6 +208,21 @@ class Link:
     def alive(self, *, patience: float = 0) -> bool:
         """Whether init still runs, ``patience`` seconds from now at the latest."""
         return self.pidfd >= 0 and not _poll(self.pidfd, patience)
+
+    def explain(self, done: _native.NativeResult) -> None:
+        """Say of a result that memory ran out where that took the launcher, too, which would have said so:
+        the kernel, in need of another victim, found no larger one."""
+        if self.group is None or not (done.lost or done.out_of_memory):
+            return
+        known, self._oom_kills = self._oom_kills, self._count_oom_kills()
+        done.out_of_memory |= done.lost and not done.timed_out and self._oom_kills > known
+
+    def _count_oom_kills(self) -> int:
+        """In all of the sandbox so far."""
+        with contextlib.suppress(SandboxError):
+            if self.group is not None:
+                return self.group.usage().oom_kills or 0
+        return 0
 
     def freeze(self) -> None:
         """Stop everything in it, and the clocks of its limits. Raises SetupError, TimeoutError, OSError."""
@@ -318,7 +340,7 @@ class Birth:
         work: socket.socket,
         *,
         stays: bool,
-        pause: _native.Pause,
+        pause: _native.Pause | None,
         group: cgroup.Group | None,
     ) -> None:
         self.answer, self.keeper, self.work, self.stays = answer, keeper, work, stays
@@ -338,7 +360,8 @@ class Birth:
                     stack.callback(os.close, place)
                 if plan.controllers:
                     made = groups_of(connection).sandbox(plan, name)
-                    group, found = made.group, stack.enter_context(made.entrances())
+                    group = made.group
+                    found = stack.enter_context(made.entrances())
                     if home is None:
                         ends_with_us(group)
                 if home is not None:
@@ -410,6 +433,7 @@ class Birth:
 
     def abandon(self) -> None:
         """Give up: whatever there is of it dies."""
+        self.pause = None  # it keeps a descriptor, and we may be kept by a traceback
         self.answer.close()
         Link(self.keeper, self.work, self.pidfd, group=self.group).end(wait=0)
 

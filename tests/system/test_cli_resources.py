@@ -392,7 +392,8 @@ def test_accounting_alone(sh: Shell) -> None:
     (row,) = sh.json("stats")
     assert row["limits"]["memory"] is None
     assert row["usage"]["memory"] > 0
-    assert sh.json("exec", "box", "--", "true")["usage"]["memory_peak"] > 0
+    usage = sh.json("exec", "box", "--", PYTHON, "-I", "-S", "-c", "x = bytearray(8 << 20)")["usage"]
+    assert usage["memory_peak"] > 8 * MiB
 
 
 # --- update -------------------------------------------------------------------------------------------

@@ -428,7 +428,7 @@ def test_orphans_of_a_killed_client_are_removed(box: PersistentSandbox, state: P
     assert all(name.startswith(f"{box.id}/cmd-") for name in found)
     assert gc(state).removed == found
     assert sorted(os.listdir(state / "sandboxes" / box.id)) == sorted(
-        ["keeper", "work", kept.id, f"{kept.id}.journal"]
+        ["keeper", "pause", "work", kept.id, f"{kept.id}.journal"]
     )
     assert (kept.status, gc(state).removed) == ("running", ())
 

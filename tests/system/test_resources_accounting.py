@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from resources import (
@@ -32,7 +33,9 @@ from sandboxcore import ExecResult, Sandbox, SpecError
 
 pytestmark = pytest.mark.cgroup
 
-STARTS = 0.12 if IN_VM else 0.02  # CPU seconds that it costs to start processes and to wait for them
+# CPU seconds that it costs to start processes and to wait for them. A machine in software cannot tell from that
+# what it has had to wait for its own CPUs.
+STARTS = 0.5 if IN_VM else 0.02
 BATCH = MiB + 64 * 4096 * (os.cpu_count() or 1)  # what a small program seems to use, at most
 PIDS_ANEW = "a peak of processes that was there before says nothing about this command: None"
 
@@ -49,6 +52,11 @@ def disk(tmp_path: Path) -> tuple[Path, str]:
 def near(value: float | None, wanted: float, slack: float = 0) -> bool:
     """Within 5 %, or what the kernel's counting costs."""
     return value is not None and abs(value - wanted) <= max(wanted * 0.05, slack)
+
+
+def spent(usage: Any, wanted: float) -> bool:
+    """The CPU time that was to be burnt, and what it took besides."""
+    return wanted * 0.95 <= cpu(usage) <= wanted * 1.05 + STARTS
 
 
 # --- known workloads ----------------------------------------------------------------------------------
@@ -75,7 +83,7 @@ def test_cpu(way: str) -> None:
     needs("memory", "cpu")
     done = perform(way, load("fork", 2, "burn", 500), spec(accounting=True))
     assert done.ok, done
-    assert near(cpu(done.usage), 1.0, STARTS), done
+    assert spent(done.usage, 1.0), done
 
 
 @every_way
@@ -84,7 +92,7 @@ def test_cpu_of_children_that_nobody_waited_for(way: str) -> None:
     needs("memory", "cpu")
     done = perform(way, load("forget", "fork", 2, "burn", 250), spec(accounting=True))
     assert done.ok, done
-    assert near(cpu(done.usage), 0.5, STARTS), done
+    assert spent(done.usage, 0.5), done
 
 
 @every_way
@@ -120,7 +128,7 @@ def test_processes(way: str) -> None:
 def test_a_small_command_after_a_big_one(way: str, disk: tuple[Path, str]) -> None:
     needs("memory", "pids")
     described = spec(accounting=True, rw=[disk])
-    big = ("direct", "/disk/file", 8 * MiB, "alloc", 20 * MiB, "fork", 20, "alloc", MiB, "burn", 10)
+    big = ("direct", "/disk/file", 8 * MiB, "alloc", 20 * MiB, "fork", 10, "alloc", 2 * MiB, "burn", 60)
 
     def check(big: ExecResult, small: ExecResult) -> None:
         assert big.ok, big
@@ -135,11 +143,11 @@ def test_a_small_command_after_a_big_one(way: str, disk: tuple[Path, str]) -> No
         assert (usage.oom_kills, usage.pids_refused) == (0, 0)
 
     if way == "run":
-        for _ in range(3):
+        for _ in range(2):
             check(*(sandboxcore.run(load(*steps), spec=described, timeout=PATIENCE) for steps in (big, ())))
         return
     with Sandbox.create(described) as sandbox:
-        for _ in range(3):
+        for _ in range(2):
             check(*(within(sandbox, way, load(*steps)) for steps in (big, ())))
 
 
@@ -188,7 +196,7 @@ def test_commands_at_the_same_time_are_told_apart() -> None:
         for size, done in results.items():
             assert done is not None
             assert near(done.usage.memory_peak, size * MiB, BATCH), done
-            assert near(cpu(done.usage), size // 10 * 0.3, STARTS * 2), done
+            assert spent(done.usage, size // 10 * 0.3), done
             assert done.usage.pids_peak == size // 10 + 1, done
 
 
@@ -201,7 +209,7 @@ def test_a_sandbox_is_the_sum_of_its_commands(disk: tuple[Path, str]) -> None:
         steps = ("direct", "/disk/file", 4 * MiB, "alloc", 30 * MiB, "fork", 4, "burn", 100)
         done = [within(sandbox, way, load(*steps)).usage for way in ("exec", "popen", "detach")]
         whole = sandbox.usage()
-        assert near(cpu(whole), sum(map(cpu, done)), STARTS * 3), (whole, done)
+        assert spent(whole, sum(map(cpu, done))), (whole, done)
         assert near(whole.memory_peak, 30 * MiB, 3 * BATCH), whole
         assert (whole.memory or 0) < 5 * MiB
         assert (whole.oom_kills, whole.pids_refused) == (0, 0)
@@ -247,6 +255,7 @@ def test_without_a_group_there_is_no_usage() -> None:
 # --- what the caller was before -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_callers_own_use_is_not_counted() -> None:
     """Neither its memory nor its CPU time: a sandbox is born in its own group."""
     needs("memory", "cpu")
@@ -255,7 +264,7 @@ def test_the_callers_own_use_is_not_counted() -> None:
         from resources import load, spec
         import sandboxcore
         ballast = bytearray(40 << 20)
-        end = time.process_time() + 0.5
+        end = time.process_time() + 1
         while time.process_time() < end:
             pass
         done = sandboxcore.run(load("alloc", 10 << 20), spec=spec(accounting=True), timeout=300)
@@ -263,6 +272,6 @@ def test_the_callers_own_use_is_not_counted() -> None:
     """
     done = host_program(code, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    peak, spent = json.loads(done.stdout)
+    peak, used = json.loads(done.stdout)
     assert near(peak, 10 * MiB, BATCH)
-    assert spent < 0.3
+    assert used < 0.6

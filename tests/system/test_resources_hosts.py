@@ -55,6 +55,7 @@ REFUSALS = [({name: value}, []) for name, value in LIMITS.items()]
 # --- no group for us ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_limit_is_refused_with_a_remedy() -> None:
     """The same whoever we are: the group that we are told to use is not there."""
     answers = ask(*REFUSALS, ({"accounting": True}, []), SANDBOXCORE_CGROUP="/sys/fs/cgroup/nowhere")
@@ -64,6 +65,7 @@ def test_every_limit_is_refused_with_a_remedy() -> None:
         assert "SANDBOXCORE_CGROUP=/sys/fs/cgroup/nowhere: No such file or directory" in text
 
 
+@pytest.mark.slow
 def test_what_is_optional_is_left_out_and_said() -> None:
     names = ["memory", "cpus", "cpu_weight", "io", "accounting"]
     limits = {name: value for name, value in LIMITS.items() if name != "cpuset"}

@@ -79,6 +79,7 @@ def test_after_a_start_that_failed() -> None:
     assert set(groups_of(os.getpid(), "sbx-")) <= before
 
 
+@pytest.mark.slow
 def test_runs_share_a_few_groups() -> None:
     needs("memory")
     described = spec(memory="48M")
@@ -110,6 +111,7 @@ LIVE = """
 """
 
 
+@pytest.mark.slow
 def test_after_a_host_process_that_ends() -> None:
     """Also when it closes nothing."""
     needs("memory")
@@ -153,6 +155,7 @@ def test_after_a_host_process_that_was_killed() -> None:
     no_groups(lambda: groups_of(pid))
 
 
+@pytest.mark.slow
 def test_gc_removes_groups(tmp_path: Path) -> None:
     needs("memory")
     pid = orphaned_groups()
@@ -164,6 +167,7 @@ def test_gc_removes_groups(tmp_path: Path) -> None:
     assert groups_of(pid) == []
 
 
+@pytest.mark.slow
 def test_a_persistent_sandbox_keeps_its_group(tmp_path: Path) -> None:
     """As long as it lives, whatever becomes of its maker; its limits hold meanwhile."""
     needs("memory")

@@ -194,6 +194,7 @@ def test_half_a_cpu() -> None:
         assert (sandbox.usage().cpu_throttled or 0) > 0
 
 
+@pytest.mark.slow
 def test_half_a_cpu_of_a_run() -> None:
     needs("cpu")
 

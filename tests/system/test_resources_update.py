@@ -83,6 +83,7 @@ def test_a_fork_bomb_that_runs() -> None:
         assert within(sandbox, "exec", load("bomb", "exit", 3)).cause is Cause.PIDS
 
 
+@pytest.mark.slow
 def test_cpus_of_a_command_that_spins() -> None:
     needs("cpu")
 
@@ -148,10 +149,11 @@ def test_what_holds_for_the_next_command() -> None:
             assert changes["open_files"].before == 65536
             assert let_go(running).returncode == 5
         assert within(sandbox, "exec", load("hold")).cause is Cause.TIMEOUT
+        sandbox.update(wall_time=None)
         assert within(sandbox, "exec", ["sh", "-c", "ulimit -n"]).stdout == b"40\n"
         assert within(sandbox, "exec", load("keep", "/tmp/file", MiB)).cause is Cause.DISK
         assert within(sandbox, "exec", ["head", "-c", "4096", "/dev/zero"]).truncated
-        sandbox.update(wall_time=None, file_size=None, output=None)
+        sandbox.update(file_size=None, output=None)
         assert within(sandbox, "exec", load("keep", "/tmp/file", MiB)).ok
         assert not within(sandbox, "exec", ["head", "-c", "4096", "/dev/zero"]).truncated
 
@@ -216,6 +218,7 @@ def test_before_the_start_and_after_a_stop() -> None:
         sandbox.close()
 
 
+@pytest.mark.slow
 def test_of_a_persistent_sandbox_by_another_process(tmp_path: Path) -> None:
     needs("memory")
     state = tmp_path / "state"

@@ -48,6 +48,12 @@ def ticks(pid: int) -> int:
 
 
 def stands_still(*pids: int) -> bool:
+    """Nothing of them runs, once the signal has reached them, where it is one that stops them."""
+    for pid in pids:
+        status = Path(f"/proc/{pid}/status")
+        wait_until(
+            lambda status=status: "State:\tR" not in status.read_text(), f"the stop of {pid}", PATIENCE
+        )
     before = [ticks(pid) for pid in pids]
     time.sleep(STILL)
     return before == [ticks(pid) for pid in pids]
@@ -70,6 +76,7 @@ def test_no_cpu_while_suspended(kind: str) -> None:
                 wait_until(lambda before=before: ticks(one.pid) > before, "its going on", PATIENCE)
 
 
+@pytest.mark.slow
 def test_under_a_storm_of_forks() -> None:
     """Also what is born in the very moment stands still, and all of it goes on."""
     needs("memory", "pids", "freezer")
@@ -145,6 +152,7 @@ def outlast(sandbox: Sandbox, limit: float) -> None:
 LIMIT = 3.0 if IN_VM else 1.0  # seconds: more than a start takes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "given", "way"),
     [("group", "wall_time", "exec"), *((kind, "timeout", way) for kind in KINDS for way in LIVING)],
@@ -169,6 +177,7 @@ def _commands(sandbox: Sandbox) -> bool:
     return any(Path(f"/proc/{pid}/task/{pid}/children").read_text() for pid in children)
 
 
+@pytest.mark.slow
 @every_kind
 def test_a_command_that_ends_in_time_was_in_time(kind: str) -> None:
     with box(**kind_of(kind)) as sandbox:
@@ -269,6 +278,7 @@ def test_the_host_process_is_killed_while_its_sandbox_is_suspended() -> None:
 # --- others -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_kind
 def test_by_another_process(kind: str, tmp_path: Path) -> None:
     """A persistent sandbox: what one process suspends, another finds paused and resumes."""
