@@ -10,6 +10,7 @@
 
 #include "util.h"
 
+#include <poll.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <sys/socket.h>
@@ -135,6 +136,21 @@ long sbx_slot_make(const struct sbx_box *box, unsigned number, struct sbx_slot *
 long sbx_slot_enter(struct sbx_slot *slot);
 void sbx_slot_close(struct sbx_slot *slot);
 void sbx_slot_remove(const struct sbx_box *box, unsigned number);
+
+/* watch.c: whether a command has used up what its group may have */
+struct sbx_watch {
+	struct sbx_gauge *gauge; /* or NULL */
+	int oom;		 /* version 1: eventfd, or -1 */
+	unsigned cpus;
+	uint64_t cpu_us;       /* limit; 0: none */
+	uint64_t cpu_look;     /* when to look at the CPU time again */
+	uint64_t memory_until; /* version 1: how long to look whether a process of it was killed */
+};
+void sbx_watch_begin(struct sbx_watch *w, struct sbx_slot *slot, uint64_t cpu_us);
+struct pollfd sbx_watch_event(const struct sbx_watch *w);
+bool sbx_watch_memory(struct sbx_watch *w, const struct pollfd *event);
+bool sbx_watch_cpu(struct sbx_watch *w);
+uint64_t sbx_watch_next(const struct sbx_watch *w);
 
 /* command.c: from the start of one command to its report. Closes all of `fds` but the first. */
 void sbx_command_run(struct sbx_box *box, int *fds, size_t nfds, struct sbx_error *err);

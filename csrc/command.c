@@ -13,7 +13,7 @@
 #include <sys/resource.h>
 #include <sys/wait.h>
 
-enum { RETRY_NS = 50000000, OOM_NS = 500000000, OOM_LOOK_NS = 2000000 };
+enum { RETRY_NS = 50000000 };
 enum slot { CHILDREN, LISTEN, MEMORY, FIRST_PUMP, SLOTS = FIRST_PUMP + SBX_PUMPS };
 
 struct command {
@@ -26,12 +26,9 @@ struct command {
 	bool killed; /* by us: all of it has to go */
 	bool asked;  /* it was to be killed by somebody's wish */
 	bool timed_out;
-	bool out_of_time;	 /* of CPU */
-	bool out_of_memory;	 /* the kernel has killed a process of it */
-	struct sbx_gauge *gauge; /* or NULL */
-	int cpus;
-	uint64_t cpu_look;     /* when to look at the CPU time again */
-	uint64_t memory_until; /* version 1: how long to look whether a process of it was killed */
+	bool out_of_time;   /* of CPU */
+	bool out_of_memory; /* the kernel has killed a process of it */
+	struct sbx_watch watch;
 	struct sbx_streams streams;
 	struct sbx_usage usage;
 	int followers[SBX_MAX_FOLLOWERS];
@@ -218,58 +215,6 @@ static void hear(struct command *c)
 		lend_input(c, fd, msg.flags);
 }
 
-/* --- its control group ------------------------------------------------------------------------- */
-
-/*
- * Version 2 tells after a kill, in the group of who was killed. Version 1 tells before it, in all groups below the
- * one that is full: whether it was one of ours shows a moment later.
- */
-static void look_at_memory(struct command *c, const struct pollfd *event)
-{
-	uint64_t drop, now = sbx_now();
-
-	if (event->revents && event->fd == c->box->slot->oom) {
-		(void)sbx_sys(SYS_read, event->fd, &drop, sizeof drop);
-		c->memory_until = now + OOM_NS;
-	}
-	if (!event->revents && now >= c->memory_until)
-		return;
-	if (!c->ended && !c->killed && sbx_gauge_out_of_memory(c->gauge))
-		c->killed = c->out_of_memory = true;
-}
-
-static int count_cpus(void)
-{
-	uint64_t mask[64] = { 0 };
-	int n = 0;
-
-	long bytes = sbx_sys(SYS_sched_getaffinity, 0, sizeof mask, mask);
-	for (long i = 0; i < bytes / 8; i++)
-		n += __builtin_popcountll(mask[i]);
-	return n ? n : 1;
-}
-
-/* Its CPU time is up when it is up on all of them at once, at the earliest: when to look again, or 0. */
-static uint64_t look_at_cpu(struct command *c)
-{
-	uint64_t limit = c->box->request->cpu_us;
-
-	if (!limit || c->killed || !c->gauge || !sbx_gauge_has_cpu(c->gauge))
-		return 0;
-	uint64_t now = sbx_now();
-	if (now < c->cpu_look)
-		return c->cpu_look;
-	uint64_t used = sbx_gauge_cpu(c->gauge);
-	if (used >= limit) {
-		c->killed = c->out_of_time = true;
-		return 0;
-	}
-	if (!c->cpus)
-		c->cpus = count_cpus();
-	uint64_t left = (limit - used) * 1000 / (uint64_t)c->cpus;
-	return c->cpu_look = now + (left < 1000000 ? 1000000 : left);
-}
-
 static bool pumping(const struct command *c)
 {
 	bool any = false;
@@ -309,11 +254,7 @@ static long wait_for_event(const struct command *c, struct pollfd *fds, uint64_t
 
 	fds[CHILDREN] = (struct pollfd){ .fd = c->box->spawner->children, .events = POLLIN };
 	fds[LISTEN] = (struct pollfd){ .fd = c->listen, .events = POLLIN | POLLRDHUP };
-	fds[MEMORY] = (struct pollfd){ .fd = -1, .events = POLLPRI };
-	if (c->gauge && !c->killed)
-		fds[MEMORY].fd = sbx_gauge_events(c->gauge);
-	if (c->gauge && !c->killed && fds[MEMORY].fd < 0)
-		fds[MEMORY] = (struct pollfd){ .fd = c->box->slot->oom, .events = POLLIN };
+	fds[MEMORY] = c->killed ? (struct pollfd){ .fd = -1 } : sbx_watch_event(&c->watch);
 	for (int i = 0; i < SBX_PUMPS; i++) {
 		const struct sbx_pump *p = &c->streams.pumps[i];
 		fds[FIRST_PUMP + i] = p->size ? (struct pollfd){ .fd = p->to, .events = POLLOUT } :
@@ -333,15 +274,15 @@ static void watch(struct command *c)
 	char drop[128];
 
 	for (;;) {
+		if (!c->killed && !c->ended && sbx_watch_cpu(&c->watch))
+			c->killed = c->out_of_time = true;
 		reap(c);
 		if (c->gone && !pumping(c))
 			return;
-		uint64_t look = look_at_cpu(c), deadline = 0;
+		uint64_t look = sbx_watch_next(&c->watch), deadline = 0;
 		if (timeout)
 			deadline = c->box->clock[SBX_CLOCK_RECEIVED] + timeout + sbx_paused(pause, sbx_now()) - before;
 		uint64_t next = look && (!deadline || look < deadline) ? look : deadline;
-		if (sbx_now() < c->memory_until) /* and soon */
-			next = sbx_now() + OOM_LOOK_NS;
 		long ret = wait_for_event(c, fds, c->killed ? 0 : next);
 		if (ret < 0) /* EINTR; or no memory just now */
 			continue;
@@ -350,7 +291,8 @@ static void watch(struct command *c)
 			c->timed_out = !c->ended;
 			c->killed = true;
 		}
-		look_at_memory(c, &fds[MEMORY]);
+		if (!c->killed && !c->ended && sbx_watch_memory(&c->watch, &fds[MEMORY]))
+			c->killed = c->out_of_memory = true;
 		if (fds[CHILDREN].revents)
 			(void)sbx_sys(SYS_read, fds[CHILDREN].fd, drop, sizeof drop);
 		if (fds[LISTEN].revents & (POLLRDHUP | POLLHUP)) {
@@ -386,8 +328,8 @@ static void report(struct command *c)
 	};
 
 	memcpy(rec.clock, c->box->clock, sizeof rec.clock);
-	if (c->gauge)
-		sbx_gauge_end(c->gauge, 1, &rec.counts);
+	if (c->watch.gauge)
+		sbx_gauge_end(c->watch.gauge, 1, &rec.counts);
 	if (!(c->box->request->flags & SBX_REQUEST_DETACHED)) {
 		(void)sbx_send_record(c->box->control, &rec, NULL, 0, -1);
 		return;
@@ -404,13 +346,9 @@ void sbx_command_run(struct sbx_box *box, int *fds, size_t nfds, struct sbx_erro
 	bool detached = box->request->flags & SBX_REQUEST_DETACHED;
 	struct command c = { .box = box,
 			     .listen = detached ? box->later : box->control,
-			     .self = (pid_t)sbx_sys(SYS_getpid),
-			     .gauge = box->slot ? &box->slot->gauge : NULL };
+			     .self = (pid_t)sbx_sys(SYS_getpid) };
 
-	if (c.gauge)
-		sbx_gauge_begin(c.gauge);
-	if (c.gauge && box->slot->oom >= 0) /* what an earlier command has left */
-		(void)sbx_sys(SYS_read, box->slot->oom, &(uint64_t){ 0 }, sizeof(uint64_t));
+	sbx_watch_begin(&c.watch, box->slot, box->request->cpu_us);
 	memset(c.followers, -1, sizeof c.followers);
 	if (start(&c, fds, nfds, err) == 0) {
 		if (announce(&c) < 0) /* whoever asked has gone already */

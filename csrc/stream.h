@@ -21,6 +21,7 @@ int sbx_stream_read(struct sbx_stream *s);
 int sbx_stream_flush(struct sbx_stream *s);
 void sbx_stream_mark(struct sbx_stream *s);
 void sbx_stream_finish(struct sbx_stream *s);
+int sbx_run_start(struct sbx_run *run, struct sbx_error *err); /* ask.c */
 void sbx_stdin_feed(struct sbx_run *run);
 int sbx_stdin_refill(struct sbx_run *run);
 void sbx_shield_raise(struct sbx_shield *sh);

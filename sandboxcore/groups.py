@@ -286,6 +286,7 @@ _bases: list[cgroup.Base] = []  # of spawners that are gone: sandboxes may live 
 _work: "queue.SimpleQueue[Callable[[], object]]" = queue.SimpleQueue()
 _worker: threading.Thread | None = None
 _ending = False
+_left: list[cgroup.Group] = []  # that could not be removed yet
 _ours: dict[str, cgroup.Group] = {}  # of sandboxes that end with this process
 
 
@@ -339,7 +340,14 @@ def remove_later(group: cgroup.Group) -> None:
 
 
 def _remove(group: cgroup.Group) -> None:
-    group.remove(PATIENCE)
+    """What cannot be removed just now, for want of a descriptor, is tried again with the next one."""
+    older, _left[:] = list(_left), []
+    for each, patience in [*((each, 0.0) for each in older), (group, PATIENCE)]:
+        gone = False
+        with contextlib.suppress(OSError):
+            gone = each.remove(patience)
+        if not gone:
+            _left.append(each)
     if f"/host-{os.getpid()}-" not in group.relative:  # who made it may be gone: then so is what it is below
         cgroup.collect()
 
@@ -390,6 +398,7 @@ def _after_fork_in_child() -> None:
     _lock, _making, _work, _worker = threading.Lock(), threading.Lock(), queue.SimpleQueue(), None
     _all.clear()
     _bases.clear()
+    _left.clear()
     _ours.clear()
 
 

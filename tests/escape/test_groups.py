@@ -278,6 +278,8 @@ def test_names_of_groups(grouped: Open) -> None:
             continue
         for line in text.splitlines():
             path = line.split(":", 2)[-1]
+            if name.endswith("cpuset"):  # where it is not enabled, that of a group above, without its name
+                path = re.sub(r"^(/\.\.)+$", "/", path)
             assert re.fullmatch(r"/(sbx-[^/]+|run-\d+)?(/?(init|cmd-\d+))?", path), (name, line)
     with conversation(grouped(), [PROGRAM, "hold", "groups"], timeout=PATIENCE) as talk:
         talk.await_ready()
@@ -301,10 +303,14 @@ def test_staying_in_the_group(grouped: Open, marker: str, how: str, user: str) -
         expected = groups_of(holder)
         assert expected
         assert all(re.search(r"/(run-\d+|cmd-\d+|init)$", line) for line in expected)
+        places = []
         for pid in wait_until(lambda: marked(f"linger\0{how}\0{marker}"), "the others", PATIENCE):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                assert groups_of(pid) in (expected, []), "nothing is told of a zombie"
+                places.append(groups_of(pid))
         os.kill(holder, signal.SIGKILL)
+    assert expected in places
+    for place in places:  # of one that has ended less is told
+        assert set(place) <= set(expected)
     wait_until(lambda: not marked(marker), "the end of all of them", PATIENCE)
 
 

@@ -33,8 +33,8 @@ from sandboxcore import ExecResult, Sandbox, SpecError
 
 pytestmark = pytest.mark.cgroup
 
-# CPU seconds that it costs to start processes and to wait for them. A machine in software cannot tell from that
-# what it has had to wait for its own CPUs.
+# CPU seconds that it costs to start processes and to wait for them. A machine in software cannot tell that
+# from what it has had to wait for its own CPUs.
 STARTS = 0.5 if IN_VM else 0.02
 BATCH = MiB + 64 * 4096 * (os.cpu_count() or 1)  # what a small program seems to use, at most
 PIDS_ANEW = "a peak of processes that was there before says nothing about this command: None"

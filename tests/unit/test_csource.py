@@ -13,14 +13,14 @@ CSRC = Path(__file__).parents[2] / "csrc"
 AFTER_CLONE = (
     *("path", "mount", "root", "idmap", "session", "fds", "rlimit", "cred", "file", "landlock"),
     *("seccomp", "record", "child", "init", "inbox", "message", "resident", "launcher", "command"),
-    *("stdio", "pump", "pty", "proc", "files", "remove"),
+    *("stdio", "pump", "pty", "proc", "files", "remove", "group", "meter", "watch"),
 )
-HOST = ("plan", "error", "wire", "client", "stream", "run")
+HOST = ("plan", "error", "wire", "client", "stream", "ask", "run")
 HELPER_ONLY = ("template", "net", "spawn", "spawner", "probe")
 
 # Neither locks nor heap nor stdio behind any of these. memcpy and friends may be emitted by the compiler.
 SAFE = {"syscall", "vfork", "clock_gettime", "__errno_location", "__stack_chk_fail", "_exit"}
-SAFE |= {"memcpy", "memset", "strlen", "memchr", "memcmp"}
+SAFE |= {"memcpy", "memset", "strlen", "strncmp", "memchr", "memcmp"}
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
 

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from sandboxcore import Limits, Mount, SandboxSpec, SpecError, UnsupportedHost, _native
+from sandboxcore import (
+    Limits,
+    Mount,
+    SandboxSpec,
+    SpecError,
+    UnsupportedHost,
+    _native,
+    cgroup,
+    cgroup_layout,
+    cgroup_values,
+)
+from sandboxcore import plan as plan_module
 from sandboxcore.host import HostFeatures
 from sandboxcore.plan import compile_plan
 
@@ -176,12 +187,24 @@ def test_landlock_of_each_abi() -> None:
     assert compile_plan(SandboxSpec(landlock=False), without).omitted == ()
 
 
-@pytest.mark.parametrize("name", ["memory", "swap", "cpus", "cpu_weight", "io"])
-def test_limits_of_cgroups(name: str, host: HostFeatures) -> None:
-    limits = Limits(**{name: 5})
-    with pytest.raises(UnsupportedHost, match=f"limits.{name}"):
+@pytest.mark.parametrize("name", ["memory", "swap", "cpus", "cpu_weight", "io", "cpuset"])
+def test_limits_that_the_host_cannot_have(
+    name: str, host: HostFeatures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = cgroup_values.LIMITS[name]
+    remedies = dict.fromkeys((*cgroup_layout.CONTROLLERS, "swap", "freezer", "kill"), "do this")
+    bare = cgroup_layout.Layout(None, {}, {}, remedies, 0, False)
+    monkeypatch.setattr(cgroup, "layout", lambda: bare)
+    monkeypatch.setattr(plan_module, "_cache", {})
+    limits = Limits(**{name: "0" if name == "cpuset" else 5})
+    with pytest.raises(UnsupportedHost, match=f"limits.{name}.*do this"):
         compile_plan(SandboxSpec(limits=limits), host)
-    assert f"limits.{name}" in compile_plan(SandboxSpec(limits=limits, optional=[name]), host).omitted
+    plan = compile_plan(SandboxSpec(limits=limits, optional=[name]), host)
+    assert f"limits.{name}" in plan.omitted
+    assert plan.controllers == ()
+    assert controller not in plan.controllers
+    with pytest.raises(UnsupportedHost, match="accounting.*do this"):
+        compile_plan(SandboxSpec(accounting=True), host)
 
 
 # --- freshness --------------------------------------------------------------------------------------

@@ -286,6 +286,7 @@ def test_every_field_counts_in_the_fingerprint() -> None:
         "optional": ["memory"],
         "time_offsets": {"monotonic": 1},
         "proc": "pid",
+        "accounting": True,
     }
     fields = {field.name for field in dataclasses.fields(SandboxSpec)} - {"fingerprint", "capabilities"}
     assert set(variants) == fields
