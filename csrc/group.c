@@ -97,7 +97,8 @@ static int watch_memory(int dir)
 
 static long add_directory(struct sbx_slot *slot, int parent, uint32_t use, const char *name)
 {
-	long ret = sbx_sys(SYS_mkdirat, parent, name, 0700);
+	/* The host has to see whether it is empty, and as an ordinary user has another id than init. */
+	long ret = sbx_sys(SYS_mkdirat, parent, name, 0755);
 	if (ret < 0 && ret != -EEXIST) /* one that could not be removed when its launcher ended */
 		return ret;
 	_cleanup_fd_ int dir = (int)sbx_sys(SYS_openat, parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -186,7 +187,7 @@ int sbx_group_root(int proc, int dir, struct sbx_error *err)
 	const struct clone_args args = {
 		.flags = CLONE_INTO_CGROUP | CLONE_FILES,
 		.exit_signal = SIGCHLD,
-		.cgroup = (uint64_t)dir,
+		.cgroup = (unsigned)dir,
 	};
 	int status;
 

@@ -63,7 +63,7 @@ static long add_launcher(struct resident *r)
 	}
 	if (own && own->dir >= 0) {
 		args.flags = CLONE_INTO_CGROUP;
-		args.cgroup = (uint64_t)own->dir;
+		args.cgroup = (unsigned)own->dir;
 	}
 	r->pool->state[number] = SBX_LAUNCHER_STARTING;
 	if (number == r->pool->used)

@@ -41,7 +41,7 @@ int sbx_spawn(struct sbx_box *box, int mount_ns, struct sbx_error *err)
 
 	if (box->born >= 0) {
 		args.flags |= CLONE_INTO_CGROUP;
-		args.cgroup = (uint64_t)box->born;
+		args.cgroup = (unsigned)box->born;
 	}
 	if (box->born >= 0 || box->moves) /* its view of groups: sbx_group_hide */
 		args.flags &= ~(uint64_t)CLONE_NEWCGROUP;

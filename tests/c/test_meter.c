@@ -27,9 +27,17 @@ static void set(const char *name, const char *text)
 
 static void remove_group(void)
 {
-	const char *names[] = { "cpu.stat",	  "memory.peak",	 "memory.current", "memory.events",
-				"pids.peak",	  "pids.events",	 "io.stat",	   "memory.max_usage_in_bytes",
-				"cpuacct.usage", "cpuacct.usage_sys", "memory.oom_control",
+	const char *names[] = { "cpu.stat",
+				"memory.peak",
+				"memory.current",
+				"memory.events",
+				"pids.peak",
+				"pids.events",
+				"io.stat",
+				"memory.max_usage_in_bytes",
+				"cpuacct.usage",
+				"cpuacct.usage_sys",
+				"memory.oom_control",
 				"blkio.throttle.io_service_bytes" };
 
 	for (size_t i = 0; i < SBX_COUNT(names); i++)
@@ -47,14 +55,16 @@ static void counts_differences(void)
 	set("cpu.stat", "usage_usec 30\nuser_usec 10\nsystem_usec 20\nnr_periods 5\n");
 	set("memory.events", "low 0\nhigh 0\nmax 7\noom 2\noom_kill 1\noom_group_kill 9\n");
 	set("pids.events", "max 3\n");
-	set("io.stat", "8:0 rbytes=100 wbytes=200 rios=1 wios=2 dbytes=0 dios=0\n8:16 rbytes=1 wbytes=2 rios=0 wios=0\n");
+	set("io.stat",
+	    "8:0 rbytes=100 wbytes=200 rios=1 wios=2 dbytes=0 dios=0\n8:16 rbytes=1 wbytes=2 rios=0 wios=0\n");
 	sbx_gauge_init(&g);
 	sbx_gauge_open(&g, dir, SBX_GROUP_SLOTS);
 	sbx_gauge_begin(&g);
 	set("cpu.stat", "usage_usec 90\nuser_usec 1010\nsystem_usec 20\nnr_periods 5\n");
 	set("memory.events", "low 0\nhigh 0\nmax 7\noom 2\noom_kill 3\noom_group_kill 9\n");
 	set("pids.events", "max 5\n");
-	set("io.stat", "8:0 rbytes=150 wbytes=200 rios=1 wios=2 dbytes=0 dios=0\n8:16 rbytes=1 wbytes=12 rios=0 wios=0\n");
+	set("io.stat",
+	    "8:0 rbytes=150 wbytes=200 rios=1 wios=2 dbytes=0 dios=0\n8:16 rbytes=1 wbytes=12 rios=0 wios=0\n");
 	CHECK(sbx_gauge_cpu(&g) == 1000 && sbx_gauge_has_cpu(&g) && sbx_gauge_out_of_memory(&g));
 	sbx_gauge_end(&g, 1, &c);
 	CHECK(c.value[SBX_METER_CPU_USER] == 1000 && c.value[SBX_METER_CPU_SYSTEM] == 0);
@@ -101,7 +111,8 @@ static void an_old_peak_is_not_this_commands(void)
 	sbx_gauge_begin(&g);
 	CHECK(!g.resets);
 	sbx_gauge_end(&g, 1, &c);
-	CHECK(!(c.known & 1u << SBX_METER_MEMORY) && !(c.known & 1u << SBX_METER_PIDS) && !sbx_gauge_worn(&g, 1000) && sbx_gauge_worn(&g, 999));
+	CHECK(!(c.known & 1u << SBX_METER_MEMORY) && !(c.known & 1u << SBX_METER_PIDS) && !sbx_gauge_worn(&g, 1000) &&
+	      sbx_gauge_worn(&g, 999));
 	set("memory.peak", "9000000\n");
 	set("pids.peak", "6\n");
 	sbx_gauge_end(&g, 1, &c);

@@ -418,7 +418,8 @@ def test_memory_of_sockets_counts(hostile: Hostile, living: Callable[..., Sandbo
 
 
 def test_a_full_sandbox_hurts_nobody_else(hostile: Hostile, living: Callable[..., Sandbox]) -> None:
-    """Another command of the same sandbox, another sandbox, and a fresh one go on."""
+    """Another sandbox and a fresh one go on; so does another command, unless the kernel chooses it: who
+    shares a limit can be a victim, and is told so."""
     sandbox, other = living(), living()
     with (
         sandbox.popen(["cat"], stdin=sandboxcore.PIPE) as sibling,
@@ -429,14 +430,16 @@ def test_a_full_sandbox_hurts_nobody_else(hostile: Hostile, living: Callable[...
         for _ in range(3):
             done = sandbox.exec(hogs(12), timeout=PATIENCE)
             assert done.cause is Cause.OOM, done
-        for process in (sibling, stranger):
-            assert process.poll() is None
-            out, _ = process.communicate(b"alive", timeout=PATIENCE)
-            assert (out, process.returncode) == (b"alive", 0)
-            assert process.result is not None
-            assert process.result.cause is Cause.EXITED
         (holder,) = [pid for pid in marked("hold\0apart") if not gone(pid)]
         os.kill(holder, signal.SIGKILL)
+        for process in (sibling, stranger):
+            with contextlib.suppress(BrokenPipeError):
+                out, _ = process.communicate(b"alive", timeout=PATIENCE)
+            assert process.result is not None
+            if process is sibling and process.result.cause is Cause.OOM:
+                assert process.result.usage.oom_kills, "by the kernel"
+                continue
+            assert (out, process.returncode) == (b"alive", 0)
     assert sandbox.exec(["true"], timeout=PATIENCE).ok
 
 
