@@ -70,7 +70,7 @@ class RunGroup:
         except BaseException:
             self._release()
             self.gauge.close()
-            group.remove()
+            remove_later(group)
             raise
         born = [] if opened.v2 is None else [("BORN", opened.v2)]
         out_of_memory = [("OOM", self._event)] if self._event >= 0 else []
@@ -103,7 +103,7 @@ class RunGroup:
         """Remove it, when the last of its processes is gone."""
         self._release()
         self.gauge.close()
-        self.group.remove(PATIENCE)
+        _remove(self.group)
 
 
 class SandboxGroup:
@@ -118,7 +118,7 @@ class SandboxGroup:
             group.limit(_with_own(limits), whole=False)
             group.prepare()
         except BaseException:
-            group.remove()
+            remove_later(group)
             raise
 
     @contextlib.contextmanager

@@ -152,8 +152,8 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
     }
     if found := next((cause for cause, holds in causes.items() if holds), None):
         return found
-    # Or it sent that to itself. RLIMIT_CPU goes by clock ticks, and so may be early.
-    enough = by_clock and sum(_cpu(done)) >= (limits.cpu_time or 0) * 0.8e6
+    # Or it sent that to itself. RLIMIT_CPU goes by clock ticks, and so may be early, on a busy machine by far.
+    enough = by_clock and sum(_cpu(done)) >= (limits.cpu_time or 0) * 0.5e6
     return Cause.CPU_TIME if enough else Cause.SIGNALED
 
 

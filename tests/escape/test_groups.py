@@ -418,7 +418,7 @@ def test_memory_of_sockets_counts(hostile: Hostile, living: Callable[..., Sandbo
 
 
 def test_a_full_sandbox_hurts_nobody_else(hostile: Hostile, living: Callable[..., Sandbox]) -> None:
-    """Another sandbox and a fresh one go on; so does another command, unless the kernel chooses it: who
+    """Another sandbox and a fresh one go on; so does another command, unless the kernel picks it: who
     shares a limit can be a victim, and is told so."""
     sandbox, other = living(), living()
     with (

