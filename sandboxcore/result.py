@@ -152,7 +152,7 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
     }
     if found := next((cause for cause, holds in causes.items() if holds), None):
         return found
-    # Or it sent that to itself. RLIMIT_CPU goes by clock ticks, and so may be early, on a busy machine by far.
+    # Or it sent that to itself. RLIMIT_CPU goes by clock ticks: on a busy machine it is early by far.
     enough = by_clock and sum(_cpu(done)) >= (limits.cpu_time or 0) * 0.5e6
     return Cause.CPU_TIME if enough else Cause.SIGNALED
 

@@ -182,13 +182,20 @@ class Counts(dict[str, int]):
             mounts=len(Path("/proc/self/mountinfo").read_bytes().splitlines()),
             net_namespaces=len(_namespaces("net", own | sandbox_processes())),
             mount_namespaces=len(_namespaces("mnt", own | sandbox_processes())),
-            cgroups=sum(1 for _ in os.walk("/sys/fs/cgroup")),
+            cgroups=_groups(),
             files=sum(
                 "sandbox" in name or "sbx" in name
                 for place in ("/tmp", "/dev/shm")
                 for name in os.listdir(place)
             ),
         )
+
+
+def _groups() -> int:
+    """Control groups of sandboxes of this process; a few for runs are kept ready, and others have theirs."""
+    return sum(
+        f"/host-{os.getpid()}-" in path and "/sbx-" in path for path, _, _ in os.walk("/sys/fs/cgroup")
+    )
 
 
 def _working_fds(pid: int) -> int:

@@ -275,7 +275,7 @@ def test_a_failing_start_leaves_nothing(box: Sandbox, tmp_path: Path) -> None:
             box.detach(["true"], stdin=0)
     assert box.commands() == []
     if isinstance(box, PersistentSandbox):
-        assert sorted(os.listdir(box._store.home(box.id).path)) == ["keeper", "work"]
+        assert sorted(os.listdir(box._store.home(box.id).path)) == ["keeper", "pause", "work"]
     assert box.exec(["true"]).ok
 
 
@@ -707,7 +707,7 @@ def test_a_full_disk_is_told_before_the_start() -> None:
         else:
             raise AssertionError("it started")
         assert box.commands() == []
-        assert sorted(os.listdir(os.path.join(directory, "sandboxes", box.id))) == ["keeper", "work"]
+        assert sorted(os.listdir(os.path.join(directory, "sandboxes", box.id))) == ["keeper", "pause", "work"]
         assert box.detach(["sh", "-c", "exit 3"], keep="64K").wait(30).returncode == 3
         try:
             with open(os.path.join(directory, "filler"), "wb", 0) as file:
@@ -753,7 +753,9 @@ def test_forgotten_commands(box: Sandbox) -> None:
         box.forget(ended.id)
     if isinstance(box, PersistentSandbox):
         home = box._store.home(box.id).path
-        assert sorted(os.listdir(home)) == sorted([running.id, f"{running.id}.journal", "keeper", "work"])
+        assert sorted(os.listdir(home)) == sorted(
+            [running.id, f"{running.id}.journal", "keeper", "pause", "work"]
+        )
 
 
 def test_a_closed_sandbox_takes_none(box: Sandbox) -> None:

@@ -30,7 +30,6 @@ from sandboxcore import (
     SandboxTimeout,
     SetupError,
     SpecError,
-    UnsupportedHost,
 )
 
 
@@ -92,12 +91,6 @@ def test_unreadable_source(tmp_path: Path) -> None:
             sandboxcore.run(["true"], spec=Spec(rootfs=tmp_path / "closed"))
     finally:
         (tmp_path / "closed").chmod(0o700)
-
-
-def test_limits_that_need_a_cgroup() -> None:
-    with pytest.raises(UnsupportedHost, match=r"limits\.memory") as caught:
-        sandboxcore.run(["true"], spec=Spec(limits=Limits(memory="1G")))
-    assert (caught.value.feature, "optional" in caught.value.remedy) == ("limits.memory", True)
 
 
 # --- the command ------------------------------------------------------------------------------------

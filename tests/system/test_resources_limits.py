@@ -168,8 +168,8 @@ def test_as_many_processes_as_it_may_have() -> None:
 
 
 def share(measure: Callable[[], tuple[float, float]], wanted: float) -> None:
-    """That CPU time per time is what was granted. More is never right; less may be another's doing on a busy
-    machine, so that counts only where it is so every time."""
+    """That CPU time per time is what was granted. More is never right. Less may be others' doing: that counts
+    only where it is so every time, and fewer want to run than there are CPUs."""
     measured = []
     for _ in range(4):
         used, seconds = measure()
@@ -177,7 +177,7 @@ def share(measure: Callable[[], tuple[float, float]], wanted: float) -> None:
         assert measured[-1] < wanted * 1.1, measured
         if measured[-1] > wanted * 0.9:
             return
-    pytest.fail(f"{measured}, and not {wanted}")
+    assert os.getloadavg()[0] > (os.cpu_count() or 1), f"{measured}, and not {wanted}"
 
 
 def test_half_a_cpu() -> None:
