@@ -167,6 +167,11 @@ def test_as_many_processes_as_it_may_have() -> None:
 # --- CPU ----------------------------------------------------------------------------------------------
 
 
+def crowded() -> bool:
+    """Whether more want to run than there are CPUs."""
+    return os.getloadavg()[0] > (os.cpu_count() or 1)
+
+
 def share(measure: Callable[[], tuple[float, float]], wanted: float) -> None:
     """That CPU time per time is what was granted. More is never right. Less may be others' doing: that counts
     only where it is so every time, and fewer want to run than there are CPUs."""
@@ -177,7 +182,7 @@ def share(measure: Callable[[], tuple[float, float]], wanted: float) -> None:
         assert measured[-1] < wanted * 1.1, measured
         if measured[-1] > wanted * 0.9:
             return
-    assert os.getloadavg()[0] > (os.cpu_count() or 1), f"{measured}, and not {wanted}"
+    assert crowded(), f"{measured}, and not {wanted}"
 
 
 def test_half_a_cpu() -> None:
@@ -191,7 +196,7 @@ def test_half_a_cpu() -> None:
             return after - before, ended - began
 
         share(measure, 0.5)
-        assert (sandbox.usage().cpu_throttled or 0) > 0
+        assert (sandbox.usage().cpu_throttled or 0) > 0 or crowded()
 
 
 @pytest.mark.slow
