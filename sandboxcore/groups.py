@@ -28,7 +28,7 @@ from sandboxcore.spawner import Spawner
 from sandboxcore.spec import Limits
 
 READY = 2  # groups for runs that are kept ahead once there was a demand
-KEPT = 8  # and at most so many
+KEPT = 8  # and at most so many, for all kinds of limits together
 LEFTOVER = 4 << 20  # bytes that an idle group may still hold (page cache) to be used again
 PATIENCE = 5.0  # seconds for a group to become empty
 OWN_PIDS = _native.constant("OWN_PIDS")  # processes of a sandbox that stays: init, launchers
@@ -212,8 +212,9 @@ class Groups:
         if clean and not group.gauge.worn(LEFTOVER):
             with self._lock:
                 idle = self._idle.get(key)
-                if idle is not None and len(idle) < KEPT and not self._retired:
+                if idle is not None and not self._retired:
                     idle.append(group)
+                    self._evict(key)
                     return
         _later(group.close)
         _later(lambda: self._refill(plan))
@@ -227,6 +228,15 @@ class Groups:
             group = self._run_group(plan)
             with self._lock:
                 self._idle.setdefault(key, []).append(group)
+                self._evict(key)
+
+    def _evict(self, used: tuple[tuple[str, ...], Limits]) -> None:
+        """Keep a bounded number for all kinds of limits together; those not used for longest go first. Each
+        has some ten descriptors. The caller holds the lock."""
+        self._idle[used] = self._idle.pop(used)
+        while sum(map(len, self._idle.values())) > KEPT:
+            oldest = next(groups for groups in self._idle.values() if groups)
+            _later(oldest.pop(0).close)
 
     def sandbox(self, plan: Plan, name: str) -> SandboxGroup:
         """A group for a sandbox that stays."""
