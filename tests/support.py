@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -192,10 +193,14 @@ class Counts(dict[str, int]):
 
 
 def _groups() -> int:
-    """Control groups of sandboxes of this process; a few for runs are kept ready, and others have theirs."""
-    return sum(
-        f"/host-{os.getpid()}-" in path and "/sbx-" in path for path, _, _ in os.walk("/sys/fs/cgroup")
-    )
+    """Control groups of ours: of sandboxes of this process, and whatever processes left that are gone. A few for
+    runs are kept ready on purpose, and other processes have theirs."""
+    count = 0
+    for path, _, _ in os.walk("/sys/fs/cgroup"):
+        match = re.search(r"/sandboxcore/host-(\d+)-[^/]*(/sbx-)?", path)
+        if match and (match[2] if int(match[1]) == os.getpid() else not os.path.exists(f"/proc/{match[1]}")):
+            count += 1
+    return count
 
 
 def _working_fds(pid: int) -> int:
