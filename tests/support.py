@@ -193,8 +193,8 @@ class Counts(dict[str, int]):
 
 
 def _groups() -> int:
-    """Control groups of ours: of sandboxes of this process, and whatever processes left that are gone. A few for
-    runs are kept ready on purpose, and other processes have theirs."""
+    """Control groups of ours: of sandboxes of this process, and whatever processes left that are gone. A few
+    for runs are kept ready on purpose, and other processes have theirs."""
     count = 0
     for path, _, _ in os.walk("/sys/fs/cgroup"):
         match = re.search(r"/sandboxcore/host-(\d+)-[^/]*(/sbx-)?", path)
