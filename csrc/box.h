@@ -10,7 +10,6 @@
 
 #include "util.h"
 
-#include <poll.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <sys/socket.h>
@@ -60,21 +59,24 @@ struct sbx_box {
 	uint64_t paused_before; /* up to RECEIVED, ns */
 	unsigned peers;		/* processes of ours that count against the payload's limit of processes */
 	/* control groups: group.c */
-	int born, oom, hold; /* or -1 */
+	int born, hold; /* or -1 */
 	int move[SBX_MAX_GROUPS], slot_dir[SBX_MAX_GROUPS];
 	uint32_t slot_use[SBX_MAX_GROUPS];
 	unsigned moves, slots;
-	bool shared_view;      /* of control groups: the spawner's */
-	struct sbx_slot *slot; /* a launcher's own groups, or NULL */
-	int later;	       /* detached: what comes after the start */
-	int journal;	       /* detached */
+	bool shared_view;	     /* of control groups: the spawner's */
+	struct sbx_slot *slot;	     /* a launcher's own groups, or NULL */
+	const struct sbx_pool *pool; /* a launcher's */
+	int later;		     /* detached: what comes after the start */
+	int journal;		     /* detached */
 };
 
 /* The groups that a launcher and its commands have to themselves. */
 struct sbx_slot {
 	struct sbx_gauge gauge;
-	int dir; /* version 2: where it is born */
-	int oom; /* version 1: eventfd */
+	int dir;	  /* version 2: where it is born */
+	int oom;	  /* version 1: eventfd */
+	int memory, both; /* its limits of memory, and in version 1 of memory and swap together; or -1 */
+	bool lifted;	  /* these */
 	int procs[SBX_MAX_GROUPS];
 	unsigned count; /* of procs: version 1, where it goes by itself */
 };
@@ -83,7 +85,8 @@ struct sbx_slot {
 enum { SBX_LAUNCHER_NONE = 0, SBX_LAUNCHER_STARTING, SBX_LAUNCHER_IDLE, SBX_LAUNCHER_BUSY };
 struct sbx_pool {
 	_Atomic unsigned char state[SBX_MAX_LAUNCHERS];
-	_Atomic unsigned used; /* slots from here on were never used */
+	_Atomic unsigned used;	/* slots from here on were never used */
+	_Atomic unsigned kills; /* how often the host had every command killed */
 };
 
 /* What a command and everything below it used: the sum over wait4(2), the largest of ru_maxrss. */
@@ -134,23 +137,9 @@ int sbx_group_hide(const struct sbx_box *box, struct sbx_error *err);
 int sbx_group_root(int proc, int dir, struct sbx_error *err);
 long sbx_slot_make(const struct sbx_box *box, unsigned number, struct sbx_slot *slot);
 long sbx_slot_enter(struct sbx_slot *slot);
+void sbx_slot_lift(struct sbx_slot *slot);
 void sbx_slot_close(struct sbx_slot *slot);
 void sbx_slot_remove(const struct sbx_box *box, unsigned number);
-
-/* watch.c: whether a command has used up what its group may have */
-struct sbx_watch {
-	struct sbx_gauge *gauge; /* or NULL */
-	int oom;		 /* version 1: eventfd, or -1 */
-	unsigned cpus;
-	uint64_t cpu_us;       /* limit; 0: none */
-	uint64_t cpu_look;     /* when to look at the CPU time again */
-	uint64_t memory_until; /* version 1: how long to look whether a process of it was killed */
-};
-void sbx_watch_begin(struct sbx_watch *w, struct sbx_slot *slot, uint64_t cpu_us);
-struct pollfd sbx_watch_event(const struct sbx_watch *w);
-bool sbx_watch_memory(struct sbx_watch *w, const struct pollfd *event);
-bool sbx_watch_cpu(struct sbx_watch *w);
-uint64_t sbx_watch_next(const struct sbx_watch *w);
 
 /* command.c: from the start of one command to its report. Closes all of `fds` but the first. */
 void sbx_command_run(struct sbx_box *box, int *fds, size_t nfds, struct sbx_error *err);

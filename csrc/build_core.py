@@ -12,7 +12,7 @@ from cffi import FFI
 
 CSRC = Path(__file__).resolve().parent
 
-HOST_SOURCES = ("plan.c", "error.c", "wire.c", "client.c", "stream.c", "ask.c", "run.c", "meter.c")
+HOST_SOURCES = ("plan.c", "error.c", "wire.c", "client.c", "stream.c", "ask.c", "run.c", "meter.c", "watch.c")
 HELPER_SOURCES = (
     *("plan.c", "path.c", "mount.c", "root.c", "template.c", "idmap.c", "net.c", "message.c"),
     *("session.c", "fds.c", "rlimit.c", "cred.c", "file.c", "landlock.c", "seccomp.c", "record.c"),

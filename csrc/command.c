@@ -21,13 +21,15 @@ struct command {
 	int listen; /* messages; if not detached, end-of-file: kill it */
 	pid_t self, pid;
 	int status;
-	bool ended;  /* the process; its children may still be there */
-	bool gone;   /* all of it */
-	bool killed; /* by us: all of it has to go */
-	bool asked;  /* it was to be killed by somebody's wish */
+	bool ended;	/* the process; its children may still be there */
+	bool gone;	/* all of it */
+	bool killed;	/* by us: all of it has to go */
+	bool asked;	/* it was to be killed by somebody's wish */
+	unsigned kills; /* of everything, before it */
 	bool timed_out;
 	bool out_of_time;   /* of CPU */
-	bool out_of_memory; /* the kernel has killed a process of it */
+	bool out_of_memory; /* the kernel has killed a process of it; then: */
+	struct sbx_counts full;
 	struct sbx_watch watch;
 	struct sbx_streams streams;
 	struct sbx_usage usage;
@@ -291,8 +293,11 @@ static void watch(struct command *c)
 			c->timed_out = !c->ended;
 			c->killed = true;
 		}
-		if (!c->killed && !c->ended && sbx_watch_memory(&c->watch, &fds[MEMORY]))
+		if (!c->killed && !c->ended && sbx_watch_memory(&c->watch, fds[MEMORY].revents)) {
+			sbx_gauge_end(c->watch.gauge, 1, &c->full);
+			sbx_slot_lift(c->box->slot); /* or what we do about it needs some, and we are next */
 			c->killed = c->out_of_memory = true;
+		}
 		if (fds[CHILDREN].revents)
 			(void)sbx_sys(SYS_read, fds[CHILDREN].fd, drop, sizeof drop);
 		if (fds[LISTEN].revents & (POLLRDHUP | POLLHUP)) {
@@ -316,7 +321,7 @@ static void report(struct command *c)
 		.status = c->status,
 		.pid = c->pid,
 		.timed_out = c->timed_out,
-		.killed = c->asked,
+		.killed = c->asked || c->box->pool->kills != c->kills,
 		.out_of_memory = c->out_of_memory,
 		.out_of_time = c->out_of_time,
 		.utime_us = u->utime_us,
@@ -330,6 +335,8 @@ static void report(struct command *c)
 	memcpy(rec.clock, c->box->clock, sizeof rec.clock);
 	if (c->watch.gauge)
 		sbx_gauge_end(c->watch.gauge, 1, &rec.counts);
+	if (c->out_of_memory) /* what came after the limit was lifted says nothing */
+		rec.counts.value[SBX_METER_MEMORY] = c->full.value[SBX_METER_MEMORY];
 	if (!(c->box->request->flags & SBX_REQUEST_DETACHED)) {
 		(void)sbx_send_record(c->box->control, &rec, NULL, 0, -1);
 		return;
@@ -348,7 +355,9 @@ void sbx_command_run(struct sbx_box *box, int *fds, size_t nfds, struct sbx_erro
 			     .listen = detached ? box->later : box->control,
 			     .self = (pid_t)sbx_sys(SYS_getpid) };
 
-	sbx_watch_begin(&c.watch, box->slot, box->request->cpu_us);
+	sbx_watch_begin(&c.watch, box->slot ? &box->slot->gauge : NULL, box->slot ? box->slot->oom : -1,
+			box->request->cpu_us);
+	c.kills = box->pool->kills;
 	memset(c.followers, -1, sizeof c.followers);
 	if (start(&c, fds, nfds, err) == 0) {
 		if (announce(&c) < 0) /* whoever asked has gone already */

@@ -13,7 +13,7 @@
 /* Where each descriptor of the request belongs. `fds` are the last of the message. */
 void sbx_group_take(struct sbx_box *box, const uint32_t *use, const int *fds, size_t count)
 {
-	box->born = box->oom = box->hold = -1;
+	box->born = box->hold = -1;
 	box->moves = box->slots = 0;
 	box->shared_view = false;
 	for (size_t i = 0; i < count; i++) {
@@ -21,8 +21,6 @@ void sbx_group_take(struct sbx_box *box, const uint32_t *use, const int *fds, si
 			box->born = fds[i];
 		else if (use[i] == SBX_GROUP_MOVE)
 			box->move[box->moves++] = fds[i];
-		else if (use[i] == SBX_GROUP_OOM)
-			box->oom = fds[i];
 		else if (use[i] == SBX_GROUP_HOLD)
 			box->hold = fds[i];
 		else {
@@ -64,35 +62,102 @@ static void name_slot(char name[32], unsigned number)
 	sbx_format_path(name, "cmd-", number, "");
 }
 
-/* The sandbox's limit of processes is on the whole; a command that meets it shall do so here, to be told. */
-static void limit_pids(int parent, int dir)
+/*
+ * A limit of the sandbox's is on the whole, with something on top for init and the launchers. A command shall meet
+ * it here, where that is seen, and where the kernel finds no other process to kill than the command's.
+ */
+static const struct {
+	uint32_t use;
+	const char *file;
+	uint64_t own;	 /* the whole has more than a command by so much */
+	uint64_t shared; /* what a command has its launcher uses, too */
+} LIMITS[] = {
+	{ SBX_GROUP_SLOTS, "pids.max", SBX_OWN_PIDS, 1 },
+	{ SBX_GROUP_SLOTS, "memory.max", SBX_OWN_MEMORY, 0 },
+	{ SBX_GROUP_SLOTS_PIDS, "pids.max", SBX_OWN_PIDS, 1 },
+	{ SBX_GROUP_SLOTS_MEMORY, "memory.limit_in_bytes", SBX_OWN_MEMORY, 0 },
+	{ SBX_GROUP_SLOTS_MEMORY, "memory.memsw.limit_in_bytes", SBX_OWN_MEMORY, 0 }, /* never the smaller one */
+};
+static const uint64_t NO_LIMIT = 1ULL << 60; /* version 1 says LONG_MAX, rounded to pages */
+
+/* The limit in a file, or NO_LIMIT. 0 or -errno. */
+static long read_limit(int dir, const char *file, uint64_t *limit)
 {
 	char text[32] = "";
-	_cleanup_fd_ int fd = (int)sbx_sys(SYS_openat, parent, "pids.max", O_RDONLY | O_CLOEXEC);
+	_cleanup_fd_ int fd = (int)sbx_sys(SYS_openat, dir, file, O_RDONLY | O_CLOEXEC);
 
-	if (fd < 0 || sbx_sys(SYS_read, fd, text, sizeof text - 1) <= 0 || text[0] < '0' || text[0] > '9')
-		return;
-	unsigned limit = 0;
-	for (const char *at = text; *at >= '0' && *at <= '9'; at++)
-		limit = limit * 10 + (unsigned)(*at - '0');
-	if (limit <= SBX_OWN_PIDS)
-		return;
-	sbx_format_path(text, "", limit - SBX_OWN_PIDS + 1, ""); /* one: the launcher */
-	(void)sbx_write_file(dir, "pids.max", text);
+	if (fd < 0)
+		return fd;
+	long ret = sbx_sys(SYS_read, fd, text, sizeof text - 1);
+	*limit = text[0] < '0' || text[0] > '9' ? NO_LIMIT : 0;
+	for (const char *at = text; *limit < NO_LIMIT && *at >= '0' && *at <= '9'; at++)
+		*limit = *limit * 10 + (uint64_t)(*at - '0');
+	return ret < 0 ? ret : 0;
 }
 
-/* Version 1 tells of a lack of memory through an eventfd only: cgroup-v1/memory.rst, 9 and 10. */
-static int watch_memory(int dir)
+/* The host may change the whole's meanwhile, and then looks for the groups that there are. */
+static long limit_one(int parent, int dir, size_t which)
 {
-	_cleanup_fd_ int control = (int)sbx_sys(SYS_openat, dir, "memory.oom_control", O_RDONLY | O_CLOEXEC);
-	_cleanup_fd_ int event = (int)sbx_sys(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
+	uint64_t whole = 0, before = NO_LIMIT;
 	char text[32];
 
-	if (control < 0 || event < 0)
-		return -1;
-	sbx_format_path(text, "", (unsigned)event, " ");
+	/* The host changes it, too, and as an ordinary user has another id; nobody else gets past its directory. */
+	long ret = sbx_sys(SYS_fchmodat, dir, LIMITS[which].file, 0666);
+	for (int i = 0; i < 8 && ret == 0; i++) {
+		ret = read_limit(parent, LIMITS[which].file, &whole);
+		if (ret < 0 || whole == before || (i == 0 && whole >= NO_LIMIT))
+			break;
+		before = whole;
+		uint64_t own = whole > LIMITS[which].own ? LIMITS[which].own : 0;
+		sbx_format_path(text, "", whole - own + LIMITS[which].shared, "");
+		ret = sbx_write_file(dir, LIMITS[which].file, text);
+	}
+	return ret;
+}
+
+static long limit_slot(struct sbx_slot *slot, int parent, int dir, uint32_t use)
+{
+	for (size_t i = 0; i < SBX_COUNT(LIMITS); i++) {
+		if (LIMITS[i].use != use || sbx_absent(dir, LIMITS[i].file))
+			continue;
+		long ret = limit_one(parent, dir, i);
+		if (ret >= 0 && LIMITS[i].own == SBX_OWN_MEMORY) {
+			int *file = slot->memory < 0 ? &slot->memory : &slot->both;
+			ret = *file = (int)sbx_sys(SYS_openat, dir, LIMITS[i].file, O_WRONLY | O_CLOEXEC);
+		}
+		if (ret < 0)
+			return ret;
+	}
+	return 0;
+}
+
+/*
+ * Memory has run out in the launcher's group, and what was killed for it is not gone yet: from here on its limit
+ * is the whole's. So it does not serve again.
+ */
+void sbx_slot_lift(struct sbx_slot *slot)
+{
+	const char *none = slot->oom >= 0 ? "-1" : "max"; /* version 1, version 2 */
+
+	slot->lifted = true;
+	(void)sbx_sys(SYS_write, slot->both, none, strlen(none));
+	(void)sbx_sys(SYS_write, slot->memory, none, strlen(none));
+}
+
+/* Version 1 tells of a lack of memory through an eventfd only: cgroup-v1/memory.rst, 9 and 10. 0 or -errno. */
+static long watch_memory(struct sbx_slot *slot, int dir)
+{
+	_cleanup_fd_ int control = (int)sbx_sys(SYS_openat, dir, "memory.oom_control", O_RDONLY | O_CLOEXEC);
+	char text[32];
+
+	if (control < 0)
+		return control;
+	slot->oom = (int)sbx_sys(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (slot->oom < 0)
+		return slot->oom;
+	sbx_format_path(text, "", (unsigned)slot->oom, " ");
 	sbx_format_path(text + strlen(text), "", (unsigned)control, "");
-	return sbx_write_file(dir, "cgroup.event_control", text) < 0 ? -1 : sbx_steal_fd(&event);
+	return sbx_write_file(dir, "cgroup.event_control", text);
 }
 
 static long add_directory(struct sbx_slot *slot, int parent, uint32_t use, const char *name)
@@ -104,16 +169,19 @@ static long add_directory(struct sbx_slot *slot, int parent, uint32_t use, const
 	_cleanup_fd_ int dir = (int)sbx_sys(SYS_openat, parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (dir < 0)
 		return dir;
-	sbx_gauge_open(&slot->gauge, dir, use);
-	if (use == SBX_GROUP_SLOTS || use == SBX_GROUP_SLOTS_PIDS)
-		limit_pids(parent, dir);
-	if (use == SBX_GROUP_SLOTS_MEMORY) {
-		slot->oom = watch_memory(dir);
+	ret = sbx_gauge_open(&slot->gauge, dir, use);
+	if (ret >= 0)
+		ret = limit_slot(slot, parent, dir, use);
+	if (ret >= 0 && use == SBX_GROUP_SLOTS_MEMORY) {
+		ret = watch_memory(slot, dir);
+		if (ret < 0)
+			return ret;
 		/* version 1 counts what sockets hold of groups only in which that was asked for; the limit is above */
 		ret = sbx_write_file(dir, "memory.kmem.tcp.limit_in_bytes", "-1");
-		if (ret < 0 && ret != -ENOENT)
-			return ret;
+		ret = ret == -ENOENT ? 0 : ret;
 	}
+	if (ret < 0)
+		return ret;
 	if (use == SBX_GROUP_SLOTS) {
 		slot->dir = sbx_steal_fd(&dir);
 		return 0;
@@ -132,6 +200,8 @@ void sbx_slot_close(struct sbx_slot *slot)
 	slot->count = 0;
 	sbx_close(sbx_steal_fd(&slot->dir));
 	sbx_close(sbx_steal_fd(&slot->oom));
+	sbx_close(sbx_steal_fd(&slot->memory));
+	sbx_close(sbx_steal_fd(&slot->both));
 }
 
 /* Make the groups of launcher `number`. 0 or -errno. */
@@ -140,7 +210,8 @@ long sbx_slot_make(const struct sbx_box *box, unsigned number, struct sbx_slot *
 	char name[32];
 	long ret = 0;
 
-	slot->dir = slot->oom = -1;
+	slot->dir = slot->oom = slot->memory = slot->both = -1;
+	slot->lifted = false;
 	slot->count = 0;
 	sbx_gauge_init(&slot->gauge);
 	name_slot(name, number);

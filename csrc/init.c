@@ -44,14 +44,13 @@ static long reap(pid_t payload, int *status, int flags)
 	}
 }
 
-/* Until the payload has ended (0), the host process lets go of the sandbox (1) or memory has run out (2). */
+/* Until the payload has ended (0) or the host process lets go of the sandbox (1). */
 static long wait_for_end(const struct sbx_box *box, pid_t payload, int *status)
 {
 	struct pollfd fds[] = {
 		{ .fd = box->spawner->children, .events = POLLIN },
 		{ .fd = box->control, .events = POLLIN | POLLRDHUP },
 		{ .fd = box->spawner->host_pidfd, .events = POLLIN },
-		{ .fd = box->oom, .events = POLLIN }, /* of version 1, which kills one process only */
 	};
 	struct signalfd_siginfo info;
 
@@ -64,8 +63,6 @@ static long wait_for_end(const struct sbx_box *box, pid_t payload, int *status)
 			return ret;
 		if (ret > 0 && (fds[1].revents || fds[2].revents))
 			return 1;
-		if (ret > 0 && fds[3].revents)
-			return 2;
 		if (ret > 0 && fds[0].revents) {
 			ret = sbx_sys(SYS_read, fds[0].fd, &info, sizeof info);
 			if (ret < 0 && ret != -EINTR)
@@ -79,9 +76,9 @@ static uint64_t microseconds(struct timeval time)
 	return (uint64_t)time.tv_sec * 1000000u + (uint64_t)time.tv_usec;
 }
 
-static long report(struct sbx_box *box, int status, bool out_of_memory)
+static long report(struct sbx_box *box, int status)
 {
-	struct sbx_record rec = { .kind = SBX_RECORD_EXIT, .status = status, .out_of_memory = out_of_memory };
+	struct sbx_record rec = { .kind = SBX_RECORD_EXIT, .status = status };
 	struct rusage usage;
 
 	long ret = sbx_sys(SYS_getrusage, RUSAGE_CHILDREN, &usage);
@@ -100,7 +97,7 @@ static long report(struct sbx_box *box, int status, bool out_of_memory)
 
 int sbx_init_run(struct sbx_box *box, pid_t payload, struct sbx_error *err)
 {
-	int keep[] = { box->control, box->spawner->host_pidfd, box->spawner->children, box->oom };
+	int keep[] = { box->control, box->spawner->host_pidfd, box->spawner->children };
 	int status = 0;
 
 	if (box->error.stage != SBX_STAGE_NONE)
@@ -116,11 +113,10 @@ int sbx_init_run(struct sbx_box *box, pid_t payload, struct sbx_error *err)
 	ret = wait_for_end(box, payload, &status);
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_INIT, 7, ret);
-	bool out_of_memory = ret == 2;
 	ret = sbx_sys(SYS_kill, -1, SIGKILL);
 	if (ret >= 0 || ret == -ESRCH)
 		ret = reap(payload, &status, 0);
 	if (ret >= 0)
-		ret = report(box, status, out_of_memory);
+		ret = report(box, status);
 	return ret < 0 && ret != -EPIPE ? sbx_fail(err, SBX_STAGE_INIT, 8, ret) : 0;
 }

@@ -99,7 +99,9 @@ static bool serve(const struct sbx_launcher *l)
 	dispatch(l, len < 0 ? 0 : (size_t)len, fds, nfds);
 	for (size_t i = 0; i < nfds; i++)
 		sbx_close(fds[i]);
-	if (count(l->pool, SBX_LAUNCHER_IDLE) >= SPARE || (l->slot && sbx_gauge_worn(&l->slot->gauge, UINT64_MAX)))
+	if (count(l->pool, SBX_LAUNCHER_IDLE) >= SPARE)
+		return false;
+	if (l->slot && (l->slot->lifted || sbx_gauge_worn(&l->slot->gauge, UINT64_MAX)))
 		return false;
 	l->pool->state[l->number] = SBX_LAUNCHER_IDLE;
 	return true;
@@ -118,8 +120,11 @@ static int settle(const struct sbx_launcher *l, struct sbx_error *err)
 	(void)sbx_sys(SYS_prctl, PR_SET_NAME, "sbx-launcher", 0, 0, 0);
 	for (int i = 0; l->slot && i < SBX_GAUGES; i++)
 		keep[kept++] = l->slot->gauge.fd[i];
-	if (l->slot)
+	if (l->slot) {
 		keep[kept++] = l->slot->oom;
+		keep[kept++] = l->slot->memory;
+		keep[kept++] = l->slot->both;
+	}
 	if (ret >= 0)
 		ret = sbx_fds_close_except(keep, kept);
 	if (ret < 0)
@@ -146,6 +151,7 @@ _Noreturn void sbx_launcher_run(const struct sbx_launcher *l)
 			sbx_close(l->box->control);
 		l->box->control = l->box->keeper = -1;
 		l->box->slot = l->slot;
+		l->box->pool = l->pool;
 		l->pool->state[l->number] = SBX_LAUNCHER_IDLE;
 		while (serve(l))
 			;

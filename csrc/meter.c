@@ -38,8 +38,8 @@ void sbx_gauge_init(struct sbx_gauge *g)
 		g->fd[i] = -1;
 }
 
-/* Open what this kernel has of the files of one directory. */
-void sbx_gauge_open(struct sbx_gauge *g, int dir, uint32_t use)
+/* Open what this kernel has of the files of one directory. 0 or -errno. */
+long sbx_gauge_open(struct sbx_gauge *g, int dir, uint32_t use)
 {
 	for (size_t i = 0; i < SBX_COUNT(NAMES); i++) {
 		if (NAMES[i].use != use)
@@ -50,13 +50,16 @@ void sbx_gauge_open(struct sbx_gauge *g, int dir, uint32_t use)
 			ret = sbx_sys(SYS_openat, dir, NAMES[i].name, O_RDWR | O_CLOEXEC);
 		if (ret < 0)
 			ret = sbx_sys(SYS_openat, dir, NAMES[i].name, O_RDONLY | O_CLOEXEC);
-		if (ret < 0)
+		if (ret == -ENOENT)
 			continue;
+		if (ret < 0)
+			return ret;
 		sbx_close(*fd);
 		*fd = (int)ret;
 		if (NAMES[i].file == EVENTS)
 			g->polls = use == SBX_GROUP_SLOTS;
 	}
+	return 0;
 }
 
 void sbx_gauge_close(struct sbx_gauge *g)

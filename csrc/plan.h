@@ -235,7 +235,6 @@ struct sbx_request {
 enum sbx_group_use {
 	SBX_GROUP_BORN = 1,	/* a directory of version 2: init is born there */
 	SBX_GROUP_MOVE,		/* cgroup.procs of version 1: init is moved there before it starts */
-	SBX_GROUP_OOM,		/* eventfd: memory has run out in a group of version 1 */
 	SBX_GROUP_SLOTS,	/* a directory of version 2 in which each launcher gets a group of its own */
 	SBX_GROUP_SLOTS_MEMORY, /* the same, version 1, one per controller */
 	SBX_GROUP_SLOTS_PIDS,
@@ -265,7 +264,7 @@ struct sbx_counts {
 };
 
 /* The open files of one group: meter.c. */
-enum { SBX_GAUGES = 9, SBX_OWN_PIDS = 8 /* of the sandbox itself, on top of its limit */ };
+enum { SBX_GAUGES = 9 };
 struct sbx_gauge {
 	int32_t fd[9];
 	uint32_t resets; /* the peak can be set back */
@@ -277,7 +276,7 @@ struct sbx_gauge {
 };
 
 void sbx_gauge_init(struct sbx_gauge *g);
-void sbx_gauge_open(struct sbx_gauge *g, int dir, uint32_t use);
+long sbx_gauge_open(struct sbx_gauge *g, int dir, uint32_t use);
 void sbx_gauge_close(struct sbx_gauge *g);
 void sbx_gauge_begin(struct sbx_gauge *g);
 void sbx_gauge_end(const struct sbx_gauge *g, uint32_t own, struct sbx_counts *c);
@@ -286,6 +285,24 @@ int sbx_gauge_has_cpu(const struct sbx_gauge *g);
 uint64_t sbx_gauge_cpu(const struct sbx_gauge *g);
 int sbx_gauge_out_of_memory(const struct sbx_gauge *g);
 int sbx_gauge_events(const struct sbx_gauge *g);
+
+/* Whether a command has used up what its group may have: watch.c. */
+struct sbx_watch {
+	struct sbx_gauge *gauge; /* or NULL: nothing is watched */
+	int32_t oom;		 /* version 1: eventfd, or -1 */
+	uint32_t cpus;
+	uint64_t cpu_us;       /* limit; 0: none */
+	uint64_t cpu_look;     /* when to look at the CPU time again */
+	uint64_t memory_until; /* version 1: how long to look whether a process of it was killed */
+};
+
+void sbx_watch_begin(struct sbx_watch *w, struct sbx_gauge *gauge, int oom, uint64_t cpu_us);
+int sbx_watch_memory(struct sbx_watch *w, int event);
+int sbx_watch_cpu(struct sbx_watch *w);
+uint64_t sbx_watch_next(const struct sbx_watch *w);
+
+/* What a sandbox that stays has for itself, on top of the limits of its commands. */
+enum { SBX_OWN_PIDS = 8, SBX_OWN_MEMORY = 8 << 20 };
 
 enum sbx_message_kind {
 	SBX_MESSAGE_HELLO = 1, /* to the spawner */

@@ -24,6 +24,7 @@ struct resident {
 	struct sbx_pool *pool;
 	struct sbx_inbox *inbox; /* each launcher has its own copy */
 	int poke;		 /* eventfd: no launcher is idle */
+	bool no_group;		 /* what failed was to make a launcher's */
 	bool stopped;		 /* by the host's will */
 	unsigned stops;		 /* of launchers, by somebody else's */
 	pid_t first;		 /* launcher; the others need not say that the sandbox is ready */
@@ -57,6 +58,7 @@ static long add_launcher(struct resident *r)
 	if (number == SBX_MAX_LAUNCHERS)
 		return 0;
 	long ret = own ? sbx_slot_make(r->box, number, own) : 0;
+	r->no_group = ret < 0;
 	if (ret < 0) {
 		sbx_slot_remove(r->box, number);
 		return ret;
@@ -157,6 +159,7 @@ static long signal_all(struct resident *r, int sig)
 		long ret = sbx_sys(SYS_kill, -1, sig);
 		return ret == -ESRCH ? 0 : ret;
 	}
+	r->pool->kills += sig == SIGKILL;
 	return sbx_proc_signal(0, r->pids, r->pool->used, sig);
 }
 
@@ -275,6 +278,9 @@ int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 	static const uint64_t all = ~0ULL; /* the kernel's sigset_t; a command gets an empty one */
 	struct resident r = { .box = box };
 
+	if (box->persistent && sbx_session_new(err) < 0) /* the spawner's group ends with the host: spawner.c */
+		return -1;
+
 	(void)sbx_sys(SYS_rt_sigprocmask, SIG_SETMASK, &all, NULL, sizeof all);
 	(void)sbx_sys(SYS_prctl, PR_SET_NAME, "sbx-init", 0, 0, 0);
 
@@ -297,7 +303,7 @@ int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 	if (ret >= 0)
 		ret = add_launcher(&r);
 	if (ret < 0)
-		return sbx_fail(err, SBX_STAGE_LAUNCHER, 2, ret);
+		return sbx_fail(err, r.no_group ? SBX_STAGE_CGROUP : SBX_STAGE_LAUNCHER, r.no_group ? 26 : 2, ret);
 	if (!box->persistent)
 		sbx_close(sbx_steal_fd(&box->control));
 	(void)serve(&r);

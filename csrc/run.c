@@ -18,10 +18,11 @@
 enum state { NEW = 0, RUNNING, STOPPING, KILLED, LOST, DRAINING, DONE };
 
 enum { SIGNAL_NS = 100000000 };			    /* how long a signal of the host may wait */
+enum { PAUSED_NS = 20000000 };			    /* between two looks whether it goes on */
 enum { LOST_NS = 50000000 };			    /* init's time to kill what a dead launcher left */
 enum { SOFT_NS = 500000000, HARD_NS = 2000000000 }; /* init's chance to report; then the kernel's */
 
-enum slot { CONTROL, PIDFD, STDIN, SOURCE, OUT, ERR, OUT_RELAY, ERR_RELAY, SLOTS };
+enum slot { CONTROL, PIDFD, STDIN, SOURCE, OUT, ERR, OUT_RELAY, ERR_RELAY, MEMORY, SLOTS };
 
 static void drop(int32_t *fd)
 {
@@ -91,6 +92,7 @@ static int hear(struct sbx_run *run, struct sbx_error *err)
 	run->exit = rec;
 	bool killed = rec.status == SIGKILL; /* else it ended just in time */
 	run->timed_out &= killed;
+	run->out_of_memory &= killed;
 	run->out_of_time &= killed;
 	run->flooded &= killed;
 	drain(run);
@@ -112,6 +114,7 @@ static void watch(const struct sbx_run *run, struct pollfd *p)
 	p[CONTROL] = (struct pollfd){ .fd = run->state < DRAINING ? run->control : -1, .events = POLLIN };
 	/* init's end matters only when init can no longer say so itself */
 	p[PIDFD] = (struct pollfd){ .fd = run->control < 0 ? last_resort(run) : -1, .events = POLLIN };
+	p[MEMORY] = run->watch && run->state == RUNNING ? sbx_watch_event(run->watch) : (struct pollfd){ .fd = -1 };
 	p[STDIN] = (struct pollfd){ .fd = run->stdin_fd, .events = hungry ? 0 : POLLOUT };
 	p[SOURCE] = (struct pollfd){ .fd = hungry ? run->stdin_relay : -1, .events = POLLIN };
 	for (int i = 0; i < 2; i++) {
@@ -200,7 +203,8 @@ static uint64_t next_deadline(const struct sbx_run *run)
 	if (run->state == STOPPING || run->state == KILLED || run->state == LOST)
 		return run->give_up_ns;
 	if (run->state == RUNNING && run->timeout_ns >= 0)
-		return time_is_up(run);
+		return time_is_up(run) +
+		       (run->pause && run->pause->since ? PAUSED_NS : 0); /* it does not come nearer */
 	return UINT64_MAX;
 }
 
@@ -234,22 +238,17 @@ static void put_down(struct sbx_run *run, int32_t *reason)
 	(void)shutdown(run->control, SHUT_WR);
 }
 
-/* When to look at the CPU time again: it is up when it is up on all CPUs at once, at the earliest. */
-static uint64_t look_at_cpu(struct sbx_run *run, uint64_t now)
+/* Whether it has used up what its group may have. Returns when to look again. */
+static uint64_t look_at_group(struct sbx_run *run, bool event)
 {
-	if (!run->cpu_us || run->state != RUNNING)
+	if (!run->watch || run->state != RUNNING)
 		return UINT64_MAX;
-	if (now < run->cpu_look_ns)
-		return run->cpu_look_ns;
-	uint64_t used = sbx_gauge_cpu(run->gauge);
-	if (used >= run->cpu_us) {
+	if (sbx_watch_memory(run->watch, event))
+		put_down(run, &run->out_of_memory);
+	else if (sbx_watch_cpu(run->watch))
 		put_down(run, &run->out_of_time);
-		return now;
-	}
-	if (!run->cpus)
-		run->cpus = (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
-	uint64_t left = (run->cpu_us - used) * 1000 / (uint64_t)run->cpus;
-	return run->cpu_look_ns = now + (left < 1000000 ? 1000000 : left);
+	uint64_t next = sbx_watch_next(run->watch);
+	return next ? next : UINT64_MAX;
 }
 
 static void look_at_output(struct sbx_run *run)
@@ -266,7 +265,7 @@ static int step(struct sbx_run *run, struct sbx_error *err)
 
 	if (now >= deadline)
 		return escalate(run, now, err);
-	uint64_t look = look_at_cpu(run, now);
+	uint64_t look = look_at_group(run, false);
 	deadline = look < deadline ? look : deadline;
 	watch(run, p);
 	/* not for ever: a signal may have come just before ppoll */
@@ -285,6 +284,8 @@ static int step(struct sbx_run *run, struct sbx_error *err)
 	if (serve_streams(run, p, err) < 0)
 		return -1;
 	look_at_output(run);
+	if (p[MEMORY].revents)
+		(void)look_at_group(run, true);
 	if (run->state == DRAINING && drained(run, p))
 		run->state = DONE;
 	if (p[CONTROL].revents && hear(run, err) < 0)

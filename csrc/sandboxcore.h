@@ -46,8 +46,7 @@ struct sbx_run {
 	uint32_t owner_gid;
 	const struct sbx_pause *pause; /* EXEC: of its sandbox, or NULL */
 	uint64_t paused_before;
-	struct sbx_gauge *gauge; /* RUN: of its group, or NULL */
-	uint64_t cpu_us;	 /* RUN: what that may count; 0: no limit */
+	struct sbx_watch *watch; /* RUN: of its group, begun; or NULL */
 	uint64_t kill_flood;	 /* whether a stream that exceeds its limit ends the command */
 	struct sbx_stream out[2];
 
@@ -65,15 +64,14 @@ struct sbx_run {
 	int32_t control;
 	int32_t pidfd;
 	int32_t stdin_fd;
-	int32_t out_of_time; /* CPU time: we have ended it */
-	int32_t flooded;
-	int32_t cpus;
+	int32_t out_of_memory; /* we have ended it */
+	int32_t out_of_time;   /* of CPU: the same */
+	int32_t flooded;       /* the same */
 	int32_t reserved;
 	unsigned char *stdin_buffer;
 	size_t stdin_offset;
 	size_t stdin_size;
 	uint64_t give_up_ns;
-	uint64_t cpu_look_ns; /* when to look at the CPU time again */
 };
 
 /*

@@ -10,8 +10,9 @@
  * the host's memory, its page tables and descriptor table are small, and cloning it costs the same
  * however large the host process is.
  *
- * It ends when the host process ends (socket or pidfd), and does not outlive it by design: sandboxes
- * watch the host themselves.
+ * It ends when the host process ends, and its process group with it: every sandbox that does not stay. These
+ * watch the host themselves, too, but one that is suspended sees nothing. When the host is done with it and
+ * lives, it waits for that until the last of its sandboxes is gone.
  */
 #include "box.h"
 
@@ -262,14 +263,17 @@ static bool serve(struct state *st)
 	return true;
 }
 
-static void reap_children(int children)
+/* Returns whether there are more. */
+static bool reap_children(int children)
 {
 	struct signalfd_siginfo info;
+	pid_t pid;
 
 	while (read(children, &info, sizeof info) > 0)
 		;
-	while (waitpid(-1, NULL, WNOHANG) > 0)
+	while ((pid = waitpid(-1, NULL, WNOHANG)) > 0)
 		;
+	return pid == 0;
 }
 
 static int loop(struct state *st)
@@ -284,11 +288,13 @@ static int loop(struct state *st)
 		if (poll(fds, SBX_COUNT(fds), -1) < 0 && errno != EINTR)
 			return 1;
 		if (fds[2].revents)
+			return kill(0, SIGKILL);
+		if (fds[0].revents && !serve(st)) { /* requests first: reaping can wait, callers do not */
+			fds[0].fd = -1;
+			sbx_close(sbx_steal_fd(&st->s.net_maker)); /* which ends by that */
+		}
+		if ((fds[1].revents || fds[0].fd < 0) && !reap_children(st->s.children) && fds[0].fd < 0)
 			return 0;
-		if (fds[0].revents && !serve(st)) /* requests first: reaping can wait, callers do not */
-			return 0;
-		if (fds[1].revents)
-			reap_children(st->s.children);
 	}
 }
 

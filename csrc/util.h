@@ -7,6 +7,7 @@
 #include "plan.h"
 #include "sys.h"
 
+#include <poll.h>
 #include <stdbool.h>
 #include <string.h>
 #include <time.h>
@@ -43,9 +44,9 @@ static inline uint64_t sbx_now(void)
 }
 
 /* Decimal digits of `value` behind `prefix`, then `suffix`; `out` must hold them all. */
-static inline void sbx_format_path(char *out, const char *prefix, unsigned value, const char *suffix)
+static inline void sbx_format_path(char *out, const char *prefix, uint64_t value, const char *suffix)
 {
-	char digits[16];
+	char digits[20];
 	size_t n = 0;
 
 	while (*prefix)
@@ -75,6 +76,9 @@ static inline bool sbx_absent(int dir, const char *path)
 {
 	return sbx_sys(SYS_faccessat, dir, path, 0 /* F_OK */) == -ENOENT;
 }
+
+/* watch.c, which the host shares, too */
+struct pollfd sbx_watch_event(const struct sbx_watch *w);
 
 /* The next string of a NUL-separated list. */
 static inline const char *sbx_next(const char *item)

@@ -240,6 +240,7 @@ class NativeResult:
     counts: Mapping[str, int] | None = None  # of its control group: METERS that are known
     out_of_memory: bool = False
     out_of_time: bool = False  # CPU time
+    killed: bool = False  # by somebody's wish
     flooded: bool = False  # killed for its output
     group_limits: Mapping[str, Any] | None = None  # of its control group; where `applied` was asked for
 
@@ -256,15 +257,14 @@ def run(
     *,
     sandbox: int = -1,
     pause: "Pause | None" = None,
-    gauge: "Gauge | None" = None,
-    cpu_time: float | None = None,
+    watch: "Watch | None" = None,
     kill_flood: bool = False,
 ) -> NativeResult:
     """Run one request to its end. Signal handlers of Python run meanwhile and may raise.
 
     ``socket`` leads to the spawner, for a fresh sandbox; or with ``sandbox``, the pidfd of its init, to the
-    launchers of a living one. ``fds``: those to pass, then those of the request's groups. ``gauge`` is of the
-    fresh sandbox's own group, ``cpu_time`` in seconds what it may count.
+    launchers of a living one. ``fds``: those to pass, then those of the request's groups. ``watch`` is of the
+    fresh sandbox's own group, and has begun.
     """
     error, run = ffi.new("struct sbx_error *"), ffi.new("struct sbx_run *")
     keep: list[Any] = [ffi.from_buffer(request)]
@@ -284,8 +284,8 @@ def run(
         run.pass_count = len(fds)
     if pause is not None:
         run.pause = pause.native
-    if gauge is not None:
-        run.gauge, run.cpu_us = gauge.native, int((cpu_time or 0) * 1e6)
+    if watch is not None:
+        run.watch = watch.native
     run.kill_flood = kill_flood
     for number in streams.capture:
         out = run.out[number - 1]
@@ -337,8 +337,9 @@ def _result(run: Any) -> NativeResult:
         values[_USAGE:_USAGE_END],
         bytes(ffi.buffer(run.applied, applied)) if applied else b"",
         _counted(values[_COUNTS:_COUNTS_END]),
-        bool(values[_OOM]),
+        bool(values[_OOM] or run.out_of_memory),
         bool(values[_OOM + 1] or run.out_of_time),
+        bool(values[_OOM - 1]),
         bool(run.flooded),
     )
 
@@ -425,7 +426,7 @@ def ended_result(record: Record, began: int, finished: int, applied: bytes) -> N
     return NativeResult(
         status,
         record.timed_out,
-        record.killed and status == 9,
+        False,
         (b"", b""),
         (0, 0),
         values[_CLOCK:_CLOCK_END],
@@ -436,6 +437,7 @@ def ended_result(record: Record, began: int, finished: int, applied: bytes) -> N
         _counted(values[_COUNTS:_COUNTS_END]),
         bool(values[_OOM]),
         bool(values[_OOM + 1]),
+        record.killed,
     )
 
 
@@ -484,7 +486,10 @@ class Gauge:
         self.native = ffi.new("struct sbx_gauge *")
         lib.sbx_gauge_init(self.native)
         for use, fd in directories.items():
-            lib.sbx_gauge_open(self.native, fd, constant(f"GROUP_{use}"))
+            code = lib.sbx_gauge_open(self.native, fd, constant(f"GROUP_{use}"))
+            if code < 0:
+                self.close()
+                raise OSError(-code, os.strerror(-code))
 
     def begin(self) -> None:
         """From here on it counts."""
@@ -508,6 +513,33 @@ class Gauge:
     def close(self) -> None:
         """Close its files. Idempotent."""
         lib.sbx_gauge_close(self.native)
+
+
+class Watch:
+    """Whether a command has used up what its control group may have: csrc/watch.c."""
+
+    def __init__(self, gauge: Gauge, event: int) -> None:
+        """``event``: an eventfd that tells of a lack of memory, or -1."""
+        self.native = ffi.new("struct sbx_watch *")
+        self._gauge, self.event = gauge, event
+
+    def begin(self, cpu_time: float | None) -> None:
+        """From here on it counts; ``cpu_time`` seconds are allowed."""
+        lib.sbx_watch_begin(self.native, self._gauge.native, self.event, int((cpu_time or 0) * 1e6))
+
+    def out_of_memory(self, *, told: bool) -> bool:
+        """Whether a process was killed for want of memory; ``told``: the event says so."""
+        return bool(lib.sbx_watch_memory(self.native, told))
+
+    def out_of_time(self) -> bool:
+        """Whether the CPU time is up."""
+        return bool(lib.sbx_watch_cpu(self.native))
+
+    @property
+    def next(self) -> float | None:
+        """Seconds until that should be asked again; None: when something happens."""
+        look = lib.sbx_watch_next(self.native)
+        return max(0.0, (look - time.monotonic_ns()) / 1e9) if look else None
 
 
 # --- journals -------------------------------------------------------------------------------------

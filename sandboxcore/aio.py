@@ -107,7 +107,6 @@ async def run(
                 streams,
                 seconds,
                 group=group,
-                cpu_time=limits.cpu_time,
                 kill_flood=flood,
             )
             return groups.counted(done, group)

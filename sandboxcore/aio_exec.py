@@ -24,10 +24,10 @@ from sandboxcore.request import Request
 SOFT, HARD = 0.5, 2.0  # seconds: the chance of init or launcher to report; then the kernel's
 LOST = 0.05  # seconds for init to kill what a dead launcher left
 RELAY_PATIENCE = 0.2  # seconds at least for whoever reads what is relayed
-CPU_LOOK = 0.005  # seconds at least between two looks at the CPU time
+LOOK = 0.002  # seconds at least between two looks at what is used up
 PAUSE_LOOK = 0.02  # seconds between two looks whether a suspended sandbox goes on
 
-Reason = Literal["timed_out", "out_of_time", "flooded"]  # flags of NativeResult
+Reason = Literal["timed_out", "out_of_memory", "out_of_time", "flooded"]  # flags of NativeResult
 
 
 async def converse(
@@ -39,15 +39,14 @@ async def converse(
     *,
     link: Link | None = None,
     group: RunGroup | None = None,
-    cpu_time: float | None = None,
     kill_flood: bool = False,
     spare: Callable[[], bool] = lambda: False,
 ) -> _native.NativeResult:
     """Run a request to its end. Raises NativeFailure.
 
     ``address`` leads to the spawner (RUN), or to the launchers of the sandbox that ``link`` leads to (EXEC).
-    ``group`` is the fresh sandbox's own (RUN), in which all processes may use ``cpu_time`` seconds. With
-    ``kill_flood`` more output than is kept ends it. No time counts while the sandbox is suspended.
+    ``group`` is the fresh sandbox's own (RUN). With ``kill_flood`` more output than is kept ends it. No time
+    counts while the sandbox is suspended.
 
     When cancelled, the command is gone before that is raised. A command that cannot be killed otherwise
     takes its sandbox with it; after a cancellation not if ``spare()``.
@@ -55,7 +54,7 @@ async def converse(
     conversation = Conversation(kind, link, group, spare)
     try:
         conversation.send(address, request, streams, kill_flood=kill_flood)
-        return await conversation.result(seconds, cpu_time)
+        return await conversation.result(seconds)
     except GeneratorExit:  # there is no loop any more
         raise
     except BaseException:
@@ -94,7 +93,7 @@ class Conversation:
         self._failure: _native.NativeFailure | None = None
         self._applied = b""
         self._lost_timer: asyncio.TimerHandle | None = None
-        self._cpu_timer: asyncio.TimerHandle | None = None
+        self._watch_timer: asyncio.TimerHandle | None = None
         self._sent = self._started = self._ended = self._lost = self._dead = False
         self._killed = self._given_up = False
         self._reason: Reason | None = None  # why we end it
@@ -232,10 +231,12 @@ class Conversation:
 
     # --- the end --------------------------------------------------------------------------------------
 
-    async def result(self, seconds: float | None, cpu_time: float | None) -> _native.NativeResult:
+    async def result(self, seconds: float | None) -> _native.NativeResult:
         """Wait for the end, ``seconds`` after the beginning at the latest. Raises NativeFailure."""
-        if cpu_time is not None and self._group is not None:
-            self._look_at_cpu(self._group.gauge, cpu_time)
+        if self._group is not None:
+            if self._group.watch.event >= 0:
+                self._loop.add_reader(self._group.watch.event, self._look_at_group, True)
+            self._look_at_group()
         if not await self._within(seconds, self._since, self._decided):
             self._condemn("timed_out")
         if not self._settled():
@@ -278,14 +279,23 @@ class Conversation:
     def _flood(self) -> None:
         self._condemn("flooded")
 
-    def _look_at_cpu(self, gauge: _native.Gauge, limit: float) -> None:
-        """Now, and whenever it may be up next: when all CPUs have worked for it since, at the earliest."""
-        left = limit - gauge.cpu
-        if left <= 0:
+    def _look_at_group(self, told: bool = False) -> None:
+        """Now, and whenever it may have used up its memory or its CPU time next."""
+        self._watch_no_more()
+        if self._group is None:
+            return
+        watch = self._group.watch
+        if watch.out_of_memory(told=told):
+            self._condemn("out_of_memory")
+        elif watch.out_of_time():
             self._condemn("out_of_time")
-        elif not self._decided():
-            pause = max(left / (os.cpu_count() or 1), CPU_LOOK)
-            self._cpu_timer = self._loop.call_later(pause, self._look_at_cpu, gauge, limit)
+        if not self._decided() and (pause := watch.next) is not None:
+            self._watch_timer = self._loop.call_later(max(pause, LOOK), self._look_at_group)
+
+    def _watch_no_more(self) -> None:
+        if self._watch_timer is not None:
+            self._watch_timer.cancel()
+            self._watch_timer = None
 
     def _settled(self) -> bool:
         return self._ended or self._failure is not None
@@ -305,6 +315,7 @@ class Conversation:
         return dataclasses.replace(
             done,
             timed_out=self._reason == "timed_out",
+            out_of_memory=done.out_of_memory or self._reason == "out_of_memory",
             out_of_time=done.out_of_time or self._reason == "out_of_time",
             flooded=self._reason == "flooded",
             lost=self._lost,
@@ -347,9 +358,11 @@ class Conversation:
     def close(self) -> None:
         """Let go of everything."""
         self._drop_control()
-        for timer in (self._lost_timer, self._cpu_timer):
-            if timer is not None:
-                timer.cancel()
+        if self._lost_timer is not None:
+            self._lost_timer.cancel()
+        self._watch_no_more()
+        if self._group is not None and self._group.watch.event >= 0:
+            self._loop.remove_reader(self._group.watch.event)
         # A traceback may keep us: not what has a descriptor, and not in a circle
         self._failure = self._pause = self._group = None
         if self._feed is not None:

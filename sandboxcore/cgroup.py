@@ -30,6 +30,7 @@ from sandboxcore.cgroup_layout import HOST_LEAF, SHARED, TRIAL, V1_NAMES, Layout
 from sandboxcore.cgroup_scope import enter_scope
 from sandboxcore.cgroup_values import CONTROLLERS, LIMITS, check_cpus, values_of
 from sandboxcore.errors import SetupError, SpecError, UnsupportedHost
+from sandboxcore.identity import start_ticks
 from sandboxcore.spec import Limits
 
 __all__ = [
@@ -49,10 +50,12 @@ __all__ = [
 T = TypeVar("T")
 
 SPAWNER_LEAF = "spawner"
+STAYS = ".stays"  # ends the name of the group of a sandbox that outlives its maker
 
 _HOST = re.compile(r"host-([0-9]+)-([0-9]+)-[0-9]+")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _ROUNDS = 100  # of what others may undo meanwhile
+_ENDING = 1.0  # seconds for a sandbox to see that its host process is gone, and to end
 _numbers = itertools.count()
 
 
@@ -140,7 +143,7 @@ class Base:
 
     def __init__(self, layout: Layout, controllers: Collection[str] = ()) -> None:
         self.layout = layout
-        self.relative = f"{SHARED}/host-{os.getpid()}-{_start(os.getpid())}-{next(_numbers)}"
+        self.relative = f"{SHARED}/host-{os.getpid()}-{start_ticks(os.getpid())}-{next(_numbers)}"
         self.controllers: tuple[str, ...] = ()
         self._lock = threading.Lock()
         try:
@@ -183,7 +186,13 @@ class Base:
         if set(controllers) - set(self.controllers):
             self.enable(controllers)
         group = Group.below(self.layout, f"{self.relative}/{name}", controllers)
-        group.make()
+        try:
+            group.make()
+        except SetupError as error:
+            if error.errno != E.ENOENT:
+                raise
+            self.enable(())  # somebody tidied up what looked empty
+            group.make()
         return group
 
     def remove(self) -> None:
@@ -285,35 +294,49 @@ def _limited(found: Layout, directory: Path, names: Collection[str]) -> bool:
     return any(value is not None and (name, value) != ("cpu_weight", 100) for name, value in values.items())
 
 
-def collect() -> list[str]:
-    """Remove the bases of processes that are gone, if nothing runs there. Returns their directories."""
+def collect(*, dry_run: bool = False) -> list[str]:
+    """Remove the bases of processes that are gone, if nothing runs there. Returns their directories.
+
+    What was suspended there, and does not stay, is let go: it ends by that. ``dry_run``: nothing is done.
+    """
     found, removed = layout(), []
     parents = dict.fromkeys([*([] if found.v2 is None else [found.v2]), *found.v1.values()])
-    for trial in found.v2.glob(f"{TRIAL}*") if found.v2 is not None else ():
-        if _start(int(trial.name.removeprefix(TRIAL).partition("-")[0])) is None:
+    for trial in found.v2.glob(f"{TRIAL}*") if found.v2 is not None and not dry_run else ():
+        if not start_ticks(int(trial.name.removeprefix(TRIAL).partition("-")[0])):
             with contextlib.suppress(OSError):
                 trial.rmdir()
     for parent in parents:
         for base in sorted((parent / SHARED).glob("host-*")):
             match = _HOST.fullmatch(base.name)
-            if match is None or _start(int(match[1])) == int(match[2]):
+            if match is None or start_ticks(int(match[1])) == int(match[2]):
                 continue
             with contextlib.suppress(SetupError, PermissionError):  # somebody else's
-                populated = any(processes(group) for group in groups_below(base))
-                if not populated and remove_tree(base, time.monotonic()):
+                if _is_empty(base) if dry_run else _end(base):
                     removed.append(str(base))
-    if removed:
+    if removed and not dry_run:
         _tidy(found)
     return removed
 
 
-def _start(pid: int) -> int | None:
-    """When a process started, in ticks since boot (proc(5), stat); None when it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+def _is_empty(base: Path) -> bool:
+    return not any(processes(group) for group in groups_below(base))
+
+
+def _end(base: Path) -> bool:
+    """Remove a base whose process is gone; False if something runs there."""
+    patience = _ENDING if _thaw(base) else 0
+    return (patience > 0 or _is_empty(base)) and remove_tree(base, time.monotonic() + patience)
+
+
+def _thaw(base: Path) -> bool:
+    """Let go what is frozen below a base and does not stay. Returns whether there was something."""
+    any_frozen = False
+    for group in base.iterdir():
+        for name, running in (("cgroup.freeze", "0"), ("freezer.state", "THAWED")):
+            if not group.name.endswith(STAYS) and (read(group / name) or running).strip() != running:
+                write(group / name, running)
+                any_frozen = True
+    return any_frozen
 
 
 def host_limits(limits: Limits) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import errno as E
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Self
@@ -27,6 +27,7 @@ from sandboxcore.errors import SetupError, UnsupportedHost
 from sandboxcore.spec import Limits
 
 INIT_LEAF = "init"
+LAUNCHER_LEAF = "cmd-"  # and a number: csrc/group.c
 
 # Where a sandbox's init makes groups of its own, one per command, for what they use.
 _SHARED_WITH_INIT = ("memory", "pids", "cpuacct", "blkio")
@@ -172,6 +173,14 @@ class Group:
             ),
             controllers=self.controllers,
         )
+
+    def launchers(self) -> "list[Group]":
+        """The groups that its init has made, with what is limited there."""
+        names = {path.name for place in self.places() for path in place.glob(f"{LAUNCHER_LEAF}*")}
+        controllers = tuple(name for name in ("memory", "pids") if name in self.controllers)
+        v2 = self.v2 if any(self._version(name) == 2 for name in self.controllers) else None
+        whole = replace(self, v2=v2, controllers=controllers)
+        return [whole.leaf(name) for name in sorted(names)]
 
     def places(self) -> list[Path]:
         """Its directories, each once (v1's cpu and cpuacct are often one hierarchy)."""

@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 from sandboxcore import _native
-from sandboxcore.link import Link, pid_of
+from sandboxcore.identity import pid_of
+from sandboxcore.link import Link
 from sandboxcore.pipes import Exchange, Outputs, Pipes, Terminal, close_quietly, poll_once
 from sandboxcore.plan import Plan
 from sandboxcore.process import render
@@ -133,10 +134,11 @@ class Ending:
             done = _native.lost_result(self.began, now)
         else:
             done = _native.ended_result(record, self.began, now, self._applied)
+        bounds = self.request.limits
         if self.link is not None:
             self.link.explain(done)
-        streams = _native.Streams(capture=())
-        bounds, decode = self.request.limits, Decoder(False, None, None)
+            bounds = bounds or self.link.limits_now(self.plan.spec.limits, done)
+        streams, decode = _native.Streams(capture=()), Decoder(False, None, None)
         result = make_result(self.plan, self.request.args, streams, done, decode, limits=bounds)
         self.result = result
         self.sock.close()  # as with Popen, nothing but pipes stays open behind the end

@@ -17,8 +17,10 @@ from sandboxcore.errors import (
     InvalidTransition,
     ProgramNotFound,
     SandboxGone,
+    SetupError,
     UnsupportedHost,
 )
+from sandboxcore.groups import limits_of
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Link
 from sandboxcore.pipes import Pipes, check_buffering
@@ -78,7 +80,7 @@ class Execution:
         link = self._link_now()
         try:
             action(link)
-        except (OSError, _native.NativeFailure):
+        except (OSError, SetupError, _native.NativeFailure):
             if not self._is_gone(link):
                 raise
             raise SandboxGone(f"sandbox {self.name}: its init has ended") from None
@@ -198,7 +200,7 @@ class Execution:
 
     def _group_limits(self) -> dict[str, Any] | None:
         link = self._link
-        return link.group.limits() if link is not None and link.group is not None else None
+        return limits_of(link.group) if link is not None and link.group is not None else None
 
     def shell(self, script: str, **options: Any) -> ExecResult:
         """:meth:`exec` of ``/bin/sh -c script``."""

@@ -16,13 +16,13 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sandboxcore import _native, census, cgroup
 from sandboxcore.cgroup_files import naming
-from sandboxcore.errors import SetupError
+from sandboxcore.errors import SandboxError, SetupError
 from sandboxcore.plan import Plan
 from sandboxcore.spawner import Spawner
 from sandboxcore.spec import Limits
@@ -31,7 +31,11 @@ READY = 2  # groups for runs that are kept ahead once there was a demand
 KEPT = 8  # and at most so many, for all kinds of limits together
 LEFTOVER = 4 << 20  # bytes that an idle group may still hold (page cache) to be used again
 PATIENCE = 5.0  # seconds for a group to become empty
-OWN_PIDS = _native.constant("OWN_PIDS")  # processes of a sandbox that stays: init, launchers
+# What a sandbox that stays has for itself, init and launchers, on top of the limits of its commands; and what
+# launchers use of a command's. csrc/group.c has the same for groups of launchers that begin.
+OWN = {"pids": _native.constant("OWN_PIDS"), "memory": _native.constant("OWN_MEMORY")}
+_LAUNCHERS = {"pids": 1}
+INIT = {"pids": 1}  # of a fresh sandbox
 SLOTS = {"memory": "SLOTS_MEMORY", "pids": "SLOTS_PIDS", "cpuacct": "SLOTS_CPUACCT", "blkio": "SLOTS_BLKIO"}
 
 Entrance = tuple[str, int]  # a name of enum sbx_group_use, and a descriptor
@@ -58,23 +62,24 @@ class RunGroup:
         self._opened = cgroup.Directories()
         self._event = -1
         self.gauge = _native.Gauge({})
+        self.watch = _native.Watch(self.gauge, -1)
         try:
-            if limits.pids is not None:
-                limits = dataclasses.replace(limits, pids=limits.pids + 1)  # init
-            group.limit(limits, whole=True)
+            group.limit(_with(limits, INIT), whole=True)
             opened = self._opened = group.directories()
             gauges = {} if opened.v2 is None else {"SLOTS": opened.v2}
-            self.gauge = _native.Gauge(gauges | {SLOTS[k]: fd for k, fd in opened.v1.items() if k in SLOTS})
+            gauges |= {SLOTS[name]: fd for name, fd in opened.v1.items() if name in SLOTS}
+            with naming(f"the counters of {group.relative}"):
+                self.gauge = _native.Gauge(gauges)
             if "memory" in opened.v1:
                 self._event = _watch_memory(opened.v1["memory"])
+            self.watch = _native.Watch(self.gauge, self._event)
         except BaseException:
             self._release()
             self.gauge.close()
             remove_later(group)
             raise
         born = [] if opened.v2 is None else [("BORN", opened.v2)]
-        out_of_memory = [("OOM", self._event)] if self._event >= 0 else []
-        self._entrances = [*born, *(("MOVE", fd) for fd in opened.procs.values()), *out_of_memory]
+        self._entrances = [*born, *(("MOVE", fd) for fd in opened.procs.values())]
 
     @property
     def uses(self) -> list[str]:
@@ -85,13 +90,6 @@ class RunGroup:
     def fds(self) -> list[int]:
         """What the spawner and init need of the group."""
         return [fd for _, fd in self._entrances]
-
-    def begin(self) -> None:
-        """From here on it counts for the next run."""
-        if self._event >= 0:
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._event)
-        self.gauge.begin()
 
     def _release(self) -> None:
         self._opened.close()
@@ -115,7 +113,7 @@ class SandboxGroup:
         # Version 1 throttles each group by itself, without those below: then commands have none of their own.
         self._slots = {name: use for name, use in SLOTS.items() if name != "blkio" or limits.io is None}
         try:
-            group.limit(_with_own(limits), whole=False)
+            group.limit(_with(limits, OWN), whole=False)
             group.prepare()
         except BaseException:
             remove_later(group)
@@ -136,9 +134,50 @@ class SandboxGroup:
             yield found
 
 
-def _with_own(limits: Limits) -> Limits:
+def _with(limits: Limits, own: Mapping[str, int]) -> Limits:
     """With room for what belongs to the sandbox and not to its commands."""
-    return limits if limits.pids is None else dataclasses.replace(limits, pids=limits.pids + OWN_PIDS)
+    return dataclasses.replace(limits, **_more({name: getattr(limits, name) for name in own}, own))
+
+
+def _more(values: Mapping[str, Any], by: Mapping[str, int], sign: int = 1) -> dict[str, Any]:
+    return {
+        name: value + sign * by[name] if name in by and value is not None else value
+        for name, value in values.items()
+    }
+
+
+def limits_of(group: cgroup.Group) -> dict[str, Any]:
+    """What the commands of a sandbox that stays may use, as the kernel has it."""
+    return _more(group.limits(), OWN, -1)
+
+
+def change_limits(group: cgroup.Group, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Change limits of a sandbox that stays, of its group and of those of its launchers: all, or none.
+
+    Values as :class:`Limits` has them. Returns what is in force. Raises as :meth:`cgroup.Group.change`.
+    """
+    before = group.limits()
+    in_force = _more(group.change(_more(changes, OWN)), OWN, -1)
+    changed: list[tuple[cgroup.Group, Mapping[str, Any]]] = [
+        (group, {name: before[name] for name in changes})
+    ]
+    try:
+        for leaf in group.launchers():  # those that begin from here on look at the whole's
+            try:
+                had = leaf.limits()
+                wanted = {name: value for name, value in changes.items() if name in had}
+                leaf.change(_more(wanted, _LAUNCHERS))
+            except SetupError as error:
+                if error.errno not in (E.ENOENT, E.ENODEV):  # its launcher has ended
+                    raise
+            else:
+                changed.append((leaf, {name: had[name] for name in wanted}))
+    except BaseException:
+        for each, values in changed:
+            with contextlib.suppress(SandboxError):
+                each.change(values)
+        raise
+    return in_force
 
 
 class Groups:
@@ -202,7 +241,7 @@ class Groups:
             group = idle.pop() if idle else None
         if group is None:
             group = self._run_group(plan)
-        group.begin()
+        group.watch.begin(plan.spec.limits.cpu_time)
         return group
 
     def give_back(self, plan: Plan, group: RunGroup, *, clean: bool) -> None:
@@ -238,11 +277,11 @@ class Groups:
             oldest = next(groups for groups in self._idle.values() if groups)
             _later(oldest.pop(0).close)
 
-    def sandbox(self, plan: Plan, name: str) -> SandboxGroup:
-        """A group for a sandbox that stays."""
+    def sandbox(self, plan: Plan, name: str, *, persistent: bool) -> SandboxGroup:
+        """A group for a living sandbox."""
         with self._lock:
             self._number += 1
-            name = f"{name}.{self._number}"  # one that starts again gets a new one
+            name = f"{name}.{self._number}{cgroup.STAYS if persistent else ''}"  # a new one for each start
         return SandboxGroup(self._make(name, plan.controllers), plan.group_limits, nested=self._nested)
 
     def retire(self) -> None:
@@ -263,7 +302,7 @@ def counted(done: _native.NativeResult, group: RunGroup) -> _native.NativeResult
     """The result with what the run's group has counted."""
     done.counts = group.gauge.end()
     if done.applied:
-        done.group_limits = group.group.limits()
+        done.group_limits = _more(group.group.limits(), INIT, -1)
     done.out_of_memory |= bool(done.counts and done.counts.get("oom_kills"))
     return done
 

@@ -11,16 +11,19 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Self
 
 from sandboxcore import _native, cgroup
 from sandboxcore.census import take_place
 from sandboxcore.errors import SandboxError
-from sandboxcore.groups import ends_with_us, groups_of, remove_later
+from sandboxcore.groups import ends_with_us, groups_of, limits_of, remove_later
+from sandboxcore.identity import boot_id, start_ticks
 from sandboxcore.plan import Plan
 from sandboxcore.request import sandbox_request
 from sandboxcore.spawner import Spawner
+from sandboxcore.spec import Limits
 
 START_PATIENCE = 30.0  # seconds for a sandbox, or a program in it, to start
 ANSWER_PATIENCE = 5.0  # seconds for init to do what it was told
@@ -102,27 +105,6 @@ class Home:
         """Remove files of it, those that exist."""
         for name in names:
             (self.path / name).unlink(missing_ok=True)
-
-
-def start_ticks(pid: int) -> int:
-    """When a process began, in clock ticks since boot; 0 if there is none: proc(5), stat."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(stat.rpartition(b")")[2].split()[19])
-
-
-def boot_id() -> str:
-    """Whose numbers our processes have: the machine since its last boot, random(4), and the pid namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
-
-
-def pid_of(pidfd: int) -> int:
-    """The number behind a pidfd, as this process sees it; 0 when the process is gone: proc(5), fdinfo."""
-    lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
-    return max(0, int(next(line for line in lines if line.startswith("Pid:")).split()[1]))
 
 
 class Link:
@@ -216,6 +198,15 @@ class Link:
             return
         known, self._oom_kills = self._oom_kills, self._count_oom_kills()
         done.out_of_memory |= done.lost and not done.timed_out and self._oom_kills > known
+
+    def limits_now(self, limits: Limits, done: _native.NativeResult) -> Limits:
+        """A command's limits, as somebody may have changed them since it was started: where they matter."""
+        met = done.out_of_memory or (done.counts or {}).get("pids_refused")
+        if self.group is not None and met:
+            with contextlib.suppress(SandboxError):
+                now = limits_of(self.group)
+                return replace(limits, **{name: now[name] for name in ("memory", "pids") if name in now})
+        return limits
 
     def _count_oom_kills(self) -> int:
         """In all of the sandbox so far."""
@@ -359,7 +350,7 @@ class Birth:
                 if place >= 0:
                     stack.callback(os.close, place)
                 if plan.controllers:
-                    made = groups_of(connection).sandbox(plan, name)
+                    made = groups_of(connection).sandbox(plan, name, persistent=home is not None)
                     group = made.group
                     found = stack.enter_context(made.entrances())
                     if home is None:

@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from sandboxcore import cgroup, host
-from sandboxcore.cgroup_files import groups_below, processes
-from sandboxcore.cgroup_layout import SHARED
 from sandboxcore.detached import DetachedCommand, Door
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SetupError, SpecError
 from sandboxcore.files import FileServer
 from sandboxcore.groups import remove_later
+from sandboxcore.identity import boot_id, pid_of, start_ticks
 from sandboxcore.journal import Journal
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
-from sandboxcore.link import ANSWER_PATIENCE, Home, Link, boot_id, pid_of, start_ticks
+from sandboxcore.link import ANSWER_PATIENCE, Home, Link
 from sandboxcore.plan import Plan, reopened_plan
 from sandboxcore.request import Request
 from sandboxcore.resources import LimitChange
@@ -416,26 +415,11 @@ def _collect(
                     found += _clear_group(store.home(stray), dry_run=False)
                     store.remove(stray)
         yield
-    found += _left_bases() if dry_run else cgroup.collect()
+    found += cgroup.collect(dry_run=dry_run)
 
 
 def _may_run(store: Store, record: SandboxRecord) -> bool:
     return record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and _runs(store, record)
-
-
-def _left_bases() -> list[str]:
-    """What :func:`sandboxcore.cgroup.collect` would remove."""
-    found = cgroup.layout()
-    left = []
-    for parent in dict.fromkeys([*([found.v2] if found.v2 else []), *found.v1.values()]):
-        for base in sorted((parent / SHARED).glob("host-*")):
-            pid, _, ticks = base.name.removeprefix("host-").rpartition("-")[0].partition("-")
-            if not (pid.isdecimal() and ticks.isdecimal()) or start_ticks(int(pid)) == int(ticks):
-                continue
-            with contextlib.suppress(PermissionError):  # somebody else's
-                if not any(processes(group) for group in groups_below(base)):
-                    left.append(str(base))
-    return left
 
 
 def _clear_group(home: Home, *, dry_run: bool) -> list[str]:

@@ -112,8 +112,7 @@ def _execute(
                 streams,
                 timeout,
                 [*request.pass_fds, *group.fds],
-                gauge=group.gauge,
-                cpu_time=limits.cpu_time,
+                watch=group.watch,
                 kill_flood=flood,
             )
             return groups.counted(done, group)

@@ -1,15 +1,15 @@
 """What a living sandbox uses, and may use: :meth:`Sandbox.usage`, :meth:`Sandbox.update`."""
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from sandboxcore import cgroup
 from sandboxcore.cgroup import Group, GroupUsage
 from sandboxcore.cgroup_values import LIMITS
 from sandboxcore.errors import SpecError, UnsupportedHost
 from sandboxcore.execution import Execution
-from sandboxcore.groups import OWN_PIDS
+from sandboxcore.groups import change_limits
 from sandboxcore.plan import updated_plan
 from sandboxcore.spec import Limits, SandboxSpec
 
@@ -92,26 +92,19 @@ class Resources(Execution):
                 f"limits.{next(iter(grouped))} of a sandbox without a control group",
                 "start it with such a limit, or with accounting=True",
             )
-        if grouped.get("pids") is not None:
-            grouped["pids"] += OWN_PIDS
-        in_force = group.change(grouped)
-        if in_force.get("pids") is not None:
-            in_force["pids"] -= OWN_PIDS
-        if "pids" in in_force:
-            _limit_commands(group, in_force["pids"])
-        return in_force
+        if grouped.get("io") is not None and "blkio" in group.v1 and self.spec.limits.io is None:
+            raise UnsupportedHost(
+                "limits.io of a sandbox that was started without one, on cgroup v1",
+                "start it with limits.io; it can be changed and lifted then",
+            )
+        swap = "memory" in grouped and grouped["memory"] is not None and "swap" in cgroup.layout().versions
+        if swap and "swap" not in grouped and self.spec.limits.swap is None:
+            grouped["swap"] = 0  # as at the start: or the limit would only be where swapping begins
+        in_force = change_limits(group, grouped)
+        return {name: value for name, value in in_force.items() if name in wanted}
 
     def _limits_now(self, spec: SandboxSpec, *, running: bool) -> None:
         """Go by another spec from here on."""
         self.spec = spec
         if running:
             self._plan = updated_plan(self._plan, spec)
-
-
-def _limit_commands(group: Group, pids: int | None) -> None:
-    """The groups of launchers that run already; of others, init takes care: csrc/group.c."""
-    parents = {group.v2, group.v1.get("pids")} - {None}
-    for parent in parents:
-        for directory in parent.glob("cmd-*") if parent else ():
-            with contextlib.suppress(OSError):  # gone; or not ours to write: the whole's holds
-                (directory / "pids.max").write_text("max" if pids is None else str(pids + 1))

@@ -144,7 +144,7 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
         Cause.OUTPUT: done.flooded,
         Cause.OOM: killed and (done.out_of_memory or counts.get("oom_kills")),
         Cause.CPU_TIME: done.out_of_time,
-        Cause.KILLED: done.lost,
+        Cause.KILLED: done.lost or (killed and done.killed),
         Cause.PIDS: counts.get("pids_refused"),
         Cause.EXITED: not ended,
         Cause.SECCOMP: ended == signal.SIGSYS,

@@ -25,9 +25,10 @@ from sandboxcore.errors import (
     SpecError,
 )
 from sandboxcore.files import Files, FileServer
+from sandboxcore.identity import pid_of
 from sandboxcore.journal import Journal
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
-from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Birth, Home, Link, pid_of
+from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Birth, Home, Link
 from sandboxcore.plan import compile_plan
 from sandboxcore.process import with_spawner
 from sandboxcore.request import (

@@ -32,7 +32,7 @@ from sandboxcore import (
     SetupError,
     SpecError,
 )
-from sandboxcore.link import start_ticks
+from sandboxcore.identity import start_ticks
 from sandboxcore.persistent import PersistentSandbox, gc
 from sandboxcore.store import SandboxRecord, Store
 

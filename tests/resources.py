@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import sandboxcore
-from sandboxcore import PIPE, ExecResult, Limits, Sandbox, SandboxSpec, SandboxState, cgroup
+from sandboxcore import PIPE, ExecResult, Limits, Sandbox, SandboxSpec, SandboxState, cgroup, groups
 from sandboxcore.command import Process
 
 MiB = 1 << 20
@@ -159,10 +159,10 @@ def cpu(usage: Any) -> float:
 
 
 def in_force(sandbox: Sandbox) -> dict[str, Any]:
-    """The limits that the kernel has for a sandbox's group."""
+    """The limits that the kernel has for a sandbox's commands together."""
     group = sandbox._link_now().group
     assert group is not None
-    return group.limits()
+    return groups.limits_of(group)
 
 
 def groups_of(pid: int, name: str = "") -> list[Path]:

@@ -3,6 +3,7 @@
 Natively that may be v1 with a unified hierarchy beside it, or a delegated v2 group; `vmtest` has pure v2.
 """
 
+import errno
 import os
 import re
 import select
@@ -587,6 +588,37 @@ def test_what_dead_processes_left_is_collected(base: cgroup.Base, start: Start) 
     assert removed >= bases or not any(map(os.path.exists, bases))  # or by somebody else's collect()
     assert not any(path.exists() for path in directories)
     assert all(path.is_dir() for path in places(base))
+
+
+STARVED = """
+import os, resource
+from sandboxcore import cgroup
+found = cgroup.layout()
+base = cgroup.Base(found, ())
+group = base.group("left", ())
+others = [os.open("/dev/null", os.O_RDONLY)]
+resource.setrlimit(resource.RLIMIT_NOFILE, (others[0] + 1, 100))
+try:
+    cgroup.collect()
+except OSError as error:
+    print(error.errno)
+os.close(others[0])
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+print(all(path.is_dir() for path in group.places()))
+group.remove()
+for path in group.places():
+    path.parent.rmdir()  # as if somebody took it for left behind
+print(base.group("again", ()).remove())
+base.remove()
+"""
+
+
+def test_who_cannot_look_collects_nothing(base: cgroup.Base) -> None:
+    """Without a descriptor to read /proc by, every process looks gone, this one too; and what others remove
+    is made again."""
+    assert places(base)
+    done = host_program(STARVED, timeout=PATIENCE)
+    assert (done.stdout.split(), done.stderr) == ([str(errno.EMFILE), "True", "True"], ""), done
 
 
 CROWD = """

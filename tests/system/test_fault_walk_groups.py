@@ -10,7 +10,7 @@ import os
 import resource
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,8 @@ def descriptors() -> int:
     return len([link for link in links if link not in of_groups and link != "anon_inode:[eventfd]"])
 
 
-def in_force(group: cgroup.Group, own: int) -> bool:
-    """Whether the group has the limits that were asked for; ``own`` processes are the sandbox's."""
-    limits = group.limits()
+def in_force(limits: Mapping[str, Any], own: int = 0) -> bool:
+    """Whether these are the limits that were asked for; ``own`` processes are the sandbox's."""
     return limits["memory"] == MEMORY and limits.get("pids") in (None, PIDS + own)
 
 
@@ -124,7 +123,7 @@ def test_every_call_of_a_run_in_a_group(faulty: Failures, monkeypatch: pytest.Mo
     wait_until(lambda: left("run") == kept(), "the end of every group but the next runs'", PATIENCE)
     (connection,) = spawner._spawners.values()
     for ready in groups.groups_of(connection)._idle.values():
-        assert all(in_force(group.group, own=1) for group in ready)
+        assert all(in_force(group.group.limits(), own=1) for group in ready)
     settled()
     after = descriptors(), *settled()[1:]
     assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
@@ -158,7 +157,7 @@ def test_every_call_of_a_living_sandbox_in_a_group(
             link = living._link
             assert link is not None
             assert link.group is not None
-            assert in_force(link.group, groups.OWN_PIDS)
+            assert in_force(groups.limits_of(link.group))
             assert member(living.pid, link.group)
             done, output = by_exec(living, tmp_path)
         except NORMAL_ENDS:

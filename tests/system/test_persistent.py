@@ -37,7 +37,8 @@ from sandboxcore import (
     SetupError,
     SpecError,
 )
-from sandboxcore.link import Link, boot_id, start_ticks
+from sandboxcore.identity import boot_id, start_ticks
+from sandboxcore.link import Link
 from sandboxcore.persistent import PersistentSandbox, gc, list_sandboxes
 from sandboxcore.store import Store
 

@@ -25,7 +25,7 @@ from resources import (
 )
 from support import gone, host_program, leaves_nothing, wait_until
 
-from sandboxcore import Cause, InvalidTransition, Sandbox, SandboxState
+from sandboxcore import Cause, InvalidTransition, Sandbox, SandboxState, cgroup
 from sandboxcore.persistent import PersistentSandbox
 
 pytestmark = pytest.mark.cgroup
@@ -250,29 +250,81 @@ def test_a_suspended_command_that_is_killed(kind: str) -> None:
         assert process.wait(PATIENCE) == -signal.SIGKILL
 
 
-@pytest.mark.xfail(reason="init is frozen, and nobody else watches the host process", strict=True)
-def test_the_host_process_is_killed_while_its_sandbox_is_suspended() -> None:
-    """Then, too, the sandbox ends, and its groups can be collected."""
-    needs("memory", "freezer")
-    code = """
-        import os
-        from resources import load, spec
-        from sandboxcore import Sandbox
+DYING = """
+    import os, sys
+    from resources import load, spec
+    from sandboxcore import Sandbox, spawner
+    from sandboxcore.persistent import PersistentSandbox
+    if sys.argv[1] == "stays":
+        box = PersistentSandbox.create(spec(accounting=True), name="kept", state_dir=sys.argv[2])
+    else:
         box = Sandbox.create(spec(accounting=True))
-        command = box.popen(load("hold"))
-        box.suspend()
-        print(box.pid, command.pid, flush=True)
-        os.kill(os.getpid(), 9)
-    """
-    done = host_program(code, timeout=PATIENCE)
+    detached = box.detach(load("hold"))
+    command = box.popen(load("hold"))
+    (helper,) = spawner._spawners.values()
+    if sys.argv[1] == "replaced":  # the sandbox is below another spawner than the next one
+        spawner.drop_spawner(helper)
+        del helper
+        other = Sandbox.create()
+    elif sys.argv[1] == "both":
+        os.kill(helper.pid, 9)
+    box.suspend()
+    print(box.pid, command.pid, box._link.group.relative, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("who", ["host", "replaced", "both"])
+def test_the_host_process_is_killed_while_its_sandbox_is_suspended(who: str) -> None:
+    """Then, too, the sandbox ends: by its spawner; and where that is gone, by the next one to look."""
+    needs("memory", "freezer")
+    done = host_program(DYING, who, timeout=PATIENCE)
     assert done.returncode == -signal.SIGKILL, done
-    pids = [int(word) for word in done.stdout.split()]
+    *words, relative = done.stdout.split()
+    pids = [int(word) for word in words]
     try:
-        wait_until(lambda: all(map(gone, pids)), "the end of its sandbox", 5)
+        if who == "both":
+            assert not any(map(gone, pids))
+            cgroup.collect()
+        wait_until(lambda: all(map(gone, pids)), "the end of its sandbox", PATIENCE)
+        base = Path(relative).parent
+
+        def collected() -> bool:
+            cgroup.collect()
+            return not any((parent / base).exists() for parent in parents())
+
+        wait_until(collected, "the end of its groups", PATIENCE)
     finally:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def parents() -> set[Path]:
+    """Where groups are, in all hierarchies."""
+    found = cgroup.layout()
+    return {*found.v1.values(), *([] if found.v2 is None else [found.v2])}
+
+
+def test_one_that_stays_is_still_suspended_after_the_end_of_its_maker(tmp_path: Path) -> None:
+    needs("memory", "freezer")
+    done = host_program(DYING, "stays", str(tmp_path), timeout=PATIENCE)
+    assert done.returncode == -signal.SIGKILL, done
+    pid, command = map(int, done.stdout.split()[:2])
+    sandbox = PersistentSandbox.connect("kept", state_dir=tmp_path)
+    try:
+        cgroup.collect()
+        assert sandbox.state is SandboxState.PAUSED
+        assert not gone(pid)
+        assert stands_still(command)
+        sandbox.resume()
+        wait_until(lambda: gone(command), "the end of a command that its maker held", PATIENCE)
+        assert within(sandbox, "exec", load("exit", 0)).ok
+        (detached,) = sandbox.commands()
+        assert detached.status == "running"
+        detached.close()
+    finally:
+        sandbox.destroy()
 
 
 # --- others -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ PACKAGE = Path(sandboxcore.__file__).parent
 # From the bottom up; modules of one row may not import each other.
 LAYERS = (
     ("errors", "_core", "seccomp_calls"),
-    ("census", "_native", "capabilities", "seccomp_policy"),
+    ("census", "identity", "_native", "capabilities", "seccomp_policy"),
     ("seccomp",),
     ("spec", "audit"),
     ("host",),

@@ -1,0 +1,29 @@
+"""Which process it is: numbers are used again, so each goes with a start time, a boot and a namespace."""
+
+import os
+from pathlib import Path
+
+
+def start_ticks(pid: int) -> int:
+    """When a process began, in clock ticks since boot (proc(5), stat); 0 if there is none, or not any more.
+
+    Raises OSError where that cannot be told, as without a free descriptor.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    fields = stat.rpartition(b")")[2].split()
+    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def boot_id() -> str:
+    """Whose numbers our processes have: the machine since its last boot, random(4), and the pid namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def pid_of(pidfd: int) -> int:
+    """The number behind a pidfd, as this process sees it; 0 when the process is gone: proc(5), fdinfo."""
+    lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
+    return max(0, int(next(line for line in lines if line.startswith("Pid:")).split()[1]))
