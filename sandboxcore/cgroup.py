@@ -198,7 +198,10 @@ class Base:
     def remove(self) -> None:
         """Remove what has no process in it. Idempotent."""
         whole = Group.below(self.layout, self.relative, tuple(self.layout.versions.keys() & set(CONTROLLERS)))
-        whole.remove()
+        if not whole.remove() and whole.v2 is not None:
+            left = {path.name for path in whole.v2.glob("*/")}
+            if left == {SPAWNER_LEAF}:  # it goes after the last of its sandboxes
+                whole.remove(_ENDING)
         _tidy(self.layout)
 
 

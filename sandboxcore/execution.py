@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from sandboxcore import _native
 from sandboxcore.command import Ending, Process
@@ -40,6 +40,8 @@ from sandboxcore.request import (
 )
 from sandboxcore.result import Decoder, ExecResult, make_result
 from sandboxcore.spec import Limits, SandboxSpec, parse_user
+
+Done = TypeVar("Done")
 
 SHELLS = ("/bin/bash", "/bin/sh")
 _RUNNING = SandboxState.RUNNING
@@ -75,11 +77,11 @@ class Execution:
         """Have init send a signal to every command."""
         self._through(lambda link: link.tell_init(number))
 
-    def _through(self, action: Callable[[Link], None]) -> None:
+    def _through(self, action: Callable[[Link], Done]) -> Done:
         """Do something with the link. Raises SandboxGone where init has ended."""
         link = self._link_now()
         try:
-            action(link)
+            return action(link)
         except (OSError, SetupError, _native.NativeFailure):
             if not self._is_gone(link):
                 raise

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from sandboxcore import cgroup, host
+from sandboxcore.cgroup import GroupUsage
 from sandboxcore.detached import DetachedCommand, Door
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SetupError, SpecError
 from sandboxcore.files import FileServer
@@ -19,7 +20,7 @@ from sandboxcore.identity import boot_id, pid_of, start_ticks
 from sandboxcore.journal import Journal
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link
-from sandboxcore.plan import Plan, reopened_plan
+from sandboxcore.plan import Plan, reopened_plan, updated_plan
 from sandboxcore.request import Request
 from sandboxcore.resources import LimitChange
 from sandboxcore.sandbox import Sandbox
@@ -138,6 +139,9 @@ class PersistentSandbox(Sandbox):
                 return
             if (record.pid, record.ticks) != (self._record.pid, self._record.ticks):
                 self._let_go()
+            changed = record.spec != self._record.spec  # the cheaper question
+            if changed and (spec := SandboxSpec.from_dict(record.spec)) != self.spec:  # by another handle
+                self.spec, self._plan = spec, updated_plan(self._plan, spec)
             self._adopt(record)
             if self._state not in (SandboxState.RUNNING, SandboxState.PAUSED):
                 self._let_go()
@@ -153,8 +157,7 @@ class PersistentSandbox(Sandbox):
         """It was killed, or the machine was restarted: put that on record, unless somebody did meanwhile."""
         now = time.time()
         self._store.end(record, now)
-        if group := self._store.home(self.id).group:
-            remove_later(group)
+        _drop_group(self._store, self.id)
         self._state, self.stopped_at = SandboxState.STOPPED, now
 
     def _let_go(self) -> None:
@@ -276,6 +279,10 @@ class PersistentSandbox(Sandbox):
                 self._store.change(self.id, last_active_at=self.last_active_at)
             return link
 
+    def usage(self) -> GroupUsage:
+        self._look()
+        return super().usage()
+
     def _update(self, changes: Mapping[str, Any]) -> dict[str, LimitChange]:
         with self._store.locked(self.id):
             self._look()
@@ -357,12 +364,18 @@ def _true_records(store: Store, labels: Mapping[str, str]) -> Iterator[SandboxRe
 def _true_record(store: Store, record: SandboxRecord) -> SandboxRecord | None:
     if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not _runs(store, record):
         store.end(record, time.time())
-        with contextlib.suppress(BlockingIOError), store.locked(record.id, wait=False):
-            now, group = store.get(record.id), store.home(record.id).group
-            if group is not None and now is not None and now.state == SandboxState.STOPPED:
-                remove_later(group)  # or somebody has started it again: then it is another one
+        _drop_group(store, record.id)
         return store.get(record.id)
     return record
+
+
+def _drop_group(store: Store, sandbox_id: str) -> None:
+    """Remove the control group of a sandbox that was found dead. Whoever works on it just now takes care of
+    that, or has started it again: then it is another one."""
+    with contextlib.suppress(BlockingIOError), store.locked(sandbox_id, wait=False):
+        now, group = store.get(sandbox_id), store.home(sandbox_id).group
+        if group is not None and now is not None and now.state == SandboxState.STOPPED:
+            remove_later(group)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -38,10 +38,10 @@ class Resources(Execution):
         Raises :class:`SpecError` where it has no control group: where neither a limit asked for one nor
         ``accounting``.
         """
-        link = self._link_now()
-        if link.group is None:
+        group = self._link_now().group
+        if group is None:
             raise SpecError("accounting: this sandbox has no control group; start it with accounting=True")
-        return link.group.usage()
+        return self._through(lambda link: group.usage())
 
     def update(self, **changes: Any) -> Mapping[str, LimitChange]:
         """Change limits, by the names of :class:`Limits`; ``None`` lifts one. All of them change, or none.

@@ -23,13 +23,13 @@ class Cause(enum.StrEnum):
     EXITED = "exited"  # by itself, with any status
     SIGNALED = "signaled"  # by a signal of its own making
     TIMEOUT = "timeout"  # the wall clock; the whole tree was killed
-    CPU_TIME = "cpu_time"  # RLIMIT_CPU
-    OOM = "oom"  # its cgroup ran out of memory
+    CPU_TIME = "cpu_time"  # limits.cpu_time, of all its processes; or of one: RLIMIT_CPU
+    OOM = "oom"  # its cgroup ran out of memory, and a process of it was killed; then all of it
     PIDS = "pids"  # its cgroup ran out of processes
     SECCOMP = "seccomp"  # SIGSYS: a system call that the filter answers with death
     OUTPUT = "output"  # more output than allowed
     DISK = "disk"  # RLIMIT_FSIZE: SIGXFSZ
-    KILLED = "killed"  # the sandbox was killed from outside
+    KILLED = "killed"  # by somebody outside, or with its sandbox
     SETUP = "setup"  # never ran
 
 
@@ -142,7 +142,7 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
     causes = {  # the first that holds
         Cause.TIMEOUT: done.timed_out,
         Cause.OUTPUT: done.flooded,
-        Cause.OOM: killed and (done.out_of_memory or counts.get("oom_kills")),
+        Cause.OOM: done.out_of_memory or counts.get("oom_kills"),  # of whichever of its processes
         Cause.CPU_TIME: done.out_of_time,
         Cause.KILLED: done.lost or (killed and done.killed),
         Cause.PIDS: counts.get("pids_refused"),

@@ -80,8 +80,11 @@ def in_force(limits: Mapping[str, Any], own: int = 0) -> bool:
 
 
 def member(pid: int, group: cgroup.Group) -> bool:
-    """Whether a process is in every hierarchy of a group."""
-    text = Path(f"/proc/{pid}/cgroup").read_text()
+    """Whether a process is in every hierarchy of a group; one that has ended meanwhile is nowhere else."""
+    try:
+        text = Path(f"/proc/{pid}/cgroup").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
     return text.count(f"/{group.relative}") == len(group.places())
 
 

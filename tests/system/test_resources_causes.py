@@ -5,17 +5,20 @@ import time
 
 import pytest
 from resources import (
+    LIVING,
     PATIENCE,
     MiB,
     box,
     every_way,
     load,
+    meanwhile,
     needs,
     perform,
     spec,
     started,
     within,
 )
+from support import host_program, wait_until
 
 import sandboxcore
 from sandboxcore import Cause, CommandFailed, Limits, SandboxSpec
@@ -73,6 +76,19 @@ def test_killed_by_the_caller(way: str) -> None:
         assert (done.returncode, done.cause, done.detail) == (-signal.SIGKILL, Cause.KILLED, ""), done
 
 
+@pytest.mark.parametrize("way", LIVING)
+def test_killed_with_all_the_others(way: str) -> None:
+    """By Sandbox.signal(), which the command cannot tell from a signal of its own."""
+    with (
+        box() as sandbox,
+        meanwhile(lambda: within(sandbox, way, ["sh", "-c", "touch /tmp/there; exec sleep 600"])) as ends,
+    ):
+        wait_until(lambda: sandbox.files.exists("/tmp/there"), "the command", PATIENCE)
+        sandbox.signal(signal.SIGKILL)
+    [done] = ends
+    assert (done.returncode, done.cause, done.detail) == (-signal.SIGKILL, Cause.KILLED, ""), done
+
+
 def test_one_commands_lack_of_memory_is_not_anothers_end() -> None:
     """Who ends by a signal of its own while its neighbour is out of memory was not."""
     needs("memory")
@@ -93,6 +109,44 @@ def test_a_child_that_runs_out_of_memory_takes_the_command_with_it() -> None:
         done = perform(way, ["sh", "-c", script], spec(memory="64M"))
         assert (done.cause, done.returncode) == (Cause.OOM, -signal.SIGKILL), done
         assert time.monotonic() - began < PATIENCE
+
+
+@every_way
+def test_a_child_that_ran_out_of_memory_is_why(way: str) -> None:
+    """Also where the command has seen that and ended before it could be killed for it."""
+    needs("memory")
+    done = perform(way, ["sh", "-c", "/load/workload alloc 209715200; exit 3"], spec(memory="64M"))
+    assert (done.cause, done.returncode in (3, -signal.SIGKILL)) == (Cause.OOM, True), done
+    assert "limits.memory: 64 MiB, peak " in done.detail
+
+
+@pytest.mark.slow
+def test_a_lack_of_memory_of_all_sandboxes_together_ends_one() -> None:
+    """At the limit of the host, the largest goes; every other group is told as well, and runs on."""
+    needs("memory")
+    code = """
+        import threading
+        from resources import MiB, load, spec
+        from sandboxcore import Limits, host_limits, run
+        ends = {}
+        def start(name, *steps):
+            def body():
+                ends[name] = str(run(load(*steps), spec=spec(memory="1G"), timeout=60).cause)
+            thread = threading.Thread(target=body)
+            thread.start()
+            return thread
+        run(["true"], spec=spec(memory="1G"))  # there are groups
+        host_limits(Limits(memory="256M"))
+        try:
+            small = start("small", "alloc", 16 * MiB, "burn", 2000)
+            start("large", "burn", 300, "alloc", 600 * MiB).join()
+            small.join()
+        finally:
+            host_limits(Limits())
+        print(ends["large"], ends["small"])
+    """
+    done = host_program(code, timeout=PATIENCE)
+    assert (done.stdout, done.stderr) == ("oom exited\n", "")
 
 
 @pytest.mark.parametrize("way", ["run", "exec"])

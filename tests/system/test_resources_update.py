@@ -77,6 +77,7 @@ def test_a_fork_bomb_that_runs() -> None:
         assert sandbox.update(pids=20)["pids"].applies == "now"
         done = let_go(bomb)
         assert (done.cause, done.returncode, done.usage.pids_peak) == (Cause.PIDS, 3, 20), done
+        assert done.detail.startswith("limits.pids: 20, ")
         sandbox.update(pids=40)
         more = within(sandbox, "exec", load("fork", 39, "exit", 0))
         assert (more.cause, more.returncode) == (Cause.EXITED, 0), more
@@ -192,6 +193,18 @@ def test_a_cpu_that_there_is_not_changes_nothing() -> None:
         assert (in_force(sandbox)["memory"], in_force(sandbox)["cpuset"]) == (256 * MiB, first)
 
 
+def test_io_that_nothing_would_meet() -> None:
+    """Version 1 throttles each group by itself: those of commands, where no limit was asked for."""
+    needs("memory", "io")
+    with box(accounting=True) as sandbox:
+        if version("io") == 2:
+            assert sandbox.update(io="8M")["io"].applies == "now"
+        else:
+            with pytest.raises(UnsupportedHost, match="limits.io of a sandbox that was started without one"):
+                sandbox.update(io="8M")
+            assert sandbox.spec.limits.io is None
+
+
 def test_without_a_group() -> None:
     with Sandbox.create(spec()) as sandbox:
         with pytest.raises(
@@ -238,6 +251,10 @@ def test_of_a_persistent_sandbox_by_another_process(tmp_path: Path) -> None:
         assert again.spec.limits.memory == 64 * MiB
         assert in_force(again)["memory"] == 64 * MiB
         assert within(again, "exec", ["sh", "-c", "ulimit -n"]).stdout == b"50\n"
+        assert within(sandbox, "exec", ["sh", "-c", "ulimit -n"]).stdout == b"50\n"  # the first handle knows
+        assert sandbox.update(open_files=60)["open_files"].before == 50
+        assert (again.update(pids=30)["pids"].value, sandbox.spec.limits.memory) == (30, 64 * MiB)
+        assert (sandbox.state, sandbox.spec) == ("running", again.spec)
         assert within(again, "exec", load("alloc", 100 * MiB)).cause is Cause.OOM
     finally:
         sandbox.destroy()
