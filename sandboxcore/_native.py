@@ -491,20 +491,11 @@ class Gauge:
                 self.close()
                 raise OSError(-code, os.strerror(-code))
 
-    def begin(self) -> None:
-        """From here on it counts."""
-        lib.sbx_gauge_begin(self.native)
-
     def end(self) -> Mapping[str, int] | None:
         """What was counted since, but for init."""
         counts = ffi.new("struct sbx_counts *")
         lib.sbx_gauge_end(self.native, 1, counts)
         return _counted([*counts.value, counts.known])
-
-    @property
-    def cpu(self) -> float:
-        """Seconds of CPU time since."""
-        return cast(int, lib.sbx_gauge_cpu(self.native)) / 1e6
 
     def worn(self, left: int) -> bool:
         """Whether a small command could not be measured any more, or it holds more bytes than ``left``."""

@@ -24,7 +24,7 @@ from sandboxcore.request import Request
 SOFT, HARD = 0.5, 2.0  # seconds: the chance of init or launcher to report; then the kernel's
 LOST = 0.05  # seconds for init to kill what a dead launcher left
 RELAY_PATIENCE = 0.2  # seconds at least for whoever reads what is relayed
-LOOK = 0.002  # seconds at least between two looks at what is used up
+LOOK = 0.005  # seconds at least between two looks at what is used up
 PAUSE_LOOK = 0.02  # seconds between two looks whether a suspended sandbox goes on
 
 Reason = Literal["timed_out", "out_of_memory", "out_of_time", "flooded"]  # flags of NativeResult

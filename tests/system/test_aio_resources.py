@@ -218,12 +218,12 @@ def test_a_clock_of_cpu_time_does_not_tick_for_one_that_sleeps() -> None:
     """Nearly all of it used, then asleep: looked at now and then, not all the time."""
     needs("memory")
     looks = 0
-    cpu_of = sandboxcore._native.Gauge.cpu.fget
+    look = sandboxcore._native.Watch.out_of_time
 
-    def counted(gauge: Any) -> float:
+    def counted(watch: Any) -> bool:
         nonlocal looks
         looks += 1
-        return cpu_of(gauge)
+        return look(watch)
 
     async def main() -> None:
         described = spec(memory="64M", cpu_time=0.5 * SLOW)
@@ -232,7 +232,7 @@ def test_a_clock_of_cpu_time_does_not_tick_for_one_that_sleeps() -> None:
         assert (done.cause, done.returncode) in ((Cause.EXITED, 0), (Cause.CPU_TIME, -9)), done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandboxcore._native.Gauge, "cpu", property(counted))
+        patch.setattr(sandboxcore._native.Watch, "out_of_time", counted)
         play(main(), PATIENCE)
     assert 1 < looks < 400 * SLOW
 
@@ -564,7 +564,7 @@ def test_update(persistent: bool, tmp_path: Path) -> None:
             }
             assert (changed["memory"].before, changed["memory"].value) == (64 * MiB, 100 * MiB)
             assert (sandbox.spec.limits.wall_time, sandbox.spec.limits.cpu_time) == (0.5, 50)
-            assert group_of(sandbox).limits()["memory"] == 100 * MiB
+            assert groups.limits_of(group_of(sandbox))["memory"] == 100 * MiB
             assert (await sandbox.exec(load("hold"))).cause is Cause.TIMEOUT
             await sandbox.update(wall_time=None)
             done = await sandbox.exec(load("bomb", "exit", 3), timeout=PATIENCE)
@@ -577,7 +577,7 @@ def test_update(persistent: bool, tmp_path: Path) -> None:
             ):
                 with pytest.raises(error):
                     await sandbox.update(**wrong)
-                assert (sandbox.spec, group_of(sandbox).limits()["memory"]) == (before, 100 * MiB)
+                assert (sandbox.spec, groups.limits_of(group_of(sandbox))["memory"]) == (before, 100 * MiB)
 
     play(main(), PATIENCE)
 
@@ -628,7 +628,7 @@ def test_update_waits_for_its_turn_and_may_be_cancelled(tmp_path: Path) -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        assert group_of(box).limits()["memory"] == 64 * MiB
+        assert groups.limits_of(group_of(box))["memory"] == 64 * MiB
         assert (await box.update(memory="32M"))["memory"].value == 32 * MiB
         await box.destroy()
 
