@@ -57,7 +57,7 @@ struct sbx_box {
 	int pause_page;
 	const struct sbx_pause *pause;
 	uint64_t paused_before; /* up to RECEIVED, ns */
-	unsigned peers;		/* processes of ours that count against the payload's limit of processes */
+	unsigned peers;		/* launchers, which count against the limit of processes of a payload of their id */
 	/* control groups: group.c */
 	int born, hold; /* or -1 */
 	int move[SBX_MAX_GROUPS], slot_dir[SBX_MAX_GROUPS];

@@ -68,7 +68,7 @@ static void dispatch(const struct sbx_launcher *l, size_t len, int *fds, size_t 
 		return;
 	if (len < sizeof *msg || msg->magic != SBX_REQUEST_MAGIC || nfds == 0)
 		return; /* nobody to answer: closing what came is the answer */
-	box->peers = box->plan->flags & SBX_PLAN_NO_ROOT_ID ? count_all(l->pool) : 0;
+	box->peers = count_all(l->pool);
 	if (msg->kind == SBX_MESSAGE_EXEC)
 		execute(box, msg, len, fds, nfds, &err);
 	else if (msg->kind == SBX_MESSAGE_FILES)

@@ -13,8 +13,10 @@ int sbx_rlimit_set(const struct sbx_box *box, struct sbx_error *err)
 	const struct sbx_span span = own ? box->request->rlimits : box->plan->rlimits;
 	const struct sbx_rlimit *limit = sbx_at(arena, span.off);
 
+	bool ours = box->plan->flags & SBX_PLAN_NO_ROOT_ID || box->request->uid == 0; /* has the id of launchers */
+
 	for (uint32_t i = 0; i < span.count; i++) {
-		unsigned more = limit[i].resource == RLIMIT_NPROC ? box->peers : 0;
+		unsigned more = ours && limit[i].resource == RLIMIT_NPROC ? box->peers : 0;
 		const struct rlimit64 value = { limit[i].soft + more, limit[i].hard + more };
 		long ret = sbx_sys(SYS_prlimit64, 0, limit[i].resource, &value, NULL);
 		if (ret < 0)
