@@ -13,13 +13,24 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import sandboxcore
-from sandboxcore import Cause, Sandbox, _native, command, execution, plan, process, request, spawner
+from sandboxcore import (
+    Cause,
+    Sandbox,
+    SandboxSpec,
+    _native,
+    command,
+    execution,
+    plan,
+    process,
+    request,
+    spawner,
+)
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
@@ -312,24 +323,31 @@ def test_every_call_of_a_command(
             assert ("pty" in stages) is (way == "terminal")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("code", [errno.EUCLEAN, errno.EINTR, errno.ENOMEM])
-def test_every_call_of_a_living_sandbox(
-    faulty: list[_native.NativeFailure], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
-) -> None:
-    """From its birth to its first commands, in init and in its first launcher."""
-    with Sandbox(SPEC) as living:
+def walk_of_births(
+    faulty: list[_native.NativeFailure],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    code: int,
+    *,
+    spec: SandboxSpec = SPEC,
+    stands: Callable[[Sandbox], None] = lambda living: None,
+    ran: Callable[[sandboxcore.ExecResult], None] = lambda done: None,
+) -> set[str]:
+    """From a birth to a first command, in init and in the first launcher, each of which counts on.
+
+    ``stands`` looks at every sandbox that came to be, ``ran`` at every command that was not killed. Returns
+    the stages that failed."""
+    with Sandbox(spec) as living:
         clean = by_exec(living, tmp_path)[1]
-    before = settled()
     stages, survived = set(), 0
     for number in range(1, 3000):
         faulty.clear()
         monkeypatch.setattr(request, "FAULT", (number, code))
-        living = Sandbox(SPEC)
+        living = Sandbox(spec)
         try:
             living.start()
             monkeypatch.setattr(request, "FAULT", (0, 0))
+            stands(living)
             done, output = by_exec(living, tmp_path)
         except NORMAL_ENDS:
             stages.add(faulty[0].stage)
@@ -338,14 +356,29 @@ def test_every_call_of_a_living_sandbox(
             survived = 0  # it stood already: its end is the answer
         else:
             assert done.cause is Cause.KILLED or output == clean, (number, done)
+            if done.cause is not Cause.KILLED:
+                ran(done)
             survived = survived + 1 if output == clean else 0
         finally:
             living.close()
         if survived == 30:
             break
     monkeypatch.setattr(request, "FAULT", (0, 0))
-    with Sandbox(SPEC) as living:
+    with Sandbox(spec) as living:
         assert by_exec(living, tmp_path)[1] == clean
+    return stages
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("code", [errno.EUCLEAN, errno.EINTR, errno.ENOMEM])
+def test_every_call_of_a_living_sandbox(
+    faulty: list[_native.NativeFailure], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+) -> None:
+    with Sandbox(SPEC) as living:
+        by_exec(living, tmp_path)
+    before = settled()
+    stages = walk_of_births(faulty, monkeypatch, tmp_path, code)
     after = settled()
     assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
     if code == errno.EUCLEAN:

@@ -16,10 +16,18 @@ from typing import Any
 
 import pytest
 from support import wait_until
-from system.test_fault_walk import FINGERPRINT, NORMAL_ENDS, by_exec, fault_helper, faulty, settled
+from system.test_fault_walk import (
+    FINGERPRINT,
+    NORMAL_ENDS,
+    by_exec,
+    fault_helper,
+    faulty,
+    settled,
+    walk_of_births,
+)
 
 import sandboxcore
-from sandboxcore import Cause, Sandbox, SandboxSpec, SetupError, _native, cgroup, groups, request, spawner
+from sandboxcore import Sandbox, SandboxSpec, SetupError, _native, cgroup, groups, request, spawner
 
 __all__ = ["fault_helper", "faulty"]  # fixtures
 
@@ -145,41 +153,20 @@ def test_every_call_of_a_run_in_a_group(faulty: Failures, monkeypatch: pytest.Mo
 def test_every_call_of_a_living_sandbox_in_a_group(
     faulty: Failures, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
 ) -> None:
-    """From its birth to its first command, in init and in its first launcher, each of which counts on."""
+    def stands(living: Sandbox) -> None:
+        link = living._link
+        assert link is not None
+        assert link.group is not None
+        assert in_force(groups.limits_of(link.group))
+        assert member(living.pid, link.group)
+
+    def ran(done: sandboxcore.ExecResult) -> None:
+        assert (done.usage.memory_peak or 0) > 100_000, done.usage
+
     with Sandbox(SPEC) as living:
-        clean = by_exec(living, tmp_path)[1]
+        by_exec(living, tmp_path)
     before = settled()
-    stages, survived = set(), 0
-    for number in range(1, 3000):
-        faulty.clear()
-        monkeypatch.setattr(request, "FAULT", (number, code))
-        living = Sandbox(SPEC)
-        try:
-            living.start()
-            monkeypatch.setattr(request, "FAULT", (0, 0))
-            link = living._link
-            assert link is not None
-            assert link.group is not None
-            assert in_force(groups.limits_of(link.group))
-            assert member(living.pid, link.group)
-            done, output = by_exec(living, tmp_path)
-        except NORMAL_ENDS:
-            stages.add(faulty[0].stage)
-            survived = 0
-        except (sandboxcore.SandboxGone, sandboxcore.InvalidTransition):
-            survived = 0  # it stood already: its end is the answer
-        else:
-            assert done.cause is Cause.KILLED or output == clean, (number, done)
-            if done.cause is not Cause.KILLED:
-                assert (done.usage.memory_peak or 0) > 100_000, (number, done.usage)
-            survived = survived + 1 if output == clean else 0
-        finally:
-            living.close()
-        if survived == 30:
-            break
-    monkeypatch.setattr(request, "FAULT", (0, 0))
-    with Sandbox(SPEC) as living:
-        assert by_exec(living, tmp_path)[1] == clean
+    stages = walk_of_births(faulty, monkeypatch, tmp_path, code, spec=SPEC, stands=stands, ran=ran)
     wait_until(lambda: not left("sbx"), "the end of every sandbox's group", PATIENCE)
     after = settled()
     assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
@@ -282,18 +269,15 @@ def test_a_group_that_cannot_be_made(start: Start, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_base_that_was_removed(start: Start) -> None:
-    """By whoever tidies up too eagerly: said as what it is, and what is not ours is not made again."""
+    """By whoever tidies up too eagerly: then there is another one."""
     start()
     forget_ready()
     nothing_new()
     base().remove()
     if everywhere():
         pytest.skip("the spawner is in it, so nobody can remove it")
-    with pytest.raises(SetupError) as caught:
-        start()
-    assert (caught.value.stage, caught.value.errno) == ("cgroup", errno.ENOENT)
-    assert "removed" in str(caught.value) or "mkdir" in str(caught.value)
-    assert not everywhere()
+    start()
+    assert everywhere()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
