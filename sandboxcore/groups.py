@@ -165,7 +165,7 @@ def change_limits(group: cgroup.Group, changes: Mapping[str, Any]) -> dict[str, 
         for leaf in group.launchers():  # those that begin from here on look at the whole's
             try:
                 had = leaf.limits()
-                wanted = {name: value for name, value in changes.items() if name in had}
+                wanted = {name: value for name, value in changes.items() if name in had and _is_on(leaf, name)}
                 leaf.change(_more(wanted, _LAUNCHERS))
             except SetupError as error:
                 if error.errno not in (E.ENOENT, E.ENODEV):  # its launcher has ended
@@ -178,6 +178,11 @@ def change_limits(group: cgroup.Group, changes: Mapping[str, Any]) -> dict[str, 
                 each.change(values)
         raise
     return in_force
+
+
+def _is_on(launcher: cgroup.Group, name: str) -> bool:
+    """Whether such a limit is on the groups of launchers. Version 1 knows memory and swap as one."""
+    return name in ("memory", "pids") or (name == "swap" and "memory" in launcher.v1)
 
 
 class Groups:
