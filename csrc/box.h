@@ -73,10 +73,11 @@ struct sbx_box {
 /* The groups that a launcher and its commands have to themselves. */
 struct sbx_slot {
 	struct sbx_gauge gauge;
-	int dir;	  /* version 2: where it is born */
-	int oom;	  /* version 1: eventfd */
-	int memory, both; /* its limits of memory, and in version 1 of memory and swap together; or -1 */
-	bool lifted;	  /* these */
+	int dir;      /* version 2: where it is born */
+	int oom;      /* version 1: eventfd */
+	int limit[2]; /* its limits of memory, and in version 1 of memory and swap together; or -1 */
+	bool lifted;  /* these, which were: */
+	uint64_t was[2];
 	int procs[SBX_MAX_GROUPS];
 	unsigned count; /* of procs: version 1, where it goes by itself */
 };
@@ -138,6 +139,7 @@ int sbx_group_root(int proc, int dir, struct sbx_error *err);
 long sbx_slot_make(const struct sbx_box *box, unsigned number, struct sbx_slot *slot);
 long sbx_slot_enter(struct sbx_slot *slot);
 void sbx_slot_lift(struct sbx_slot *slot);
+bool sbx_slot_restore(struct sbx_slot *slot);
 void sbx_slot_close(struct sbx_slot *slot);
 void sbx_slot_remove(const struct sbx_box *box, unsigned number);
 

@@ -69,79 +69,130 @@ static void name_slot(char name[32], unsigned number)
 static const struct {
 	uint32_t use;
 	const char *file;
+	const char *none;
 	uint64_t own;	 /* the whole has more than a command by so much */
 	uint64_t shared; /* what a command has its launcher uses, too */
+	bool lifts;	 /* sbx_slot_lift */
 } LIMITS[] = {
-	{ SBX_GROUP_SLOTS, "pids.max", SBX_OWN_PIDS, 1 },
-	{ SBX_GROUP_SLOTS, "memory.max", SBX_OWN_MEMORY, 0 },
-	{ SBX_GROUP_SLOTS_PIDS, "pids.max", SBX_OWN_PIDS, 1 },
-	{ SBX_GROUP_SLOTS_MEMORY, "memory.limit_in_bytes", SBX_OWN_MEMORY, 0 },
-	{ SBX_GROUP_SLOTS_MEMORY, "memory.memsw.limit_in_bytes", SBX_OWN_MEMORY, 0 }, /* never the smaller one */
+	{ SBX_GROUP_SLOTS, "pids.max", "max", SBX_OWN_PIDS, 1, false },
+	{ SBX_GROUP_SLOTS, "memory.max", "max", SBX_OWN_MEMORY, 0, true },
+	{ SBX_GROUP_SLOTS_PIDS, "pids.max", "max", SBX_OWN_PIDS, 1, false },
+	{ SBX_GROUP_SLOTS_MEMORY, "memory.limit_in_bytes", "-1", SBX_OWN_MEMORY, 0, true },
+	{ SBX_GROUP_SLOTS_MEMORY, "memory.memsw.limit_in_bytes", "-1", SBX_OWN_MEMORY, 0, true }, /* never less */
+	/* what sockets hold is counted only of groups in which that was asked for */
+	{ SBX_GROUP_SLOTS_MEMORY, "memory.kmem.tcp.limit_in_bytes", "-1", SBX_OWN_MEMORY, 0, false },
 };
 static const uint64_t NO_LIMIT = 1ULL << 60; /* version 1 says LONG_MAX, rounded to pages */
 
 /* The limit in a file, or NO_LIMIT. 0 or -errno. */
-static long read_limit(int dir, const char *file, uint64_t *limit)
+static long read_limit(int fd, uint64_t *limit)
 {
 	char text[32] = "";
-	_cleanup_fd_ int fd = (int)sbx_sys(SYS_openat, dir, file, O_RDONLY | O_CLOEXEC);
 
-	if (fd < 0)
-		return fd;
-	long ret = sbx_sys(SYS_read, fd, text, sizeof text - 1);
+	long ret = sbx_sys(SYS_pread64, fd, text, sizeof text - 1, 0);
 	*limit = text[0] < '0' || text[0] > '9' ? NO_LIMIT : 0;
 	for (const char *at = text; *limit < NO_LIMIT && *at >= '0' && *at <= '9'; at++)
 		*limit = *limit * 10 + (uint64_t)(*at - '0');
 	return ret < 0 ? ret : 0;
 }
 
-/* The host may change the whole's meanwhile, and then looks for the groups that there are. */
-static long limit_one(int parent, int dir, size_t which)
+static long write_limit(int fd, const char *none, uint64_t limit)
 {
-	uint64_t whole = 0, before = NO_LIMIT;
 	char text[32];
 
-	/* The host changes it, too, and as an ordinary user has another id; nobody else gets past its directory. */
-	long ret = sbx_sys(SYS_fchmodat, dir, LIMITS[which].file, 0666);
-	for (int i = 0; i < 8 && ret == 0; i++) {
-		ret = read_limit(parent, LIMITS[which].file, &whole);
-		if (ret < 0 || whole == before || (i == 0 && whole >= NO_LIMIT))
-			break;
-		before = whole;
-		uint64_t own = whole > LIMITS[which].own ? LIMITS[which].own : 0;
-		sbx_format_path(text, "", whole - own + LIMITS[which].shared, "");
-		ret = sbx_write_file(dir, LIMITS[which].file, text);
-	}
-	return ret;
+	sbx_format_path(text, "", limit, "");
+	if (limit < NO_LIMIT)
+		none = text;
+	long ret = sbx_sys(SYS_write, fd, none, strlen(none));
+	return ret < 0 ? ret : 0;
 }
 
-static long limit_slot(struct sbx_slot *slot, int parent, int dir, uint32_t use)
+/* The host may change the whole's meanwhile, and then looks for the groups that there are. Returns a descriptor. */
+static long limit_one(int parent, int dir, size_t which)
 {
+	const char *file = LIMITS[which].file;
+	_cleanup_fd_ int above = (int)sbx_sys(SYS_openat, parent, file, O_RDONLY | O_CLOEXEC);
+	_cleanup_fd_ int own = (int)sbx_sys(SYS_openat, dir, file, O_RDWR | O_CLOEXEC);
+	uint64_t whole = 0, before = 0, more;
+
+	if (above < 0 || own < 0)
+		return above < 0 ? above : own;
+	/* The host changes it, too, and as an ordinary user has another id; nobody else gets past its directory. */
+	long ret = sbx_sys(SYS_fchmod, own, 0666);
+	for (int i = 0; i < 8 && ret == 0; i++, before = whole) {
+		ret = read_limit(above, &whole);
+		if (ret < 0 || (i > 0 && whole == before))
+			break;
+		more = whole > LIMITS[which].own ? LIMITS[which].own : 0;
+		ret = write_limit(own, LIMITS[which].none,
+				  whole < NO_LIMIT ? whole - more + LIMITS[which].shared : NO_LIMIT);
+	}
+	return ret < 0 ? ret : sbx_steal_fd(&own);
+}
+
+/* `old`: a directory that could not be removed with its launcher, and may have any limits. */
+static long limit_slot(struct sbx_slot *slot, int parent, int dir, uint32_t use, bool old)
+{
+	unsigned lifts = 0;
+
+	for (size_t i = SBX_COUNT(LIMITS); old && i-- > 0;)
+		if (LIMITS[i].use == use)
+			(void)sbx_write_file(dir, LIMITS[i].file, LIMITS[i].none);
 	for (size_t i = 0; i < SBX_COUNT(LIMITS); i++) {
 		if (LIMITS[i].use != use || sbx_absent(dir, LIMITS[i].file))
 			continue;
 		long ret = limit_one(parent, dir, i);
-		if (ret >= 0 && LIMITS[i].own == SBX_OWN_MEMORY) {
-			int *file = slot->memory < 0 ? &slot->memory : &slot->both;
-			ret = *file = (int)sbx_sys(SYS_openat, dir, LIMITS[i].file, O_WRONLY | O_CLOEXEC);
-		}
 		if (ret < 0)
 			return ret;
+		if (LIMITS[i].lifts)
+			slot->limit[lifts++] = (int)ret;
+		else
+			sbx_close((int)ret);
 	}
 	return 0;
 }
 
+static const char *no_limit(const struct sbx_slot *slot)
+{
+	return slot->oom >= 0 ? "-1" : "max"; /* version 1, version 2 */
+}
+
 /*
- * Memory has run out in the launcher's group, and what was killed for it is not gone yet: from here on its limit
- * is the whole's. So it does not serve again.
+ * Memory has run out in the launcher's group, and what was killed for it is not gone yet: until that is so, its
+ * limit is the whole's.
  */
 void sbx_slot_lift(struct sbx_slot *slot)
 {
-	const char *none = slot->oom >= 0 ? "-1" : "max"; /* version 1, version 2 */
-
 	slot->lifted = true;
-	(void)sbx_sys(SYS_write, slot->both, none, strlen(none));
-	(void)sbx_sys(SYS_write, slot->memory, none, strlen(none));
+	for (int i = 1; i >= 0; i--) {
+		(void)read_limit(slot->limit[i], &slot->was[i]);
+		(void)write_limit(slot->limit[i], no_limit(slot), NO_LIMIT);
+	}
+}
+
+/*
+ * Whether its limit is as before. Not with version 2: there one that is less than what is in use kills, the launcher
+ * at last, and what a group has counted is not lost with it, so there may as well be another one.
+ */
+bool sbx_slot_restore(struct sbx_slot *slot)
+{
+	uint64_t now;
+
+	if (!slot->lifted)
+		return true;
+	if (slot->oom < 0)
+		return false;
+	for (int i = 0; i < 2; i++) {
+		if (slot->limit[i] < 0)
+			continue;
+		if (read_limit(slot->limit[i], &now) < 0)
+			return false;
+		/* or the host has changed it meanwhile */
+		if (now >= NO_LIMIT && write_limit(slot->limit[i], no_limit(slot), slot->was[i]) < 0)
+			return false;
+	}
+	slot->lifted = false;
+	return true;
 }
 
 /* Version 1 tells of a lack of memory through an eventfd only: cgroup-v1/memory.rst, 9 and 10. 0 or -errno. */
@@ -164,22 +215,17 @@ static long add_directory(struct sbx_slot *slot, int parent, uint32_t use, const
 {
 	/* The host has to see whether it is empty, and as an ordinary user has another id than init. */
 	long ret = sbx_sys(SYS_mkdirat, parent, name, 0755);
-	if (ret < 0 && ret != -EEXIST) /* one that could not be removed when its launcher ended */
+	bool old = ret == -EEXIST;
+	if (ret < 0 && !old)
 		return ret;
 	_cleanup_fd_ int dir = (int)sbx_sys(SYS_openat, parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (dir < 0)
 		return dir;
 	ret = sbx_gauge_open(&slot->gauge, dir, use);
 	if (ret >= 0)
-		ret = limit_slot(slot, parent, dir, use);
-	if (ret >= 0 && use == SBX_GROUP_SLOTS_MEMORY) {
+		ret = limit_slot(slot, parent, dir, use, old);
+	if (ret >= 0 && use == SBX_GROUP_SLOTS_MEMORY)
 		ret = watch_memory(slot, dir);
-		if (ret < 0)
-			return ret;
-		/* version 1 counts what sockets hold of groups only in which that was asked for; the limit is above */
-		ret = sbx_write_file(dir, "memory.kmem.tcp.limit_in_bytes", "-1");
-		ret = ret == -ENOENT ? 0 : ret;
-	}
 	if (ret < 0)
 		return ret;
 	if (use == SBX_GROUP_SLOTS) {
@@ -200,8 +246,8 @@ void sbx_slot_close(struct sbx_slot *slot)
 	slot->count = 0;
 	sbx_close(sbx_steal_fd(&slot->dir));
 	sbx_close(sbx_steal_fd(&slot->oom));
-	sbx_close(sbx_steal_fd(&slot->memory));
-	sbx_close(sbx_steal_fd(&slot->both));
+	sbx_close(sbx_steal_fd(&slot->limit[0]));
+	sbx_close(sbx_steal_fd(&slot->limit[1]));
 }
 
 /* Make the groups of launcher `number`. 0 or -errno. */
@@ -210,7 +256,7 @@ long sbx_slot_make(const struct sbx_box *box, unsigned number, struct sbx_slot *
 	char name[32];
 	long ret = 0;
 
-	slot->dir = slot->oom = slot->memory = slot->both = -1;
+	slot->dir = slot->oom = slot->limit[0] = slot->limit[1] = -1;
 	slot->lifted = false;
 	slot->count = 0;
 	sbx_gauge_init(&slot->gauge);

@@ -101,7 +101,7 @@ static bool serve(const struct sbx_launcher *l)
 		sbx_close(fds[i]);
 	if (count(l->pool, SBX_LAUNCHER_IDLE) >= SPARE)
 		return false;
-	if (l->slot && (l->slot->lifted || sbx_gauge_worn(&l->slot->gauge, UINT64_MAX)))
+	if (l->slot && (!sbx_slot_restore(l->slot) || sbx_gauge_worn(&l->slot->gauge, UINT64_MAX)))
 		return false;
 	l->pool->state[l->number] = SBX_LAUNCHER_IDLE;
 	return true;
@@ -122,8 +122,8 @@ static int settle(const struct sbx_launcher *l, struct sbx_error *err)
 		keep[kept++] = l->slot->gauge.fd[i];
 	if (l->slot) {
 		keep[kept++] = l->slot->oom;
-		keep[kept++] = l->slot->memory;
-		keep[kept++] = l->slot->both;
+		keep[kept++] = l->slot->limit[0];
+		keep[kept++] = l->slot->limit[1];
 	}
 	if (ret >= 0)
 		ret = sbx_fds_close_except(keep, kept);

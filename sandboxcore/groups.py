@@ -165,7 +165,7 @@ def change_limits(group: cgroup.Group, changes: Mapping[str, Any]) -> dict[str, 
         for leaf in group.launchers():  # those that begin from here on look at the whole's
             try:
                 had = leaf.limits()
-                wanted = {name: value for name, value in changes.items() if name in had and _is_on(leaf, name)}
+                wanted = {name: value for name, value in changes.items() if _is_on(leaf, name)}
                 leaf.change(_more(wanted, _LAUNCHERS))
             except SetupError as error:
                 if error.errno not in (E.ENOENT, E.ENODEV):  # its launcher has ended
