@@ -41,6 +41,9 @@ static size_t walk_request(const struct sbx_request *r)
 	const struct sbx_rlimit *limit = sbx_at(r, r->rlimits.off);
 	for (uint32_t i = 0; i < r->rlimits.count; i++)
 		sum += limit[i].resource + limit[i].soft;
+	const uint32_t *use = sbx_at(r, r->groups.off);
+	for (uint32_t i = 0; i < r->groups.count; i++)
+		sum += use[i];
 	return sum;
 }
 

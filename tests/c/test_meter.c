@@ -1,8 +1,10 @@
-/* What meter.c reads in the files of a control group: a directory of plain files stands for one. */
+/* What meter.c and watch.c read in the files of a control group: a directory of plain files stands for one. */
 #include "check.h"
 #include "util.h"
 
+#include <errno.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <sys/stat.h>
 
 static char directory[64];
@@ -153,8 +155,78 @@ static void version_1(void)
 	remove_group();
 }
 
+/* Looked at when it may be up on all CPUs at once, and not before. */
+static void watches_cpu_time(void)
+{
+	struct sbx_gauge g;
+	struct sbx_watch w;
+
+	make_group();
+	set("cpu.stat", "user_usec 1000\nsystem_usec 500\n");
+	sbx_gauge_init(&g);
+	CHECK(sbx_gauge_open(&g, dir, SBX_GROUP_SLOTS) == 0);
+	sbx_watch_begin(&w, &g, -1, 60000000);
+	set("cpu.stat", "user_usec 40001000\nsystem_usec 10000500\n");
+	CHECK(!sbx_watch_cpu(&w) && w.cpus > 0);
+	uint64_t left = sbx_watch_next(&w) - sbx_now();
+	CHECK(left <= 10000000000 / w.cpus && left > 5000000000 / w.cpus);
+	set("cpu.stat", "user_usec 50001000\nsystem_usec 10000500\n");
+	CHECK(!sbx_watch_cpu(&w)); /* not asked yet */
+	w.cpu_look = 0;
+	CHECK(sbx_watch_cpu(&w));
+	sbx_watch_begin(&w, &g, -1, 0);
+	CHECK(!sbx_watch_cpu(&w) && sbx_watch_next(&w) == 0);
+	sbx_watch_begin(&w, NULL, -1, 1);
+	CHECK(!sbx_watch_cpu(&w) && !sbx_watch_memory(&w, 1) && sbx_watch_event(&w).fd < 0);
+	sbx_gauge_close(&g);
+	remove_group();
+}
+
+/* Version 1 tells all groups below a full one, a moment before it kills in one of them. */
+static void watches_memory(void)
+{
+	struct sbx_gauge g;
+	struct sbx_watch w;
+	uint64_t told = 1;
+	int event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+
+	make_group();
+	set("memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n");
+	sbx_gauge_init(&g);
+	CHECK(sbx_gauge_open(&g, dir, SBX_GROUP_SLOTS_MEMORY) == 0);
+	CHECK(write(event, &told, sizeof told) == sizeof told);
+	sbx_watch_begin(&w, &g, event, 0);
+	CHECK(read(event, &told, sizeof told) < 0 && errno == EAGAIN); /* what was told before is no news */
+	CHECK(sbx_watch_event(&w).fd == event && sbx_watch_next(&w) == 0);
+	CHECK(!sbx_watch_memory(&w, 0) && !sbx_watch_memory(&w, 1));
+	CHECK(sbx_watch_next(&w) != 0); /* not yet; perhaps not at all */
+	set("memory.oom_control", "oom_kill_disable 0\nunder_oom 1\noom_kill 2\n");
+	CHECK(sbx_watch_memory(&w, 0));
+	w.memory_until = 0;
+	CHECK(!sbx_watch_memory(&w, 0) && sbx_watch_next(&w) == 0);
+	sbx_gauge_close(&g);
+	close(event);
+	remove_group();
+}
+
+/* What cannot be read is no kernel that has it not. */
+static void says_what_cannot_be_opened(void)
+{
+	struct sbx_gauge g;
+
+	make_group();
+	CHECK(symlinkat("memory.peak", dir, "memory.peak") == 0);
+	sbx_gauge_init(&g);
+	CHECK(sbx_gauge_open(&g, dir, SBX_GROUP_SLOTS) == -ELOOP);
+	sbx_gauge_close(&g);
+	remove_group();
+}
+
 int main(void)
 {
+	RUN(watches_cpu_time);
+	RUN(watches_memory);
+	RUN(says_what_cannot_be_opened);
 	RUN(counts_differences);
 	RUN(tells_nothing_from_zero);
 	RUN(an_old_peak_is_not_this_commands);
