@@ -17,8 +17,12 @@ int sbx_rlimit_set(const struct sbx_box *box, struct sbx_error *err)
 
 	for (uint32_t i = 0; i < span.count; i++) {
 		unsigned more = ours && limit[i].resource == RLIMIT_NPROC ? box->peers : 0;
-		const struct rlimit64 value = { limit[i].soft + more, limit[i].hard + more };
+		struct rlimit64 value = { limit[i].soft + more, limit[i].hard + more };
 		long ret = sbx_sys(SYS_prlimit64, 0, limit[i].resource, &value, NULL);
+		if (ret == -EPERM && more) { /* the host process has no more itself */
+			value = (struct rlimit64){ limit[i].soft, limit[i].hard };
+			ret = sbx_sys(SYS_prlimit64, 0, limit[i].resource, &value, NULL);
+		}
 		if (ret < 0)
 			return sbx_fail(err, SBX_STAGE_RLIMIT, i, ret);
 	}

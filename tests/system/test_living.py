@@ -619,6 +619,21 @@ print(count)
 
 
 @pytest.mark.parametrize("user", ["0", "1000"])
+def test_no_more_processes_than_the_host_process_may_have(user: str) -> None:
+    """Room for launchers is given on top where that may be."""
+    code = """
+        import resource, sys
+        from sandboxcore import Sandbox, SandboxSpec
+        resource.setrlimit(resource.RLIMIT_NPROC, (4096, 4096))
+        with Sandbox(SandboxSpec(user=sys.argv[1])) as sandbox:
+            print(sandbox.exec(["grep", "processes", "/proc/self/limits"], text=True).stdout)
+    """
+    done = host_program(code, user)
+    assert done.stderr == ""
+    assert 4096 <= int(done.stdout.split()[2]) < 4128  # "Max processes  SOFT  HARD  processes"
+
+
+@pytest.mark.parametrize("user", ["0", "1000"])
 def test_as_many_processes_as_allowed(user: str) -> None:
     """Init and launchers do not count, whoever they are."""
     with Sandbox(SandboxSpec(user=user, limits=Limits(pids=20))) as sandbox:
