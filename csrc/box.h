@@ -78,6 +78,7 @@ struct sbx_slot {
 	int limit[2]; /* its limits of memory, and in version 1 of memory and swap together; or -1 */
 	bool lifted;  /* these, which were: */
 	uint64_t was[2];
+	int whole; /* the sandbox's limit of memory, or -1 */
 	int procs[SBX_MAX_GROUPS];
 	unsigned count; /* of procs: version 1, where it goes by itself */
 };

@@ -28,7 +28,8 @@ struct command {
 	unsigned kills; /* of everything, before it */
 	bool timed_out;
 	bool out_of_time;   /* of CPU */
-	bool out_of_memory; /* the kernel has killed a process of it; then: */
+	bool out_of_memory; /* the kernel has killed a process of it, so we kill the rest */
+	bool lacked;	    /* it has killed one, at any time; then: */
 	struct sbx_counts full;
 	struct sbx_watch watch;
 	struct sbx_streams streams;
@@ -98,6 +99,17 @@ static void add_usage(struct sbx_usage *sum, const struct rusage *ru)
 	sum->oublock += (uint64_t)ru->ru_oublock;
 }
 
+static void lack_memory(struct command *c)
+{
+	if (c->lacked)
+		return;
+	c->lacked = true;
+	sbx_gauge_end(c->watch.gauge, 1, &c->full);
+	sbx_slot_lift(c->box->slot); /* or what we do about it needs some, and we are next */
+	if (!c->killed && !c->ended)
+		c->killed = c->out_of_memory = true;
+}
+
 static void kill_all(struct command *c)
 {
 	if (!c->ended)
@@ -122,6 +134,9 @@ static void reap(struct command *c)
 		if (WIFSTOPPED(status)) /* of one that made us its tracer */
 			continue;
 		add_usage(&c->usage, &usage);
+		bool killed = WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
+		if (killed && !c->lacked && c->watch.gauge && sbx_gauge_out_of_memory(c->watch.gauge)) /* the event may come later */
+			lack_memory(c);
 		if (pid == c->pid) {
 			c->status = status;
 			c->ended = true;
@@ -256,7 +271,7 @@ static long wait_for_event(const struct command *c, struct pollfd *fds, uint64_t
 
 	fds[CHILDREN] = (struct pollfd){ .fd = c->box->spawner->children, .events = POLLIN };
 	fds[LISTEN] = (struct pollfd){ .fd = c->listen, .events = POLLIN | POLLRDHUP };
-	fds[MEMORY] = c->killed ? (struct pollfd){ .fd = -1 } : sbx_watch_event(&c->watch);
+	fds[MEMORY] = c->lacked ? (struct pollfd){ .fd = -1 } : sbx_watch_event(&c->watch);
 	for (int i = 0; i < SBX_PUMPS; i++) {
 		const struct sbx_pump *p = &c->streams.pumps[i];
 		fds[FIRST_PUMP + i] = p->size ? (struct pollfd){ .fd = p->to, .events = POLLOUT } :
@@ -293,11 +308,8 @@ static void watch(struct command *c)
 			c->timed_out = !c->ended;
 			c->killed = true;
 		}
-		if (!c->killed && !c->ended && sbx_watch_memory(&c->watch, fds[MEMORY].revents)) {
-			sbx_gauge_end(c->watch.gauge, 1, &c->full);
-			sbx_slot_lift(c->box->slot); /* or what we do about it needs some, and we are next */
-			c->killed = c->out_of_memory = true;
-		}
+		if (!c->lacked && sbx_watch_memory(&c->watch, fds[MEMORY].revents))
+			lack_memory(c);
 		if (fds[CHILDREN].revents)
 			(void)sbx_sys(SYS_read, fds[CHILDREN].fd, drop, sizeof drop);
 		if (fds[LISTEN].revents & (POLLRDHUP | POLLHUP)) {
@@ -335,8 +347,10 @@ static void report(struct command *c)
 	memcpy(rec.clock, c->box->clock, sizeof rec.clock);
 	if (c->watch.gauge)
 		sbx_gauge_end(c->watch.gauge, 1, &rec.counts);
-	if (c->out_of_memory) /* what came after the limit was lifted says nothing */
+	if (c->lacked) /* what came after the limit was lifted says nothing */
 		rec.counts.value[SBX_METER_MEMORY] = c->full.value[SBX_METER_MEMORY];
+	else if (rec.counts.value[SBX_METER_OOM_KILLS]) /* not seen in time */
+		c->box->slot->lifted = true;
 	if (!(c->box->request->flags & SBX_REQUEST_DETACHED)) {
 		(void)sbx_send_record(c->box->control, &rec, NULL, 0, -1);
 		return;

@@ -108,15 +108,13 @@ static long write_limit(int fd, const char *none, uint64_t limit)
 }
 
 /* The host may change the whole's meanwhile, and then looks for the groups that there are. Returns a descriptor. */
-static long limit_one(int parent, int dir, size_t which)
+static long limit_one(int above, int dir, size_t which)
 {
-	const char *file = LIMITS[which].file;
-	_cleanup_fd_ int above = (int)sbx_sys(SYS_openat, parent, file, O_RDONLY | O_CLOEXEC);
-	_cleanup_fd_ int own = (int)sbx_sys(SYS_openat, dir, file, O_RDWR | O_CLOEXEC);
+	_cleanup_fd_ int own = (int)sbx_sys(SYS_openat, dir, LIMITS[which].file, O_RDWR | O_CLOEXEC);
 	uint64_t whole = 0, before = 0, more;
 
-	if (above < 0 || own < 0)
-		return above < 0 ? above : own;
+	if (own < 0)
+		return own;
 	/* The host changes it, too, and as an ordinary user has another id; nobody else gets past its directory. */
 	long ret = sbx_sys(SYS_fchmod, own, 0666);
 	for (int i = 0; i < 8 && ret == 0; i++, before = whole) {
@@ -141,9 +139,12 @@ static long limit_slot(struct sbx_slot *slot, int parent, int dir, uint32_t use,
 	for (size_t i = 0; i < SBX_COUNT(LIMITS); i++) {
 		if (LIMITS[i].use != use || sbx_absent(dir, LIMITS[i].file))
 			continue;
-		long ret = limit_one(parent, dir, i);
+		_cleanup_fd_ int above = (int)sbx_sys(SYS_openat, parent, LIMITS[i].file, O_RDONLY | O_CLOEXEC);
+		long ret = above < 0 ? above : limit_one(above, dir, i);
 		if (ret < 0)
 			return ret;
+		if (LIMITS[i].lifts && lifts == 0)
+			slot->whole = sbx_steal_fd(&above);
 		if (LIMITS[i].lifts)
 			slot->limit[lifts++] = (int)ret;
 		else
@@ -176,18 +177,23 @@ void sbx_slot_lift(struct sbx_slot *slot)
  */
 bool sbx_slot_restore(struct sbx_slot *slot)
 {
-	uint64_t now;
+	uint64_t now, whole;
 
 	if (!slot->lifted)
 		return true;
-	if (slot->oom < 0)
+	if (slot->oom < 0 || read_limit(slot->whole, &whole) < 0)
+		return false;
+	if (read_limit(slot->limit[0], &now) == 0 && now < NO_LIMIT) { /* it was not, in the end */
+		slot->lifted = false;
+		return true;
+	}
+	if (whole != slot->was[0] + SBX_OWN_MEMORY) /* the host has changed it meanwhile */
 		return false;
 	for (int i = 0; i < 2; i++) {
 		if (slot->limit[i] < 0)
 			continue;
 		if (read_limit(slot->limit[i], &now) < 0)
 			return false;
-		/* or the host has changed it meanwhile */
 		if (now >= NO_LIMIT && write_limit(slot->limit[i], no_limit(slot), slot->was[i]) < 0)
 			return false;
 	}
@@ -248,6 +254,7 @@ void sbx_slot_close(struct sbx_slot *slot)
 	sbx_close(sbx_steal_fd(&slot->oom));
 	sbx_close(sbx_steal_fd(&slot->limit[0]));
 	sbx_close(sbx_steal_fd(&slot->limit[1]));
+	sbx_close(sbx_steal_fd(&slot->whole));
 }
 
 /* Make the groups of launcher `number`. 0 or -errno. */
@@ -256,7 +263,7 @@ long sbx_slot_make(const struct sbx_box *box, unsigned number, struct sbx_slot *
 	char name[32];
 	long ret = 0;
 
-	slot->dir = slot->oom = slot->limit[0] = slot->limit[1] = -1;
+	slot->dir = slot->oom = slot->limit[0] = slot->limit[1] = slot->whole = -1;
 	slot->lifted = false;
 	slot->count = 0;
 	sbx_gauge_init(&slot->gauge);

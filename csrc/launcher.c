@@ -124,6 +124,7 @@ static int settle(const struct sbx_launcher *l, struct sbx_error *err)
 		keep[kept++] = l->slot->oom;
 		keep[kept++] = l->slot->limit[0];
 		keep[kept++] = l->slot->limit[1];
+		keep[kept++] = l->slot->whole;
 	}
 	if (ret >= 0)
 		ret = sbx_fds_close_except(keep, kept);

@@ -17,7 +17,7 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 
-enum { MAX_STOPS = 64 };
+enum { MAX_STOPS = 64, MAX_FAILURES = 100 /* to make a launcher, 50 ms apart */ };
 
 struct resident {
 	struct sbx_box *box;
@@ -27,6 +27,7 @@ struct resident {
 	bool no_group;		 /* what failed was to make a launcher's */
 	bool stopped;		 /* by the host's will */
 	unsigned stops;		 /* of launchers, by somebody else's */
+	unsigned failures;	 /* to make one, one after the other */
 	pid_t first;		 /* launcher; the others need not say that the sandbox is ready */
 	pid_t pids[SBX_MAX_LAUNCHERS];
 };
@@ -117,6 +118,21 @@ static void resist(struct resident *r, pid_t pid)
 		(void)sbx_sys(SYS_kill, pid, SIGCONT);
 }
 
+/*
+ * There has to be one that is idle. What keeps one from being made is perhaps not there the next time: processes,
+ * memory, descriptors, or somebody who tidies up groups. Without processes or memory the sandbox waits for ever,
+ * for it may have used them up itself.
+ */
+static long ensure_launcher(struct resident *r)
+{
+	long ret = any_idle(r->pool) ? 0 : add_launcher(r);
+
+	if (ret == -EAGAIN || ret == -ENOMEM)
+		return -EAGAIN;
+	r->failures = ret < 0 ? r->failures + 1 : 0;
+	return ret < 0 && r->failures < MAX_FAILURES ? -EAGAIN : ret;
+}
+
 /* Reap what has ended; kill what a dead launcher left behind. */
 static long reap(struct resident *r)
 {
@@ -143,9 +159,7 @@ static long reap(struct resident *r)
 	}
 	if (strays)
 		(void)sbx_proc_signal(1, r->pids, r->pool->used, SIGKILL);
-	if (any_idle(r->pool))
-		return 0;
-	return failed ? -EAGAIN : add_launcher(r);
+	return failed && !any_idle(r->pool) ? -EAGAIN : ensure_launcher(r);
 }
 
 /*
@@ -233,7 +247,7 @@ static long serve(struct resident *r)
 			if (fds[i].revents)
 				(void)sbx_sys(SYS_read, fds[i].fd, drop, sizeof drop);
 		ret = reap(r);
-		again = ret == -EAGAIN || ret == -ENOMEM; /* too many processes: later, perhaps */
+		again = ret == -EAGAIN;
 		if (ret < 0 && !again)
 			return ret;
 		if (fds[2].revents && !hear(r)) /* after reaping: its answer says that strays are dead */

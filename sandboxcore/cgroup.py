@@ -5,7 +5,7 @@
     <parent>/                     cgroup_layout.py finds it, one per hierarchy
         sandboxcore.host/         the parent's own processes, where it was a delegated group (v2)
         sandboxcore/              the host-wide limits
-            host-<pid>-<start>-<n>/   Base: one helper process and its sandboxes; mode 0700
+            host-<pid>-<start>-<ns>-<n>/   Base: one helper process and its sandboxes; mode 0700
                 spawner/              the helper itself (v2)
                 <name>/               Group: one sandbox or one run
                     init/  cmd-N/     made by Group.prepare() and by the sandbox's init
@@ -24,13 +24,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sandboxcore import cgroup_v2
-from sandboxcore.cgroup_files import groups_below, naming, processes, read, remove_tree, write
+from sandboxcore.cgroup_files import (
+    groups_below,
+    naming,
+    processes,
+    read,
+    remove_tree,
+    wait_event,
+    write,
+)
 from sandboxcore.cgroup_group import Directories, Group, GroupUsage, v1
 from sandboxcore.cgroup_layout import HOST_LEAF, SHARED, TRIAL, V1_NAMES, Layout, forget, layout
 from sandboxcore.cgroup_scope import enter_scope
 from sandboxcore.cgroup_values import CONTROLLERS, LIMITS, check_cpus, values_of
 from sandboxcore.errors import SetupError, SpecError, UnsupportedHost
-from sandboxcore.identity import start_ticks
+from sandboxcore.identity import pid_namespace, start_ticks
 from sandboxcore.spec import Limits
 
 __all__ = [
@@ -52,7 +60,7 @@ T = TypeVar("T")
 SPAWNER_LEAF = "spawner"
 STAYS = ".stays"  # ends the name of the group of a sandbox that outlives its maker
 
-_HOST = re.compile(r"host-([0-9]+)-([0-9]+)-[0-9]+")
+_HOST = re.compile(r"host-([0-9]+)-([0-9]+)-([0-9]+)-[0-9]+")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _ROUNDS = 100  # of what others may undo meanwhile
 _ENDING = 1.0  # seconds for a sandbox to see that its host process is gone, and to end
@@ -143,7 +151,8 @@ class Base:
 
     def __init__(self, layout: Layout, controllers: Collection[str] = ()) -> None:
         self.layout = layout
-        self.relative = f"{SHARED}/host-{os.getpid()}-{start_ticks(os.getpid())}-{next(_numbers)}"
+        whose = f"{os.getpid()}-{start_ticks(os.getpid())}-{pid_namespace()}"
+        self.relative = f"{SHARED}/host-{whose}-{next(_numbers)}"
         self.controllers: tuple[str, ...] = ()
         self._lock = threading.Lock()
         try:
@@ -198,10 +207,11 @@ class Base:
     def remove(self) -> None:
         """Remove what has no process in it. Idempotent."""
         whole = Group.below(self.layout, self.relative, tuple(self.layout.versions.keys() & set(CONTROLLERS)))
-        if not whole.remove() and whole.v2 is not None:
-            left = {path.name for path in whole.v2.glob("*/")}
-            if left == {SPAWNER_LEAF}:  # it goes after the last of its sandboxes
-                whole.remove(_ENDING)
+        for place in whole.places():
+            left = _clear(place)
+            if left == [place / SPAWNER_LEAF]:  # it goes after the last of its sandboxes
+                wait_event(left[0], "populated", 0, time.monotonic() + _ENDING)
+                _clear(place)
         _tidy(self.layout)
 
 
@@ -308,37 +318,55 @@ def collect(*, dry_run: bool = False) -> list[str]:
         if not start_ticks(int(trial.name.removeprefix(TRIAL).partition("-")[0])):
             with contextlib.suppress(OSError):
                 trial.rmdir()
-    for parent in parents:
-        for base in sorted((parent / SHARED).glob("host-*")):
-            match = _HOST.fullmatch(base.name)
-            if match is None or start_ticks(int(match[1])) == int(match[2]):
-                continue
-            with contextlib.suppress(SetupError, PermissionError):  # somebody else's
-                if _is_empty(base) if dry_run else _end(base):
-                    removed.append(str(base))
+    bases = [
+        base for parent in parents for base in sorted((parent / SHARED).glob("host-*")) if _is_left(base)
+    ]
+    thawed = [] if dry_run else [base for base in bases if _thaw(base)]
+    deadline = time.monotonic() + _ENDING
+    while not all(map(_is_empty, thawed)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for base in bases:
+        with contextlib.suppress(SetupError, PermissionError):  # somebody else's
+            if _is_empty(base) if dry_run else not _clear(base):
+                removed.append(str(base))
     if removed and not dry_run:
         _tidy(found)
     return removed
 
 
-def _is_empty(base: Path) -> bool:
-    return not any(processes(group) for group in groups_below(base))
+def _is_left(base: Path) -> bool:
+    """Whether its process is gone. Of one in another pid namespace that cannot be told."""
+    match = _HOST.fullmatch(base.name)
+    if match is None or int(match[3]) != pid_namespace():
+        return False
+    return start_ticks(int(match[1])) != int(match[2])
 
 
-def _end(base: Path) -> bool:
-    """Remove a base whose process is gone; False if something runs there."""
-    patience = _ENDING if _thaw(base) else 0
-    return (patience > 0 or _is_empty(base)) and remove_tree(base, time.monotonic() + patience)
+def _is_empty(group: Path) -> bool:
+    """Whether nothing runs there, or below."""
+    return not any(processes(each) for each in groups_below(group))
+
+
+def _clear(base: Path) -> list[Path]:
+    """Remove a base and the groups in it, but for those in which something runs: their init makes groups
+    there, and must find them. Returns what is left."""
+    try:
+        groups = [path for path in base.iterdir() if path.is_dir()]
+    except FileNotFoundError:
+        return []
+    left = [group for group in groups if not (_is_empty(group) and remove_tree(group, 0))]
+    return left if left else [] if remove_tree(base, 0) else [base]
 
 
 def _thaw(base: Path) -> bool:
     """Let go what is frozen below a base and does not stay. Returns whether there was something."""
     any_frozen = False
-    for group in base.iterdir():
-        for name, running in (("cgroup.freeze", "0"), ("freezer.state", "THAWED")):
-            if not group.name.endswith(STAYS) and (read(group / name) or running).strip() != running:
-                write(group / name, running)
-                any_frozen = True
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        for group in base.iterdir():
+            for name, running in (("cgroup.freeze", "0"), ("freezer.state", "THAWED")):
+                if not group.name.endswith(STAYS) and (read(group / name) or running).strip() != running:
+                    write(group / name, running)
+                    any_frozen = True
     return any_frozen
 
 

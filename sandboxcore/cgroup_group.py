@@ -3,6 +3,7 @@
 import contextlib
 import errno as E
 import os
+import signal
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -179,7 +180,8 @@ class Group:
         names = {path.name for place in self.places() for path in place.glob(f"{LAUNCHER_LEAF}*")}
         controllers = tuple(name for name in ("memory", "pids") if name in self.controllers)
         v2 = self.v2 if any(self._version(name) == 2 for name in self.controllers) else None
-        whole = replace(self, v2=v2, controllers=controllers)
+        v1 = MappingProxyType({name: path for name, path in self.v1.items() if name in controllers})
+        whole = replace(self, v2=v2, v1=v1, controllers=controllers)
         return [whole.leaf(name) for name in sorted(names)]
 
     def places(self) -> list[Path]:
@@ -369,10 +371,18 @@ class Group:
         return any(processes(group) for path in self.v1.values() for group in groups_below(path))
 
     def kill(self) -> None:
-        """SIGKILL to all of it at once, forks in flight included. Nothing happens without cgroup.kill."""
+        """SIGKILL to all of it at once, forks in flight included; without cgroup.kill (Linux 5.14), to the
+        processes right in it: init is one of them, and with it everything ends."""
         if self.v2 is not None and (self.v2 / "cgroup.kill").exists():
             with naming(f"{self.v2}/cgroup.kill"):
                 write(self.v2 / "cgroup.kill", "1")
+        else:
+            places = [*self.v1.values(), *([] if self.v2 is None else [self.v2, self.v2 / INIT_LEAF])]
+            for pid in {pid for place in places for pid in processes(place)}:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+        if "freezer" in self.v1:  # or the signal waits for ever: freezer-subsystem.rst
+            v1().thaw(self.v1["freezer"])
 
     def remove(self, timeout: float = 0) -> bool:
         """Remove its directories and all below them. False if processes are in it for longer than ``timeout``

@@ -192,7 +192,7 @@ class Execution:
     ) -> ExecResult:
         if done.applied:
             done.group_limits = self._group_limits()
-        if (done.lost or done.out_of_memory) and (link := self._link) is not None:
+        if done.status and (link := self._link) is not None:
             link.explain(done)
         result = make_result(self._plan, request.args, streams, done, decode, limits=request.limits)
         self.last_active_at = time.time()

@@ -22,7 +22,8 @@ from typing import Any
 
 from sandboxcore import _native, census, cgroup
 from sandboxcore.cgroup_files import naming
-from sandboxcore.errors import SandboxError, SetupError
+from sandboxcore.cgroup_values import LIMITS
+from sandboxcore.errors import SandboxError, SetupError, UnsupportedHost
 from sandboxcore.plan import Plan
 from sandboxcore.spawner import Spawner
 from sandboxcore.spec import Limits
@@ -38,6 +39,7 @@ _LAUNCHERS = {"pids": 1}
 INIT = {"pids": 1}  # of a fresh sandbox
 SLOTS = {"memory": "SLOTS_MEMORY", "pids": "SLOTS_PIDS", "cpuacct": "SLOTS_CPUACCT", "blkio": "SLOTS_BLKIO"}
 
+Kind = tuple[tuple[str, ...], Limits]  # of runs: controllers and limits
 Entrance = tuple[str, int]  # a name of enum sbx_group_use, and a descriptor
 
 
@@ -156,33 +158,41 @@ def change_limits(group: cgroup.Group, changes: Mapping[str, Any]) -> dict[str, 
 
     Values as :class:`Limits` has them. Returns what is in force. Raises as :meth:`cgroup.Group.change`.
     """
-    before = group.limits()
-    in_force = _more(group.change(_more(changes, OWN)), OWN, -1)
-    changed: list[tuple[cgroup.Group, Mapping[str, Any]]] = [
-        (group, {name: before[name] for name in changes})
-    ]
+    before = limits_of(group)
+    for name in changes:
+        if LIMITS[name] in group.controllers and name not in before:
+            raise UnsupportedHost(f"limits.{name} of a running sandbox", cgroup.layout().remedies[name])
     try:
-        for leaf in group.launchers():  # those that begin from here on look at the whole's
-            try:
-                had = leaf.limits()
-                wanted = {name: value for name, value in changes.items() if _is_on(leaf, name)}
-                leaf.change(_more(wanted, _LAUNCHERS))
-            except SetupError as error:
-                if error.errno not in (E.ENOENT, E.ENODEV):  # its launcher has ended
-                    raise
-            else:
-                changed.append((leaf, {name: had[name] for name in wanted}))
+        # Launchers first: what is killed because less is allowed now is a command. Then those born meanwhile.
+        _change_launchers(group, changes)
+        in_force = _more(group.change(_more(changes, OWN)), OWN, -1)
+        _change_launchers(group, changes)
     except BaseException:
-        for each, values in changed:
-            with contextlib.suppress(SandboxError):
-                each.change(values)
+        old = {name: before[name] for name in changes if name in before}
+        with contextlib.suppress(SandboxError):
+            group.change(_more(old, OWN))
+            _change_launchers(group, old)
         raise
     return in_force
 
 
-def _is_on(launcher: cgroup.Group, name: str) -> bool:
-    """Whether such a limit is on the groups of launchers. Version 1 knows memory and swap as one."""
-    return name in ("memory", "pids") or (name == "swap" and "memory" in launcher.v1)
+def _change_launchers(group: cgroup.Group, changes: Mapping[str, Any]) -> None:
+    for leaf in group.launchers():
+        # Version 1 knows memory and swap as one. The other limits are on the whole only.
+        names = {"memory", "pids", "swap"} if "memory" in leaf.v1 else {"memory", "pids"}
+        wanted = _more({name: value for name, value in changes.items() if name in names}, _LAUNCHERS)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                if leaf.limits() != leaf.limits() | wanted:
+                    leaf.change(wanted)
+                break
+            except SetupError as error:
+                if error.errno not in (E.ENOENT, E.ENODEV) or time.monotonic() > deadline:
+                    raise
+            if not any(place.is_dir() for place in leaf.places()):  # its launcher has ended
+                break
+            time.sleep(0.001)  # or is on its way
 
 
 class Groups:
@@ -191,9 +201,10 @@ class Groups:
     def __init__(self, connection: Spawner) -> None:
         self.connection = connection
         self._lock = threading.Lock()
-        self._idle: dict[tuple[tuple[str, ...], Limits], list[RunGroup]] = {}
+        self._idle: dict[Kind, list[RunGroup]] = {}
         self._number = 0
         self._retired = False
+        self._entering = threading.Lock()
         layout = cgroup.layout()
         self._nested = 2 in layout.versions.values()
         self.base = cgroup.Base(layout)
@@ -227,9 +238,10 @@ class Groups:
             raise record.error
 
     def _make(self, name: str, controllers: Sequence[str]) -> cgroup.Group:
-        if set(controllers) - set(self.base.controllers):
-            self.base.enable(controllers)
-            self.base.adopt(self.connection.pid)
+        with self._entering:  # nobody is born there before the spawner is there itself
+            if set(controllers) - set(self.base.controllers):
+                self.base.enable(controllers)
+                self.base.adopt(self.connection.pid)
         return self.base.group(name, controllers)
 
     def _run_group(self, plan: Plan) -> RunGroup:
@@ -253,13 +265,8 @@ class Groups:
         """After a run: to be used again, if that would find it as good as new, or to be removed and replaced
         in the background. ``clean``: nothing of the run is left in it."""
         key = plan.controllers, plan.group_limits
-        if clean and not group.gauge.worn(LEFTOVER):
-            with self._lock:
-                idle = self._idle.get(key)
-                if idle is not None and not self._retired:
-                    idle.append(group)
-                    self._evict(key)
-                    return
+        if clean and not group.gauge.worn(LEFTOVER) and self._keep(key, group):
+            return
         _later(group.close)
         _later(lambda: self._refill(plan))
 
@@ -270,11 +277,18 @@ class Groups:
                 if self._retired or len(self._idle.get(key, ())) >= READY:
                     return
             group = self._run_group(plan)
-            with self._lock:
+            if not self._keep(key, group):
+                group.close()
+
+    def _keep(self, key: Kind, group: RunGroup) -> bool:
+        """Have it ready; False if none is wanted any more."""
+        with self._lock:
+            if not self._retired:
                 self._idle.setdefault(key, []).append(group)
                 self._evict(key)
+            return not self._retired
 
-    def _evict(self, used: tuple[tuple[str, ...], Limits]) -> None:
+    def _evict(self, used: Kind) -> None:
         """Keep a bounded number for all kinds of limits together; those not used for longest go first. Each
         has some ten descriptors. The caller holds the lock."""
         self._idle[used] = self._idle.pop(used)

@@ -17,10 +17,15 @@ def start_ticks(pid: int) -> int:
     return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
+def pid_namespace() -> int:
+    """Which one our numbers belong to: pid_namespaces(7)."""
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
 def boot_id() -> str:
     """Whose numbers our processes have: the machine since its last boot, random(4), and the pid namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    return f"{boot} {pid_namespace()}"
 
 
 def pid_of(pidfd: int) -> int:

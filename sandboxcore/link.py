@@ -193,11 +193,14 @@ class Link:
 
     def explain(self, done: _native.NativeResult) -> None:
         """Say of a result that memory ran out where that took the launcher, too, which would have said so:
-        the kernel, in need of another victim, found no larger one."""
-        if self.group is None or not (done.lost or done.out_of_memory):
+        the kernel, in need of another victim, found no larger one. What counts is a lack of memory since a
+        command of this handle last met one."""
+        lacked = done.out_of_memory or (done.counts or {}).get("oom_kills")
+        if self.group is None or not (done.lost or lacked):
             return
-        known, self._oom_kills = self._oom_kills, self._count_oom_kills()
-        done.out_of_memory |= done.lost and not done.timed_out and self._oom_kills > known
+        with self._guard:
+            known, self._oom_kills = self._oom_kills, self._count_oom_kills()
+            done.out_of_memory |= done.lost and not done.timed_out and self._oom_kills > known
 
     def limits_now(self, limits: Limits, done: _native.NativeResult) -> Limits:
         """A command's limits, as somebody may have changed them since it was started: where they matter."""
@@ -276,8 +279,6 @@ class Link:
             if self.group is not None:
                 with contextlib.suppress(SandboxError):
                     self.group.kill()  # the second way
-                    if self.pause is not None and self.pause.native.since:
-                        self.group.thaw(0)  # with version 1 a frozen process cannot even die
             if wait and not _poll(self.pidfd, wait):
                 raise TimeoutError("a process in uninterruptible sleep cannot be killed yet")
         self.close()

@@ -356,10 +356,10 @@ def test_v1_freezes_where_v2_does_not(base: cgroup.Base, start: Start) -> None:
     assert cpu_time(child.pid) == before
     group.thaw(PATIENCE)
     assert not group.frozen
-    group.kill()  # nothing, without cgroup.kill
     wait_until(lambda: cpu_time(child.pid) > before, "the child running on", PATIENCE)
-    child.kill()
-    child.wait(PATIENCE)
+    group.freeze(PATIENCE)
+    group.kill()  # process by process, without cgroup.kill, and thaws it
+    assert child.wait(PATIENCE) == -signal.SIGKILL
     assert group.remove(PATIENCE)
     other.remove()
     assert not (directory / other.relative).exists()
