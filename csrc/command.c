@@ -135,7 +135,8 @@ static void reap(struct command *c)
 			continue;
 		add_usage(&c->usage, &usage);
 		bool killed = WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
-		if (killed && !c->lacked && c->watch.gauge && sbx_gauge_out_of_memory(c->watch.gauge)) /* the event may come later */
+		if (killed && !c->lacked && c->watch.gauge &&
+		    sbx_gauge_out_of_memory(c->watch.gauge)) /* the event may come later */
 			lack_memory(c);
 		if (pid == c->pid) {
 			c->status = status;

@@ -125,6 +125,8 @@ static long limit_one(int above, int dir, size_t which)
 		ret = write_limit(own, LIMITS[which].none,
 				  whole < NO_LIMIT ? whole - more + LIMITS[which].shared : NO_LIMIT);
 	}
+	if (ret >= 0) /* the first reading of a file takes memory, which there may not be when it matters */
+		ret = read_limit(own, &whole);
 	return ret < 0 ? ret : sbx_steal_fd(&own);
 }
 

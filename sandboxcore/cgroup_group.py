@@ -180,7 +180,7 @@ class Group:
         names = {path.name for place in self.places() for path in place.glob(f"{LAUNCHER_LEAF}*")}
         controllers = tuple(name for name in ("memory", "pids") if name in self.controllers)
         v2 = self.v2 if any(self._version(name) == 2 for name in self.controllers) else None
-        v1 = MappingProxyType({name: path for name, path in self.v1.items() if name in controllers})
+        v1: Mapping[str, Path] = {name: path for name, path in self.v1.items() if name in controllers}
         whole = replace(self, v2=v2, v1=v1, controllers=controllers)
         return [whole.leaf(name) for name in sorted(names)]
 

@@ -82,6 +82,20 @@ def test_the_sandbox_goes_on_after_a_memory_bomb(way: str) -> None:
         assert other.wait(PATIENCE) == 0
 
 
+@every_living_way
+def test_the_sandbox_goes_on_when_files_have_filled_its_memory(way: str) -> None:
+    """What was killed for it frees nothing: then the next commands have what the sandbox has for itself."""
+    needs("memory")
+    with box(memory="48M", disk="256M") as sandbox:
+        done = within(sandbox, way, ["dd", "if=/dev/zero", "of=/tmp/file", "bs=1M", "count=100"])
+        assert (done.cause, done.returncode) == (Cause.OOM, -9), done
+        assert done.usage.oom_kills, "its launcher has told"
+        for _ in range(3):
+            assert within(sandbox, way, load("exit", 0)).ok
+        assert within(sandbox, way, ["rm", "/tmp/file"]).ok
+        assert within(sandbox, way, load("alloc", 24 * MiB)).ok
+
+
 @every_way
 def test_what_fits_is_left_alone(way: str) -> None:
     needs("memory")
