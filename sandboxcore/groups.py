@@ -397,7 +397,7 @@ def _tidy() -> None:
 
 
 def ends_with_us(group: cgroup.Group) -> None:
-    """Whoever does not close the sandbox leaves no group, either."""
+    """Whoever does not close the sandbox leaves no group behind, either."""
     _ours[group.relative] = group
 
 

@@ -65,7 +65,7 @@ def test_a_memory_bomb(way: str, mark: str) -> None:
     assert "limits.memory: 64 MiB, peak " in done.detail
     assert done.usage.oom_kills is not None
     assert done.usage.memory_peak is not None
-    assert 50 * MiB < done.usage.memory_peak <= 64 * MiB
+    assert 50 * MiB < done.usage.memory_peak <= 65 * MiB  # who is dying may have a little more
     assert marked(mark) == set()
 
 
