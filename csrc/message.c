@@ -73,6 +73,7 @@ long sbx_receive(int sock, void *buf, size_t size, int *fds, size_t *nfds)
 	size_t wanted = *nfds, got = 0;
 	long ret;
 
+	*nfds = 0; /* whatever happens, the caller closes no others */
 	do
 		ret = sbx_sys(SYS_recvmsg, sock, &msg, MSG_CMSG_CLOEXEC);
 	while (ret == -EINTR);
@@ -87,7 +88,6 @@ long sbx_receive(int sock, void *buf, size_t size, int *fds, size_t *nfds)
 	if (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC) || got > wanted) {
 		for (size_t i = 0; i < got; i++)
 			sbx_close(received[i]);
-		*nfds = 0;
 		return msg.msg_flags & MSG_TRUNC ? -EMSGSIZE : -EMFILE;
 	}
 	if (got)

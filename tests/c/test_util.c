@@ -61,6 +61,8 @@ static void passes_descriptors(void)
 
 	CHECK(sbx_send_record(pair[0], &rec, "text", 4, -1) == 0);
 	CHECK(sbx_receive(pair[1], &got, sizeof got, fds, &nfds) == -EMSGSIZE);
+	nfds = 2; /* an error brings none: whoever closes what came must not close anything else */
+	CHECK(sbx_receive(-1, &got, sizeof got, fds, &nfds) == -EBADF && nfds == 0);
 	close(pair[0]);
 	CHECK(sbx_receive(pair[1], &got, sizeof got, fds, &nfds) == 0);
 	close(pair[1]);
