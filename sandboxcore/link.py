@@ -165,18 +165,17 @@ class Link:
             if error.errno not in (E.ESRCH, E.EINVAL, E.ENOENT):
                 raise
             return None  # gone; or the number is a thread's now
-        socks: list[socket.socket] = []
-        try:
-            if start_ticks(pid) == ticks and not _poll(pidfd, 0):  # else the number is somebody else's now
-                socks = [home.connect("keeper"), home.connect("work")]
-        except (ConnectionRefusedError, FileNotFoundError):
-            pass
-        if len(socks) < 2:
-            os.close(pidfd)
-            for sock in socks:
-                sock.close()
-            return None
-        link = cls(socks[0], socks[1], pidfd, pause=home.pause(), group=home.group)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, pidfd)
+            if start_ticks(pid) != ticks or _poll(pidfd, 0):
+                return None  # the number is somebody else's now
+            try:
+                keeper = undo.enter_context(home.connect("keeper"))
+                work = undo.enter_context(home.connect("work"))
+            except (ConnectionRefusedError, FileNotFoundError):
+                return None  # it has ended just now
+            link = cls(keeper, work, pidfd, pause=home.pause(), group=home.group)
+            undo.pop_all()
         link._oom_kills = link._count_oom_kills()
         return link
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc as garbage
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -761,6 +763,21 @@ RACER = """
             if error.stage not in ("launcher", "host", "init") : raise
     print(count, len(os.listdir("/proc/self/fd")))
 """
+
+
+def test_one_that_has_half_ended_leaves_no_socket(box: PersistentSandbox, state: Path) -> None:
+    """Its first socket answers, the second one is gone already."""
+    record = box.record
+    home = box._store.home(box.id)
+    (home.path / "work").rename(home.path / "elsewhere")
+    try:
+        with leaves_nothing(), warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert Link.reopen(home, record.pid, record.ticks, record.boot) is None
+            garbage.collect()
+        assert [str(warning.message) for warning in seen] == []
+    finally:
+        (home.path / "elsewhere").rename(home.path / "work")
 
 
 @pytest.mark.slow
