@@ -93,6 +93,8 @@ def run(
 
 # The spawner went away before init got its id maps; so the command has certainly not run.
 _NEVER_RAN = {("spawner", 11), ("spawner", 13), ("spawner", 14), ("idmap", 1)}
+# Or its maker of network namespaces did, which is asked before anything is cloned.
+_NO_MAKER = {("netns", E.EPIPE), ("netns", E.ECONNRESET)}
 
 
 def _execute(
@@ -154,10 +156,11 @@ def help_spawner(
     if not last and failure.stage == "plan" and failure.errno == E.ESTALE:
         connection.known.discard(plan.id)
         return
-    if failure.stage == "spawner" or (failure.stage, failure.index) in _NEVER_RAN:
+    again = (failure.stage, failure.index) in _NEVER_RAN or (failure.stage, failure.errno) in _NO_MAKER
+    if failure.stage == "spawner" or again:
         spawner.drop_spawner(connection)
         groups.let_go(connection)
-    if last or (failure.stage, failure.index) not in _NEVER_RAN:
+    if last or not again:
         raise render(plan, request, failure) from None
 
 

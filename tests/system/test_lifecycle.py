@@ -337,6 +337,19 @@ def test_running_commands_survive_their_spawner(tmp_path: Path) -> None:
     assert sandboxcore.run(["true"]).ok
 
 
+def test_a_maker_of_network_namespaces_that_was_killed_is_replaced() -> None:
+    """With its spawner, which can do nothing without it."""
+    assert sandboxcore.run(["true"]).ok
+    (pid,) = spawner_pids()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    makers = [int(child) for child in children if "sbx-netns" in Path(f"/proc/{child}/comm").read_text()]
+    assert len(makers) == 1
+    os.kill(makers[0], signal.SIGKILL)
+    wait_until(lambda: gone(makers[0]), "its end")
+    assert sandboxcore.run(["true"]).ok
+    wait_until(lambda: gone(pid), "the end of its spawner")
+
+
 def test_many_threads_whose_spawner_is_killed() -> None:
     """Whatever was not sent is tried again; what was may fail, clearly; nothing hangs."""
     stop = threading.Event()
