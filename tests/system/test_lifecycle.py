@@ -341,11 +341,12 @@ def test_a_maker_of_network_namespaces_that_was_killed_is_replaced() -> None:
     """With its spawner, which can do nothing without it."""
     assert sandboxcore.run(["true"]).ok
     (pid,) = spawner_pids()
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    makers = [int(child) for child in children if "sbx-netns" in Path(f"/proc/{child}/comm").read_text()]
-    assert len(makers) == 1
-    os.kill(makers[0], signal.SIGKILL)
-    wait_until(lambda: gone(makers[0]), "its end")
+    tasks = Path(f"/proc/{pid}/task/{pid}/children")
+    wait_until(lambda: len(tasks.read_text().split()) == 1, "the end of what ran")
+    maker = int(tasks.read_text())
+    assert Path(f"/proc/{maker}/comm").read_text() == "sbx-netns\n"
+    os.kill(maker, signal.SIGKILL)
+    wait_until(lambda: gone(maker), "its end")
     assert sandboxcore.run(["true"]).ok
     wait_until(lambda: gone(pid), "the end of its spawner")
 
