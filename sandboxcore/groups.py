@@ -32,6 +32,7 @@ READY = 2  # groups for runs that are kept ahead once there was a demand
 KEPT = 8  # and at most so many, for all kinds of limits together
 LEFTOVER = 4 << 20  # bytes that an idle group may still hold (page cache) to be used again
 PATIENCE = 5.0  # seconds for a group to become empty
+AGAIN = 1.0  # seconds until what could not be removed is tried again
 # What a sandbox that stays has for itself, init and launchers, on top of the limits of its commands; and what
 # launchers use of a command's. csrc/group.c has the same for groups of launchers that begin.
 OWN = {"pids": _native.constant("OWN_PIDS"), "memory": _native.constant("OWN_MEMORY")}
@@ -391,7 +392,9 @@ def _later(task: Callable[[], object]) -> None:
 
 def _tidy() -> None:
     while True:
-        task = _work.get()
+        task: Callable[[], object] = _remove_left
+        with contextlib.suppress(queue.Empty):
+            task = _work.get(timeout=AGAIN if _left else None)
         with contextlib.suppress(Exception):  # what could not be removed is collected another time
             task()
 
@@ -408,16 +411,20 @@ def remove_later(group: cgroup.Group) -> None:
 
 
 def _remove(group: cgroup.Group) -> None:
-    """What cannot be removed just now, for want of a descriptor, is tried again with the next one."""
+    """What cannot be removed just now, as for want of a descriptor, is tried again."""
+    _remove_left((group, PATIENCE))
+    if f"/host-{os.getpid()}-" not in group.relative:  # who made it may be gone: then so is what it is below
+        cgroup.collect()
+
+
+def _remove_left(*more: tuple[cgroup.Group, float]) -> None:
     older, _left[:] = list(_left), []
-    for each, patience in [*((each, 0.0) for each in older), (group, PATIENCE)]:
+    for each, patience in [*((each, 0.0) for each in older), *more]:
         gone = False
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, SandboxError):
             gone = each.remove(patience)
         if not gone:
             _left.append(each)
-    if f"/host-{os.getpid()}-" not in group.relative:  # who made it may be gone: then so is what it is below
-        cgroup.collect()
 
 
 @contextlib.contextmanager

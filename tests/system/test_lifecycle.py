@@ -339,16 +339,25 @@ def test_running_commands_survive_their_spawner(tmp_path: Path) -> None:
 
 def test_a_maker_of_network_namespaces_that_was_killed_is_replaced() -> None:
     """With its spawner, which can do nothing without it."""
-    assert sandboxcore.run(["true"]).ok
-    (pid,) = spawner_pids()
-    tasks = Path(f"/proc/{pid}/task/{pid}/children")
-    wait_until(lambda: len(tasks.read_text().split()) == 1, "the end of what ran")
-    maker = int(tasks.read_text())
-    assert Path(f"/proc/{maker}/comm").read_text() == "sbx-netns\n"
-    os.kill(maker, signal.SIGKILL)
-    wait_until(lambda: gone(maker), "its end")
-    assert sandboxcore.run(["true"]).ok
-    wait_until(lambda: gone(pid), "the end of its spawner")
+    code = """
+        import os
+        import sandboxcore
+        from pathlib import Path
+        from support import gone, spawner_pids, wait_until
+        assert sandboxcore.run(["true"]).ok
+        (pid,) = spawner_pids()
+        tasks = Path(f"/proc/{pid}/task/{pid}/children")
+        wait_until(lambda: len(tasks.read_text().split()) == 1, "the end of what ran")
+        maker = int(tasks.read_text())
+        assert Path(f"/proc/{maker}/comm").read_text() == "sbx-netns\\n"
+        os.kill(maker, 9)
+        wait_until(lambda: gone(maker), "its end")
+        assert sandboxcore.run(["true"]).ok
+        wait_until(lambda: gone(pid), "the end of its spawner")
+        print("replaced")
+    """
+    done = host_program(code)
+    assert (done.stdout, done.stderr) == ("replaced\n", "")
 
 
 def test_many_threads_whose_spawner_is_killed() -> None:
