@@ -222,8 +222,8 @@ def test_nothing_stays_open_behind_the_end() -> None:
     """Not even where nobody closes: the number could be somebody else's by then."""
     with Sandbox() as sandbox:
         sandbox.exec(["true"])
-        before = sorted(os.listdir("/proc/self/fd"))
+        before = set(os.listdir("/proc/self/fd"))  # what an earlier test has left may go meanwhile
         process = sandbox.popen(["true"])
         process.communicate(timeout=10)
-        assert sorted(os.listdir("/proc/self/fd")) == before
+        assert set(os.listdir("/proc/self/fd")) <= before
         assert process.pid == 0

@@ -351,8 +351,15 @@ def test_outliving_its_command_or_its_sandbox(living: Open, marker: str) -> None
         return [pid for pid in marked(marker) if not gone(pid)]
 
     subprocess.run([PYTHON, "-c", DAEMON, marker], check=True, timeout=30)
-    wait_until(lambda: len(alive()) == 1, "the daemon: outside that is how to do it")
-    os.kill(alive()[0], signal.SIGKILL)
+
+    def daemon() -> list[int]:
+        """Once it is the only one, and no longer on its way there."""
+        found = alive()
+        time.sleep(0.1)
+        return found if len(found) == 1 and alive() == found else []
+
+    (pid,) = wait_until(daemon, "the daemon: outside that is how to do it")
+    os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not alive(), "its end")
     sandbox = living()
     assert sandbox.exec(python(DAEMON, marker), timeout=30).returncode == 0
