@@ -353,9 +353,9 @@ def test_outliving_its_command_or_its_sandbox(living: Open, marker: str) -> None
     subprocess.run([PYTHON, "-c", DAEMON, marker], check=True, timeout=30)
 
     def daemon() -> list[int]:
-        """Once it is the only one, and no longer on its way there."""
+        """Once it is the only one, and no longer on its way there: its parent has the mark, too, and ends."""
         found = alive()
-        time.sleep(0.1)
+        time.sleep(0.1)  # between two looks, which have to agree
         return found if len(found) == 1 and alive() == found else []
 
     (pid,) = wait_until(daemon, "the daemon: outside that is how to do it")
