@@ -248,15 +248,19 @@ class Near:
 
 
 class Told:
-    """The signals that matter to a raw terminal. Handlers take note and wake the loop; then they call the
-    handler that was there before. Only the main thread may have any."""
+    """The signals that matter to a raw terminal. Only the main thread may listen.
+
+    The interpreter writes the number of each signal that comes to a pipe, which wakes the loop. A handler
+    in Python would be too late for that: one that is due just before poll(2) runs after it.
+    """
 
     FATAL = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.awake = -1  # readable when something was noted
-        self._wake = -1
-        self._seen: set[int] = set()
+        self.awake = -1  # readable when a signal came
+        self._wake = self._others = -1  # the other end; what the interpreter wrote to before
+        self._ending: set[int] = set()
+        self._ours: set[int] = set()
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
@@ -264,6 +268,7 @@ class Told:
         if threading.current_thread() is not threading.main_thread():
             return
         self.awake, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._others = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         for number in (signal.SIGWINCH, signal.SIGCONT):
             self._handle(number)
         for number in (signal.SIGTSTP, *self.FATAL):
@@ -274,23 +279,26 @@ class Told:
         before = signal.getsignal(number)
         if before is not None:  # one that is not Python's could not be put back
             self._before[number] = before
-            signal.signal(number, self._note)
+            self._ours.add(number)
+            signal.signal(number, self._pass_on)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._seen.add(number)
-        with contextlib.suppress(OSError):  # full: it will wake up
-            os.write(self._wake, b"\0")
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
         before = self._before.get(number)
         if callable(before):
             before(number, frame)
 
     def news(self) -> set[int]:
-        """What came since the last time; what ends us stays noted."""
-        with contextlib.suppress(OSError):
-            os.read(self.awake, 4096)
-        news = set(self._seen)
-        self._seen -= news - set(self.FATAL)
-        return news
+        """What came since the last time, and whatever is to end us."""
+        try:
+            numbers = os.read(self.awake, 4096)
+        except BlockingIOError:
+            return set(self._ending)
+        if self._others >= 0:
+            with contextlib.suppress(OSError):  # gone, or full: then it wakes up
+                os.write(self._others, numbers)
+        news = set(numbers) & self._ours
+        self._ending |= news & set(self.FATAL)
+        return news | self._ending
 
     def stop(self) -> None:
         """What SIGTSTP would have done. Returns after SIGCONT."""
@@ -302,7 +310,7 @@ class Told:
 
     def obey(self) -> None:
         """End by the signal that was to end us, if one was."""
-        for number in self._seen & set(self.FATAL):
+        for number in self._ending:
             signal.raise_signal(number)
             raise SystemExit(128 + number)  # the first process of a container survives its signals
 
@@ -312,10 +320,12 @@ class Told:
             number = next(iter(self._before))
             signal.signal(number, self._before[number])
             del self._before[number]
-        for fd in (self.awake, self._wake):
-            if fd >= 0:
-                os.close(fd)
-        self.awake = self._wake = -1
+        if self.awake >= 0:
+            self.news()
+            signal.set_wakeup_fd(self._others)
+            os.close(self.awake)
+            os.close(self._wake)
+        self.awake = self._wake = self._others = -1
 
 
 class Joint:

@@ -155,13 +155,11 @@ def test_environment() -> None:
 
 SIZES = """
 import os, signal
-def show(*_):
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGWINCH])
+while True:
     size = os.get_terminal_size()
     os.write(1, b"size %d %d\\n" % (size.lines, size.columns))
-signal.signal(signal.SIGWINCH, show)
-show()
-while True:
-    signal.pause()
+    signal.sigwaitinfo([signal.SIGWINCH])
 """
 
 

@@ -1,8 +1,15 @@
 """What attach() understands of a stream of keys and of output."""
 
+import ctypes
+import operator
+import os
+import select
+import signal
+from functools import partial
+
 import pytest
 
-from sandboxcore.terminal import Keys, Modes
+from sandboxcore.terminal import Keys, Modes, Told
 
 DETACH = b"\x10\x11"
 
@@ -72,3 +79,46 @@ def test_modes_come_again() -> None:
     modes.see(b"\x1b[?1049h\x1b[?25l\x1b=")
     assert modes.alternate
     assert modes.sequence(restore=False) == b"\x1b[?25l\x1b=\x1b[?1049h"
+
+
+# --- signals ------------------------------------------------------------------------------------
+
+
+def test_a_signal_just_before_the_wait_ends_it() -> None:
+    """As in the loop of attach() when it comes after the interpreter's last look at what is due: map() runs
+    both calls without one."""
+    told = Told()
+    told.listen()
+    try:
+        poller = select.poll()
+        poller.register(told.awake, select.POLLIN)
+        raised = partial(getattr(ctypes.CDLL(None), "raise"), signal.SIGWINCH)
+        _, ready = map(operator.call, (raised, partial(poller.poll, 2000)))
+        assert ready
+        assert told.news() == {signal.SIGWINCH}
+        assert told.news() == set()
+    finally:
+        told.close()
+
+
+def test_whoever_listened_before_is_told_too() -> None:
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    called: list[int] = []
+    handler = signal.signal(signal.SIGWINCH, lambda number, _: called.append(number))
+    others = signal.set_wakeup_fd(writing)
+    try:
+        told = Told()
+        told.listen()
+        signal.raise_signal(signal.SIGWINCH)
+        assert told.news() == {signal.SIGWINCH}
+        signal.raise_signal(signal.SIGCONT)  # nobody asks any more
+        told.close()
+        told.close()
+        assert os.read(reading, 9) == bytes([signal.SIGWINCH, signal.SIGCONT])
+        assert called == [signal.SIGWINCH]
+        assert signal.set_wakeup_fd(-1) == writing
+    finally:
+        signal.set_wakeup_fd(others)
+        signal.signal(signal.SIGWINCH, handler)
+        os.close(reading)
+        os.close(writing)
