@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Self
@@ -37,29 +37,22 @@ class Home:
 
     def bind(self, name: str) -> socket.socket:
         """A new socket under a name that is free."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with self._near(sock, name) as address:
-            sock.bind(address)
-        return sock
+        return self._socket(name, socket.socket.bind)
 
     def connect(self, name: str) -> socket.socket:
         """A socket that sends to a name. Raises ConnectionRefusedError, FileNotFoundError."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with self._near(sock, name) as address:
-            sock.connect(address)
-        return sock
+        return self._socket(name, socket.socket.connect)
 
-    @contextlib.contextmanager
-    def _near(self, sock: socket.socket, name: str) -> Iterator[str]:
-        """A short address, whatever the directory's name: unix(7) has room for 107 bytes."""
+    def _socket(self, name: str, use: Callable[[socket.socket, str], None]) -> socket.socket:
+        """By a short address, whatever the directory's name: unix(7) has room for 107 bytes."""
         directory = os.open(self.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            yield f"/proc/self/fd/{directory}/{name}"
-        except BaseException:
-            sock.close()
-            raise
-        finally:
-            os.close(directory)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, directory)
+            with contextlib.ExitStack() as failed:
+                sock = failed.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+                use(sock, f"/proc/self/fd/{directory}/{name}")
+                failed.pop_all()
+        return sock
 
     def pause(self, *, new: bool = False) -> _native.Pause:
         """The page that tells how long it was suspended."""

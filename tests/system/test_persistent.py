@@ -12,7 +12,7 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from sandboxcore import (
     SpecError,
 )
 from sandboxcore.identity import boot_id, start_ticks
-from sandboxcore.link import Link
+from sandboxcore.link import Home, Link
 from sandboxcore.persistent import PersistentSandbox, gc, list_sandboxes
 from sandboxcore.store import Store
 
@@ -625,7 +625,7 @@ def test_paused_on_record_only(box: PersistentSandbox, state: Path) -> None:
 def test_killed_in_the_middle_of_suspend(box: PersistentSandbox, state: Path) -> None:
     code = """
         import os, signal, sys
-        from sandboxcore.link import Link
+        from sandboxcore.link import Home, Link
         from sandboxcore.persistent import PersistentSandbox
         tell = Link.tell_init
         def then_die(self, number):
@@ -763,6 +763,14 @@ RACER = """
             if error.stage not in ("launcher", "host", "init") : raise
     print(count, len(os.listdir("/proc/self/fd")))
 """
+
+
+@pytest.mark.parametrize("use", [Home.bind, Home.connect])
+def test_a_directory_that_is_gone_leaves_no_socket(use: Callable[[Home, str], Any], tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileNotFoundError) as caught:  # whose traceback keeps what its frames had
+        use(Home(tmp_path / "gone"), "keeper")
+    assert len(os.listdir("/proc/self/fd")) == before, caught.value
 
 
 def test_one_that_has_half_ended_leaves_no_socket(box: PersistentSandbox, state: Path) -> None:
