@@ -199,12 +199,27 @@ int sbx_pty_open(const struct sbx_box *box, int *slave, struct sbx_error *err);
 /* template.c: builds the plan's mount namespace in a process of its own; returns its descriptor. */
 int sbx_template_build(const struct sbx_spawner *s, const struct sbx_plan *plan, struct sbx_error *err);
 
+/* Something of the host's tree, to be copied from it: mount.c. */
+struct sbx_source {
+	const char *path, *uid_map, *gid_map; /* the maps may be NULL */
+	uint64_t attrs;			      /* MOUNT_ATTR_* */
+	unsigned recursive;		      /* AT_RECURSIVE, or 0 for the one mount */
+	bool dir;
+};
+
 /* mount.c */
 int sbx_mount_open_source(const struct sbx_plan *p, uint32_t index, int proc, struct sbx_error *err);
 int sbx_mount_fs(const char *fstype, const char *options, unsigned attrs);
 int sbx_mount_attach(const struct sbx_plan *p, uint32_t index, int root, int tree, struct sbx_error *err);
 int sbx_mount_mask(const struct sbx_plan *p, uint32_t index, int root, int empty, struct sbx_error *err);
 int sbx_mount_sandbox(const struct sbx_plan *p, struct sbx_error *err);
+int sbx_mount_clone(const struct sbx_source *source, int proc);
+
+/* overlay.c */
+int sbx_overlay_park(const struct sbx_plan *p, int root, int void_fd, int proc, struct sbx_error *err);
+int sbx_overlay_open(const struct sbx_plan *p, uint32_t index, int scratch);
+int sbx_overlay_template(const struct sbx_plan *p, int root, int void_fd, struct sbx_error *err);
+int sbx_overlay_enter(const struct sbx_plan *p, int root, int scratch, struct sbx_error *err);
 
 /* root.c */
 int sbx_root_build(const struct sbx_plan *p, struct sbx_error *err);
@@ -218,6 +233,7 @@ int sbx_root_enter(int root, struct sbx_error *err);
 #define SBX_VOID_EMPTY "empty"	   /* an empty file everybody may read */
 #define SBX_VOID_SCRATCH "scratch" /* where a sandbox's scratch tmpfs is attached first */
 #define SBX_VOID_PROC "proc"	   /* a whole proc, without which the kernel refuses a new one */
+#define SBX_VOID_NODES "nodes"	   /* the root's nodes without what is mounted on them: a layer */
 
 /* path.c */
 enum { SBX_NAME_MAX = 256 };

@@ -16,37 +16,53 @@ static const struct sbx_mount *mount_at(const struct sbx_plan *p, uint32_t index
 	return (const struct sbx_mount *)sbx_at(p, p->mounts.off) + index;
 }
 
-/* A detached, recursive copy of a bind's source with the bind's attributes. */
-int sbx_mount_open_source(const struct sbx_plan *p, uint32_t index, int proc, struct sbx_error *err)
+/* A detached copy of what is mounted there, with these attributes and id maps. */
+int sbx_mount_clone(const struct sbx_source *source, int proc)
 {
-	const struct sbx_mount *m = mount_at(p, index);
+	struct mount_attr attr = { .attr_set = source->attrs, .propagation = MS_PRIVATE };
 	_cleanup_fd_ int userns = -1;
 	struct stat st;
 
-	_cleanup_fd_ int fd = sbx_openat2(AT_FDCWD, sbx_str(p, m->source), O_PATH, 0,
+	_cleanup_fd_ int fd = sbx_openat2(AT_FDCWD, source->path, O_PATH, 0,
 					  RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS);
-	if (fd < 0)
-		return sbx_fail(err, SBX_STAGE_SOURCE, index, fd);
-	long ret = sbx_sys(SYS_fstat, fd, &st);
+	long ret = fd < 0 ? fd : sbx_sys(SYS_fstat, fd, &st);
 	if (ret < 0)
-		return sbx_fail(err, SBX_STAGE_SOURCE, index, ret);
-	if (S_ISDIR(st.st_mode) != !!(m->flags & SBX_MOUNT_DIR)) /* swapped since the plan was made */
-		return sbx_fail(err, SBX_STAGE_SOURCE, index, S_ISDIR(st.st_mode) ? -EISDIR : -ENOTDIR);
-
-	_cleanup_fd_ int tree = sbx_open_tree(fd, "", AT_EMPTY_PATH | AT_RECURSIVE);
+		return (int)ret;
+	if (S_ISDIR(st.st_mode) != source->dir) /* swapped since the plan was made */
+		return S_ISDIR(st.st_mode) ? -EISDIR : -ENOTDIR;
+	_cleanup_fd_ int tree = sbx_open_tree(fd, "", AT_EMPTY_PATH | source->recursive);
 	if (tree < 0)
-		return sbx_fail(err, SBX_STAGE_SOURCE, index, tree);
-	struct mount_attr attr = { .attr_set = m->attrs, .propagation = MS_PRIVATE };
-	if (m->attrs & MOUNT_ATTR_IDMAP) {
-		userns = sbx_idmap_userns(proc, sbx_str(p, m->uid_map), sbx_str(p, m->gid_map));
+		return tree;
+	if (source->uid_map) {
+		userns = sbx_idmap_userns(proc, source->uid_map, source->gid_map);
 		if (userns < 0)
-			return sbx_fail(err, SBX_STAGE_SOURCE, index, userns);
+			return userns;
+		attr.attr_set |= MOUNT_ATTR_IDMAP;
 		attr.userns_fd = (__u64)userns;
 	}
-	ret = sbx_mount_setattr(tree, AT_RECURSIVE, &attr);
-	if (ret < 0)
-		return sbx_fail(err, SBX_STAGE_SOURCE, index, ret);
-	return sbx_steal_fd(&tree);
+	ret = sbx_mount_setattr(tree, source->recursive, &attr);
+	return ret < 0 ? (int)ret : sbx_steal_fd(&tree);
+}
+
+/* A detached, recursive copy of a bind's source with the bind's attributes. */
+static int open_bind(const struct sbx_plan *p, const struct sbx_mount *m, int proc)
+{
+	const struct sbx_source source = {
+		.path = sbx_str(p, m->source),
+		.uid_map = sbx_optional(p, m->uid_map),
+		.gid_map = sbx_optional(p, m->gid_map),
+		.attrs = m->attrs,
+		.recursive = AT_RECURSIVE,
+		.dir = m->flags & SBX_MOUNT_DIR,
+	};
+
+	return sbx_mount_clone(&source, proc);
+}
+
+int sbx_mount_open_source(const struct sbx_plan *p, uint32_t index, int proc, struct sbx_error *err)
+{
+	int tree = open_bind(p, mount_at(p, index), proc);
+	return tree < 0 ? sbx_fail(err, SBX_STAGE_SOURCE, index, tree) : tree;
 }
 
 /* A detached new mount of a file system type. */
@@ -59,7 +75,8 @@ int sbx_mount_fs(const char *fstype, const char *options, unsigned attrs)
 		return fs;
 	for (const char *key = options; key && *key;) {
 		const char *value = sbx_next(key);
-		ret = sbx_sys(SYS_fsconfig, fs, FSCONFIG_SET_STRING, key, value, 0);
+		ret = *value ? sbx_sys(SYS_fsconfig, fs, FSCONFIG_SET_STRING, key, value, 0) :
+			       sbx_sys(SYS_fsconfig, fs, FSCONFIG_SET_FLAG, key, NULL, 0);
 		if (ret < 0)
 			return (int)ret;
 		key = sbx_next(value);
@@ -224,43 +241,86 @@ static int open_fresh(const struct sbx_plan *p, uint32_t index, int scratch)
 {
 	const struct sbx_mount *m = mount_at(p, index);
 
+	if (m->kind == SBX_MOUNT_OVERLAY)
+		return sbx_overlay_open(p, index, scratch);
 	if (m->kind == SBX_MOUNT_SCRATCH)
 		return open_scratch(p, index, scratch);
 	const char *type = m->kind == SBX_MOUNT_PROC ? "proc" : m->kind == SBX_MOUNT_TMPFS ? "tmpfs" : "devpts";
 	return sbx_mount_fs(type, sbx_optional(p, m->options), m->attrs);
 }
 
-/*
- * What each sandbox must have of its own, in its copy of the template: proc of its pid namespace,
- * tmpfs, devpts, and the binds that lie below them.
- */
-int sbx_mount_sandbox(const struct sbx_plan *p, struct sbx_error *err)
-{
-	_cleanup_fd_ int root = sbx_openat2(AT_FDCWD, "/", O_PATH | O_DIRECTORY, 0, 0);
-	_cleanup_fd_ int void_fd = root < 0 ? root :
-					      sbx_openat2(root, SBX_VOID, O_PATH | O_DIRECTORY, 0, SBX_RESOLVE_STRICT);
-	long ret = void_fd < 0 ? void_fd : sbx_sys(SYS_fchdir, void_fd); /* for the masks' sources */
-	if (ret < 0)
-		return sbx_fail(err, SBX_STAGE_MOUNT, 0, ret);
-	_cleanup_fd_ int scratch = attach_scratch(p, void_fd);
-	if (scratch < 0)
-		return sbx_fail(err, SBX_STAGE_MOUNT, p->mounts.count, scratch);
+/* Where mounts are made: descriptors of the root, of the void and of the scratch. */
+struct site {
+	int root, void_fd, scratch;
+};
 
-	for (uint32_t i = 0; i < p->mounts.count; i++) {
+static void leave_site(struct site *at)
+{
+	sbx_close(at->root);
+	sbx_close(at->void_fd);
+	sbx_close(at->scratch);
+}
+
+/* The void becomes the working directory, for the sources of masks and overlays. */
+static int enter_site(struct site *at, struct sbx_error *err)
+{
+	at->root = sbx_openat2(AT_FDCWD, "/", O_PATH | O_DIRECTORY, 0, 0);
+	at->void_fd = at->root < 0 ? at->root :
+				     sbx_openat2(at->root, SBX_VOID, O_PATH | O_DIRECTORY, 0, SBX_RESOLVE_STRICT);
+	long ret = at->void_fd < 0 ? at->void_fd : sbx_sys(SYS_fchdir, at->void_fd);
+	return ret < 0 ? sbx_fail(err, SBX_STAGE_MOUNT, 0, ret) : 0;
+}
+
+/* The same on the writable root, which takes the place of the template's. */
+static int change_root(const struct sbx_plan *p, struct site *at, struct sbx_error *err)
+{
+	if (!(p->flags & SBX_PLAN_WRITABLE_ROOT))
+		return 0;
+	if (sbx_overlay_enter(p, at->root, at->scratch, err) < 0)
+		return -1;
+	leave_site(at);
+	*at = (struct site){ -1, -1, -1 };
+	if (enter_site(at, err) < 0)
+		return -1;
+	at->scratch = sbx_openat2(at->void_fd, SBX_VOID_SCRATCH, O_PATH | O_DIRECTORY, 0, SBX_RESOLVE_STRICT);
+	return at->scratch < 0 ? sbx_fail(err, SBX_STAGE_MOUNT, p->mounts.count, at->scratch) : 0;
+}
+
+static int mount_each(const struct sbx_plan *p, const struct site *at, struct sbx_error *err)
+{
+	for (uint32_t i = p->flags & SBX_PLAN_OVERLAY_ROOT ? 1 : 0; i < p->mounts.count; i++) {
 		const struct sbx_mount *m = mount_at(p, i);
 		if (m->flags & SBX_MOUNT_LATE) {
-			if (mount_late(p, i, root, void_fd, err) < 0)
+			if (mount_late(p, i, at->root, at->void_fd, err) < 0)
 				return -1;
 		} else if (m->kind >= SBX_MOUNT_TMPFS) {
-			_cleanup_fd_ int tree = open_fresh(p, i, scratch);
+			_cleanup_fd_ int tree = open_fresh(p, i, at->scratch);
 			if (tree < 0)
 				return sbx_fail(err, SBX_STAGE_MOUNT, i, tree);
-			if (sbx_mount_attach(p, i, root, tree, err) < 0)
+			if (sbx_mount_attach(p, i, at->root, tree, err) < 0)
 				return -1;
 		}
 	}
+	return 0;
+}
+
+/*
+ * What each sandbox must have of its own, in its copy of the template: a writable root, proc of its pid
+ * namespace, tmpfs, overlays, devpts, and the binds that lie below them.
+ */
+int sbx_mount_sandbox(const struct sbx_plan *p, struct sbx_error *err)
+{
+	__attribute__((cleanup(leave_site))) struct site at = { -1, -1, -1 };
+
+	if (enter_site(&at, err) < 0)
+		return -1;
+	at.scratch = attach_scratch(p, at.void_fd);
+	if (at.scratch < 0)
+		return sbx_fail(err, SBX_STAGE_MOUNT, p->mounts.count, at.scratch);
+	if (change_root(p, &at, err) < 0 || mount_each(p, &at, err) < 0)
+		return -1;
 	if (sbx_cred_no_namespaces(err) < 0 || cover_proc(p, err) < 0)
 		return -1;
-	ret = sbx_sys(SYS_chdir, "/");
+	long ret = sbx_sys(SYS_chdir, "/");
 	return ret < 0 ? sbx_fail(err, SBX_STAGE_MOUNT, 0, ret) : 0;
 }

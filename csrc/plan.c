@@ -59,7 +59,7 @@ static bool strings_ok(const struct arena *a, struct sbx_span span)
 	return true;
 }
 
-/* key NUL value NUL ... NUL */
+/* key NUL value NUL ... NUL; a flag has an empty value */
 static bool options_ok(const struct arena *a, uint32_t off)
 {
 	if (off == 0)
@@ -67,8 +67,8 @@ static bool options_ok(const struct arena *a, uint32_t off)
 	for (int i = 0; i < 64; i++) {
 		if (!string_ok(a, off))
 			return false;
-		if (a->base[off] == '\0')
-			return i % 2 == 0;
+		if (i % 2 == 0 && a->base[off] == '\0')
+			return true;
 		off += (uint32_t)strlen(a->base + off) + 1;
 	}
 	return false;
@@ -95,7 +95,7 @@ static bool mount_ok(const struct arena *a, const struct sbx_mount *m)
 	const uint32_t attrs = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC |
 			       MOUNT_ATTR_IDMAP;
 
-	if (m->kind < SBX_MOUNT_BIND || m->kind > SBX_MOUNT_SCRATCH || m->flags > 7 || m->mode > 07777 ||
+	if (m->kind < SBX_MOUNT_BIND || m->kind > SBX_MOUNT_OVERLAY || m->flags > 7 || m->mode > 07777 ||
 	    (m->attrs & ~attrs))
 		return false;
 	if (!path_ok(a, m->target) || !options_ok(a, m->options))
@@ -105,7 +105,40 @@ static bool mount_ok(const struct arena *a, const struct sbx_mount *m)
 	if ((m->attrs & MOUNT_ATTR_IDMAP) ? !string_ok(a, m->uid_map) || !string_ok(a, m->gid_map) :
 					    m->uid_map || m->gid_map)
 		return false;
+	if (m->kind == SBX_MOUNT_OVERLAY ? !m->options : m->lowers != 0)
+		return false;
 	return m->kind <= SBX_MOUNT_MASK || !(m->flags & SBX_MOUNT_LATE);
+}
+
+static bool lowers_ok(const struct arena *a, const struct sbx_plan *p)
+{
+	const struct sbx_lower *lower = sbx_at(p, p->lowers.off);
+
+	if (!array_ok(a, p->lowers, sizeof *lower, _Alignof(struct sbx_lower)))
+		return false;
+	for (uint32_t i = 0; i < p->lowers.count; i++, lower++)
+		if (!path_ok(a, lower->source) || !optional_ok(a, lower->uid_map) || !optional_ok(a, lower->gid_map) ||
+		    !lower->uid_map != !lower->gid_map)
+			return false;
+	return true;
+}
+
+/* A root that is an overlay is the first mount, and what it carries are paths. */
+static bool root_ok(const struct arena *a, const struct sbx_plan *p)
+{
+	const struct sbx_mount *m = sbx_at(p, p->mounts.off);
+	uint32_t off = p->carried.off;
+
+	if (!(p->flags & SBX_PLAN_OVERLAY_ROOT))
+		return !(p->flags & SBX_PLAN_WRITABLE_ROOT) && p->carried.count == 0;
+	if (p->mounts.count == 0 || m->kind != SBX_MOUNT_OVERLAY || !strings_ok(a, p->carried))
+		return false;
+	for (uint32_t i = 0; i < p->carried.count; i++) {
+		if (!path_ok(a, off))
+			return false;
+		off += (uint32_t)strlen(a->base + off) + 1;
+	}
+	return true;
 }
 
 static bool mounts_ok(const struct arena *a, const struct sbx_plan *p)
@@ -116,7 +149,7 @@ static bool mounts_ok(const struct arena *a, const struct sbx_plan *p)
 	if (!array_ok(a, p->mounts, sizeof *m, _Alignof(struct sbx_mount)))
 		return false;
 	for (uint32_t i = 0; i < p->mounts.count; i++, m++) {
-		if (!mount_ok(a, m))
+		if (!mount_ok(a, m) || m->lower > p->lowers.count || m->lowers > p->lowers.count - m->lower)
 			return false;
 		late += (m->flags & SBX_MOUNT_LATE) != 0;
 	}
@@ -161,7 +194,7 @@ int sbx_plan_check(const void *arena, size_t len, struct sbx_error *err)
 		return sbx_fail(err, SBX_STAGE_PLAN, 1, -EINVAL);
 
 	const struct arena a = { arena, p->size, sizeof *p };
-	if ((p->namespaces & ~namespaces) || (p->namespaces & required) != required || p->flags > 63)
+	if ((p->namespaces & ~namespaces) || (p->namespaces & required) != required || p->flags > 255)
 		return sbx_fail(err, SBX_STAGE_PLAN, 2, -EINVAL);
 	if (!string_ok(&a, p->uid_map) || !string_ok(&a, p->gid_map) || !string_ok(&a, p->hostname) ||
 	    !optional_ok(&a, p->time_offsets) || !options_ok(&a, p->root_options) ||
@@ -169,7 +202,7 @@ int sbx_plan_check(const void *arena, size_t len, struct sbx_error *err)
 		return sbx_fail(err, SBX_STAGE_PLAN, 3, -EINVAL);
 	if (!nodes_ok(&a, p))
 		return sbx_fail(err, SBX_STAGE_PLAN, 4, -EINVAL);
-	if (!mounts_ok(&a, p))
+	if (!lowers_ok(&a, p) || !mounts_ok(&a, p) || !root_ok(&a, p))
 		return sbx_fail(err, SBX_STAGE_PLAN, 5, -EINVAL);
 	if (!limits_ok(&a, p))
 		return sbx_fail(err, SBX_STAGE_PLAN, 6, -EINVAL);

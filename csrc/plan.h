@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 /* cdef-begin */
-enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 3 };
+enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 4 };
 
 /* Upper bounds that keep every loop in the child short and every array on its stack. */
 enum {
@@ -103,6 +103,7 @@ enum sbx_mount_kind {
 	SBX_MOUNT_PROC,
 	SBX_MOUNT_DEVPTS,
 	SBX_MOUNT_SCRATCH, /* a directory of the sandbox's one scratch tmpfs, owned by the payload */
+	SBX_MOUNT_OVERLAY, /* lower directories, and what is written, in the scratch; the first mount may be the root */
 };
 
 enum sbx_mount_flags {
@@ -113,7 +114,8 @@ enum sbx_mount_flags {
 
 /*
  * Binds and masks belong to the template, the other kinds are made fresh in each sandbox. The array
- * is sorted so that a parent comes before what lies below it.
+ * is sorted so that a parent comes before what lies below it. The options of an overlay name its lower
+ * directories as the template parks them: "INDEX.NUMBER", and SBX_VOID_NODES for the root's nodes.
  */
 struct sbx_mount {
 	uint32_t kind;
@@ -121,11 +123,19 @@ struct sbx_mount {
 	uint32_t source;  /* string: absolute host path without symbolic links (bind) */
 	uint32_t target;  /* string: absolute path inside */
 	uint32_t attrs;	  /* MOUNT_ATTR_* of mount_setattr(2) and fsmount(2) */
-	uint32_t options; /* key NUL value NUL ... NUL, for fsconfig(2) */
+	uint32_t options; /* key NUL value NUL ... NUL, for fsconfig(2); a flag has an empty value */
 	uint32_t uid_map; /* strings: id map of an id-mapped bind, or 0 */
 	uint32_t gid_map;
-	uint32_t mode; /* SCRATCH: of the directory */
-	uint32_t reserved;
+	uint32_t mode;	/* SCRATCH, OVERLAY: of the directory */
+	uint32_t lower; /* OVERLAY: the first of its lower directories, and how many there are */
+	uint32_t lowers;
+};
+
+/* A directory of the host that is a layer of an overlay. */
+struct sbx_lower {
+	uint32_t source;  /* string: as a bind's */
+	uint32_t uid_map; /* strings: id map, or 0 */
+	uint32_t gid_map;
 };
 
 struct sbx_rlimit {
@@ -142,12 +152,14 @@ struct sbx_rule {
 };
 
 enum sbx_plan_flags {
-	SBX_PLAN_POOLED_NET = 1,     /* take a ready network namespace */
-	SBX_PLAN_LOOPBACK = 2,	     /* bring lo up in a fresh one */
-	SBX_PLAN_DENY_SETGROUPS = 4, /* rootless own-id map */
-	SBX_PLAN_NO_ROOT_ID = 8,     /* uid 0 is not mapped: init keeps the payload's id */
-	SBX_PLAN_FRESH_PROC = 16,    /* the template mounts a new proc; else it binds the host's */
-	SBX_PLAN_FILTER_ONCE = 32,   /* init and launchers can live under the filter: commands inherit it */
+	SBX_PLAN_POOLED_NET = 1,      /* take a ready network namespace */
+	SBX_PLAN_LOOPBACK = 2,	      /* bring lo up in a fresh one */
+	SBX_PLAN_DENY_SETGROUPS = 4,  /* rootless own-id map */
+	SBX_PLAN_NO_ROOT_ID = 8,      /* uid 0 is not mapped: init keeps the payload's id */
+	SBX_PLAN_FRESH_PROC = 16,     /* the template mounts a new proc; else it binds the host's */
+	SBX_PLAN_FILTER_ONCE = 32,    /* init and launchers can live under the filter: commands inherit it */
+	SBX_PLAN_OVERLAY_ROOT = 64,   /* mounts[0] is the root: of the template, */
+	SBX_PLAN_WRITABLE_ROOT = 128, /* or of each sandbox */
 };
 
 struct sbx_plan {
@@ -164,8 +176,12 @@ struct sbx_plan {
 	uint32_t time_offsets;	  /* string for timens_offsets (may be empty), 0: no time namespace */
 	uint32_t root_options;	  /* fsconfig lists: of the root tmpfs, */
 	uint32_t scratch_options; /* of the scratch tmpfs */
+	uint32_t node_uid;	  /* owner of the nodes, as the spawner sees it */
+	uint32_t node_gid;
 	struct sbx_span nodes;
 	struct sbx_span mounts;
+	struct sbx_span lowers;
+	struct sbx_span carried;  /* paths: what the template has there is bound onto a writable root */
 	struct sbx_span masks;	  /* strings, NUL separated: names below /proc, hidden if they exist */
 	struct sbx_span readonly; /* likewise, made read-only if they exist */
 	struct sbx_span rlimits;

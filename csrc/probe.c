@@ -102,10 +102,14 @@ static long try_overlay(void)
 	if (ret < 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
 		return ret < 0 ? ret : -errno;
 	if (mount("tmpfs", "/proc", "tmpfs", 0, NULL) < 0 || mkdir("/proc/lower", 0755) < 0 ||
-	    mkdir("/proc/upper", 0755) < 0 || mkdir("/proc/work", 0755) < 0)
+	    mkdir("/proc/lower/dir", 0755) < 0 || mkdir("/proc/upper", 0755) < 0 || mkdir("/proc/work", 0755) < 0)
 		return -errno;
-	int fd = sbx_mount_fs("overlay", "lowerdir\0/proc/lower\0upperdir\0/proc/upper\0workdir\0/proc/work\0", 0);
-	return fd < 0 ? fd : 0;
+	int fd = sbx_mount_fs("overlay",
+			      "lowerdir\0/proc/lower\0upperdir\0/proc/upper\0workdir\0/proc/work\0userxattr\0\0", 0);
+	if (fd < 0)
+		return fd;
+	/* a directory instead of another one: needs a whiteout, and an extended attribute */
+	return unlinkat(fd, "dir", AT_REMOVEDIR) < 0 || mkdirat(fd, "dir", 0755) < 0 ? -errno : 0;
 }
 
 static long try_idmapped_mount(void)

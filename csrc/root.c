@@ -8,7 +8,7 @@
 #include <sys/mount.h>
 #include <sys/stat.h>
 
-static long make_node(int root, const struct sbx_plan *p, const struct sbx_node *node)
+static long fill_node(int root, const struct sbx_plan *p, const struct sbx_node *node)
 {
 	const char *path = sbx_str(p, node->path) + 1;
 	const char *data = sbx_str(p, node->data);
@@ -23,6 +23,15 @@ static long make_node(int root, const struct sbx_plan *p, const struct sbx_node 
 		return fd;
 	long ret = node->size ? sbx_sys(SYS_write, fd, data, node->size) : 0;
 	return ret < 0 ? ret : ret == (long)node->size ? 0 : -ENOSPC;
+}
+
+static long make_node(int root, const struct sbx_plan *p, const struct sbx_node *node)
+{
+	long ret = fill_node(root, p, node);
+
+	if (ret < 0 || !p->node_uid)
+		return ret;
+	return sbx_sys(SYS_fchownat, root, sbx_str(p, node->path) + 1, p->node_uid, p->node_gid, AT_SYMLINK_NOFOLLOW);
 }
 
 /* A detached tmpfs holding the plan's nodes. Returns its descriptor. */

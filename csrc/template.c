@@ -109,6 +109,15 @@ static int build(const struct sbx_spawner *s, const struct sbx_plan *p, struct s
 	_cleanup_fd_ int void_fd = attach_root(p, root, err);
 	if (void_fd < 0)
 		return -1;
+	if (sbx_overlay_park(p, root, void_fd, s->proc, err) < 0)
+		return -1;
+	if ((p->flags & (SBX_PLAN_OVERLAY_ROOT | SBX_PLAN_WRITABLE_ROOT)) == SBX_PLAN_OVERLAY_ROOT) {
+		int over = sbx_overlay_template(p, root, void_fd, err);
+		if (over < 0)
+			return -1;
+		sbx_close(root);
+		root = over;
+	}
 	if (attach_mounts(s, p, root, void_fd, err) < 0)
 		return -1;
 	int ret = sbx_mount_setattr(void_fd, 0, &readonly);

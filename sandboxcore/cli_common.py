@@ -107,9 +107,23 @@ def spec_options(command: Verb) -> Verb:
     """The options that describe a sandbox, shared by ``run``, ``explain`` and ``create``."""
     options: list[Any] = [
         click.option("--profile", type=click.Choice(list(PROFILES)), help="Preset of filter and /proc."),
-        click.option("--rootfs", metavar="DIR", help="Directory that becomes the read-only root."),
+        click.option(
+            "--rootfs",
+            multiple=True,
+            metavar="DIR",
+            help="Directory that becomes the read-only root; several are its layers, the lowest first.",
+        ),
+        click.option(
+            "--writable", is_flag=True, default=None, help="A root to write to; that ends with the sandbox."
+        ),
         click.option("--ro", multiple=True, metavar="SRC[:DST]", help="Show a host path read-only."),
         click.option("--rw", multiple=True, metavar="SRC[:DST]", help="Show a host path, really writable."),
+        click.option(
+            "--overlay",
+            multiple=True,
+            metavar="SRC[:DST]",
+            help="Show a host directory; what is written there ends with the sandbox.",
+        ),
         click.option("--deny", multiple=True, metavar="PATH", help="Hide a path."),
         click.option("--tmpfs", multiple=True, metavar="DST[:SIZE]", help="Private directory in memory."),
         click.option("--network", type=click.Choice(["none", "private", "host"]), help="Default: none."),
@@ -145,6 +159,8 @@ def make_spec(given: dict[str, Any]) -> SandboxSpec:
         changes["limits"] = dataclasses.replace(spec.limits, **wanted)
     if env := given.pop("env"):
         changes["env"] = {**spec.env, **pairs(env, "--env")}
+    if rootfs := given.pop("rootfs"):
+        changes["rootfs"] = rootfs[0] if len(rootfs) == 1 else rootfs
     for name, value in given.items():
         if isinstance(value, tuple):
             if value:

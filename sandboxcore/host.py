@@ -37,6 +37,7 @@ class HostFeatures:
 
     mode: ``"root"`` maps ``ID_RANGE`` ids from ``id_base``; ``"subuid"`` maps the caller's own id and
     a subordinate range; ``"rootless"`` maps the caller's own id alone.
+    tmpfs_xattr: files in memory can have extended attributes of users (Linux 6.6), which overlays need.
     """
 
     mode: Literal["root", "subuid", "rootless"]
@@ -46,23 +47,36 @@ class HostFeatures:
     landlock_abi: int
     subuid: tuple[int, int] | None = None
     subgid: tuple[int, int] | None = None
+    tmpfs_xattr: bool = True
 
 
 @functools.cache
 def _features(uid: int, gid: int) -> HostFeatures:
-    abi = _native.landlock_abi()
+    abi, xattr = _native.landlock_abi(), _tmpfs_xattr()
     base = _root_base() if uid == 0 and _has_capabilities() else None
     if base is not None:
-        return HostFeatures("root", uid, gid, base, abi)
+        return HostFeatures("root", uid, gid, base, abi, tmpfs_xattr=xattr)
     ranges = _subordinate_ranges(uid)
     if ranges is not None:
-        return HostFeatures("subuid", uid, gid, 0, abi, *ranges)
-    return HostFeatures("rootless", uid, gid, 0, abi)
+        return HostFeatures("subuid", uid, gid, 0, abi, *ranges, tmpfs_xattr=xattr)
+    return HostFeatures("rootless", uid, gid, 0, abi, tmpfs_xattr=xattr)
 
 
 def features() -> HostFeatures:
     """The features for the process's current effective ids."""
     return _features(os.geteuid(), os.getegid())
+
+
+def _tmpfs_xattr() -> bool:
+    """memfd_create(2): its files are those of a tmpfs."""
+    fd = os.memfd_create("sandboxcore-xattr", os.MFD_CLOEXEC)
+    try:
+        os.setxattr(fd, "user.sandboxcore", b"")
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def _has_capabilities() -> bool:
@@ -124,7 +138,7 @@ REMEDIES: Mapping[str, str] = {
     " namespaces",
     "proc": "the host's /proc is masked, as in an unprivileged container; run it with"
     " --security-opt systempaths=unconfined or an unmasked procMount",
-    "overlay": "needs Linux 5.11 with CONFIG_OVERLAY_FS; not used by run()",
+    "overlay": "overlay= and writable= need Linux 6.6 with CONFIG_OVERLAY_FS and CONFIG_TMPFS_XATTR",
     "idmapped_mount": "rw= as root needs Linux 5.12 and a file system with id-mapped mounts; rootless does"
     " without",
     "seccomp": "needs CONFIG_SECCOMP_FILTER; in a container, a profile that permits seccomp(2)",

@@ -17,7 +17,7 @@ from sandboxcore.errors import SetupError, SpecError, UnsupportedHost
 from sandboxcore.host import ID_RANGE, HostFeatures
 from sandboxcore.seccomp import compile_filter, hosts_launcher, resolve, without_set_id
 from sandboxcore.spec import Limits, SandboxSpec
-from sandboxcore.tree import Tree, identity
+from sandboxcore.tree import Mount, Tree, identity
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -184,6 +184,12 @@ class _Compiler:
         self.controllers, missing = _controllers(self.spec)
         self.omitted += missing
         self.tree = Tree(self.spec, self.host)
+        overlays = [mount for mount in self.tree.mounts if mount.kind == "OVERLAY" and mount.writable]
+        if overlays and not self.host.tmpfs_xattr:
+            raise UnsupportedHost(
+                f"an overlay that is written to ({overlays[0].origin})",
+                "Linux 6.6 or later with CONFIG_TMPFS_XATTR",
+            )
         self.rlimits = _resource_limits(self.spec.limits, self.host, self.uid, "pids" in self.controllers)
         self.landlock_fs, self.landlock_scoped, self.rules = self._landlock()
         self.policy = resolve(self.spec.seccomp or "standard")
@@ -205,11 +211,12 @@ class _Compiler:
         anything = handled & ~LL_MAKE_DEVICES
         on_file = LL_READ & ~(1 << 3) | LL_WRITE_FILE | LL_TRUNCATE | LL_IOCTL
         in_place = handled & (LL_READ | LL_WRITE_FILE | LL_TRUNCATE | LL_IOCTL)
-        rules = [("/", LL_READ), ("/dev", in_place), ("/proc", in_place)]
+        whole = anything if self.spec.writable else LL_READ
+        rules = [("/", whole), ("/dev", in_place), ("/proc", in_place)]
         rules += [
             (mount.target, anything if mount.directory else handled & on_file)
             for mount in self.tree.mounts
-            if mount.writable and mount.origin != "devices"
+            if mount.writable and mount.origin not in ("devices", "root")
         ]
         return handled, LL_SCOPES if abi >= 6 else 0, rules
 
@@ -247,6 +254,7 @@ class _Compiler:
             {
                 "nodes": ("struct sbx_node", len(self.tree.nodes)),
                 "mounts": ("struct sbx_mount", len(self.tree.mounts)),
+                "lowers": ("struct sbx_lower", sum(len(mount.lowers) for mount in self.tree.mounts)),
                 "rlimits": ("struct sbx_rlimit", len(self.rlimits)),
                 "rules": ("struct sbx_rule", len(self.rules)),
                 "filter": ("uint64_t", len(self.filter) // 8),
@@ -256,6 +264,7 @@ class _Compiler:
         masks, readonly = self._proc_covers()
         arena.strings("masks", [name.encode() for name in masks])
         arena.strings("readonly", [name.encode() for name in readonly])
+        arena.strings("carried", [os.fsencode(path) for path in self.tree.carried])
         self._write_nodes(arena)
         self._write_mounts(arena)
         for index, (_, number, soft, hard) in enumerate(self.rlimits):
@@ -275,13 +284,20 @@ class _Compiler:
         uid_map, gid_map, flags = self._id_maps()
         once = _native.constant("PLAN_FILTER_ONCE") if hosts_launcher(self.policy) else 0
         head.flags = flags | once | (_native.constant(net) if net else 0)
+        if self.tree.root is not None:
+            head.flags |= _native.constant("PLAN_OVERLAY_ROOT")
+            head.flags |= _native.constant("PLAN_WRITABLE_ROOT") if self.spec.writable else 0
         head.namespaces = sum(NAMESPACES[name] for name in self._namespaces())
         head.uid, head.gid = self.uid, self.gid
         head.uid_map, head.gid_map = arena.data(uid_map.encode()), arena.data(gid_map.encode())
         head.hostname = arena.data(spec.hostname.encode())
         if spec.time_offsets is not None:
             head.time_offsets = arena.data(_time_offsets(spec.time_offsets))
-        head.root_options = arena.data(_options(("mode", "0755", "size", "64m")))
+        root: tuple[str, ...] = ("mode", "0755", "size", "64m")
+        if self.spec.writable and self.host.mode == "root":  # elsewhere the nodes are the payload's anyway
+            head.node_uid, head.node_gid = self.host.id_base + self.uid, self.host.id_base + self.gid
+            root = (*root, "uid", str(head.node_uid), "gid", str(head.node_gid))
+        head.root_options = arena.data(_options(root))
         head.scratch_options = arena.data(_options(self._scratch_options()))
         head.landlock_fs, head.landlock_scoped = self.landlock_fs, self.landlock_scoped
         head.landlock_abi = min(self.host.landlock_abi, LL_NEWEST)
@@ -295,15 +311,24 @@ class _Compiler:
             node.data, node.size = arena.data(item.data), len(item.data)
 
     def _write_mounts(self, arena: _native.Arena) -> None:
+        lowers = 0
         for index, item in enumerate(self.tree.mounts):
             mount = arena.record("mounts", index)
+            mount.lower, mount.lowers = lowers, len(item.lowers)
+            for layer in item.lowers:
+                lower = arena.record("lowers", lowers)
+                lower.source = arena.data(os.fsencode(layer.source))
+                if layer.id_maps:
+                    lower.uid_map, lower.gid_map = (arena.data(text.encode()) for text in layer.id_maps)
+                lowers += 1
             mount.kind = _native.constant(f"MOUNT_{item.kind}")
             mount.target = arena.data(os.fsencode(item.target))
             mount.attrs, mount.mode = item.attrs, item.mode
             if item.source:
                 mount.source = arena.data(os.fsencode(item.source))
-            if item.options:
-                mount.options = arena.data(_options(item.options))
+            options = _overlay_options(item, index) if item.kind == "OVERLAY" else item.options
+            if options:
+                mount.options = arena.data(_options(options))
             if item.id_maps:
                 mount.uid_map, mount.gid_map = (arena.data(text.encode()) for text in item.id_maps)
             flags = {"DIR": item.directory, "CREATE": item.create, "LATE": item.late}
@@ -463,6 +488,13 @@ def _around(own: int) -> str:
 
 def _options(pairs: Iterable[str]) -> bytes:
     return b"".join(item.encode() + b"\0" for item in pairs)
+
+
+def _overlay_options(mount: Mount, index: int) -> tuple[str, ...]:
+    """overlayfs's, with the names that ``csrc/overlay.c`` gives to the directories."""
+    layers = (*(("nodes",) if mount.nodes else ()), *(f"{index}.{k}" for k in range(len(mount.lowers))))
+    upper = ("upperdir", f"scratch/u{index}", "workdir", f"scratch/w{index}") if mount.writable else ()
+    return ("lowerdir", ":".join(layers), *upper, "userxattr", "")
 
 
 def _time_offsets(offsets: Mapping[str, float]) -> bytes:

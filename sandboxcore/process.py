@@ -2,6 +2,7 @@
 
 import errno as E
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -164,6 +165,7 @@ def help_spawner(
         raise render(plan, request, failure) from None
 
 
+_OVERLAY = re.compile(r"\((ro|rw), (root|spec overlay)")
 _HINTS = {
     ("cgroup", E.EBUSY): "somebody put a process or another controller into a group of ours",
     ("cgroup", E.ENOENT): "the group was removed, or lies outside of this process's cgroup namespace",
@@ -182,6 +184,10 @@ _HINTS = {
     ("mount", E.ELOOP): "the mount point is, or lies behind, a symbolic link",
     ("source", E.ELOOP): "a part of the path became a symbolic link",
     ("source", E.EACCES): "not readable for this user",
+    (
+        "source",
+        E.EINVAL,
+    ): "another file system is mounted below it, which only root can leave out of an overlay",
     ("launcher", E.EAGAIN): "the sandbox takes no more commands: too many wait already, or it is stopped",
     ("pty", E.ENOSPC): "no more terminals in this sandbox",
     ("cred", E.EINVAL): "as an ordinary user without subordinate ids there is one identity: drop user=",
@@ -220,8 +226,11 @@ def render(plan: Plan, request: Request | None, failure: _native.NativeFailure) 
     unsupported = _UNSUPPORTED.get((stage, code))
     if (stage, code) == ("mount", E.EPERM) and " on /proc " in subject:
         unsupported = ("a new /proc in a user namespace", "proc")
-    if (stage, code) == ("source", E.EINVAL) and "spec rw" in subject:
+    mapped = "spec rw" in subject or (plan.host.mode == "root" and _OVERLAY.search(subject))
+    if (stage, code) == ("source", E.EINVAL) and mapped:
         unsupported = (f"an id-mapped mount of {subject}", "idmapped_mount")
+    if stage == "mount" and code in (E.ENODEV, E.EPERM) and _OVERLAY.search(subject):
+        unsupported = (f"overlayfs in a user namespace: {subject}", "overlay")
     if unsupported:
         return UnsupportedHost(unsupported[0], host.REMEDIES[unsupported[1]])
     kind = _KINDS.get((stage, code), ExecError if stage == "exec" else SetupError)

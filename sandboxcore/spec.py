@@ -27,6 +27,7 @@ Network = Literal["none", "private", "host"]
 WORKSPACE = "/workspace"
 DEFAULT_ID = 1000
 ID_RANGE = 65536
+MAX_LAYERS = 40  # whose names fit into one option of fsconfig(2)
 
 PROFILES: Mapping[str, Mapping[str, Any]] = {
     "minimal": {"seccomp": "minimal", "proc": "pid"},
@@ -77,19 +78,24 @@ def clean_path(path: StrPath, name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mount:
-    """One mount. ``kind="bind"`` shows ``source`` of the host at ``target``; ``kind="tmpfs"`` is a
-    private, writable file system in memory.
+    """One mount. ``kind="bind"`` shows ``source`` of the host at ``target``; ``kind="overlay"`` shows it
+    copy-on-write: what is written stays in the sandbox and ends with it; ``kind="tmpfs"`` is a private,
+    writable file system in memory.
+
+    An overlay is writable for the payload as ``source`` is for its owner. What its other files have in them
+    can be read as far as everybody may, and not be changed or removed (EOVERFLOW, EPERM).
 
     Parameters
     ----------
     target: absolute path inside; missing directories are made where that does not touch the host.
-    source: bind only: path on the host; symbolic links in it are followed once, now.
+    source: path on the host, of a directory for an overlay; symbolic links in it are followed once, now. Not
+        for a tmpfs.
     read_only: bind only; default True.
     size, inodes, mode: tmpfs only: bytes (default: the sandbox's ``limits.disk``), number of files,
         permissions of its root (default 0o755, owned by the payload).
     """
 
-    kind: Literal["bind", "tmpfs"]
+    kind: Literal["bind", "overlay", "tmpfs"]
     target: str
     source: str | None = None
     read_only: bool = True
@@ -103,9 +109,9 @@ class Mount:
         put(self, "target", clean_path(self.target, "mounts.target"))
         if self.target == "/" or any(_below(self.target, path) for path in RESERVED):
             raise SpecError(f"mounts: target {self.target!r} is reserved")
-        if self.kind == "bind":
+        if self.kind in ("bind", "overlay"):
             if self.source is None:
-                raise SpecError(f"mounts: bind at {self.target!r} has no source")
+                raise SpecError(f"mounts: {self.kind} at {self.target!r} has no source")
             source = clean_path(os.path.abspath(os.path.expanduser(self.source)), "mounts.source")
             check_source(source, source)
             put(self, "source", source)
@@ -131,7 +137,9 @@ def _below(path: str, parent: str) -> bool:
     return path == parent or path.startswith(parent.rstrip("/") + "/")
 
 
-def _bind(item: Binding, name: str, *, read_only: bool) -> Mount:
+def _bind(
+    item: Binding, name: str, *, kind: Literal["bind", "overlay"] = "bind", read_only: bool = True
+) -> Mount:
     if isinstance(item, tuple):
         if len(item) != 2:
             raise SpecError(f"{name}: {item!r} is not (source, target)")
@@ -143,12 +151,12 @@ def _bind(item: Binding, name: str, *, read_only: bool) -> Mount:
             source, target = text, os.path.abspath(os.path.expanduser(text))
     if not source:
         raise SpecError(f"{name}: {item!r} has no source")
-    return Mount(kind="bind", source=source, target=target, read_only=read_only)
+    return Mount(kind=kind, source=source, target=target, read_only=read_only)
 
 
 def _anchored(item: Binding, name: str) -> Binding:
     """The same with an absolute source: a spec means the same wherever and whenever it is used."""
-    mount = _bind(item, name, read_only=True)
+    mount = _bind(item, name)
     given = path_text(item[0] if isinstance(item, tuple) else item, name)
     return item if given.startswith("/") else (mount.source or "", mount.target)
 
@@ -175,7 +183,8 @@ class Limits:
     output: bytes kept of stdout and of stderr, each: the first and the last half of it.
     output_action: what happens beyond that: ``"truncate"`` or ``"kill"``, which ends the command with cause
         ``output``.
-    disk, inodes: everything private and writable together (``/tmp``, ``/workspace``, ``/dev/shm``).
+    disk, inodes: everything private and writable together (``/tmp``, ``/workspace``, ``/dev/shm``, what is
+        written to overlays).
     memory: bytes in use at once, page cache and files in tmpfs included. When it runs out, the kernel kills a
         process and we the rest of the command, or the whole of a fresh sandbox.
     swap: bytes of swap on top of that; default none where memory is limited.
@@ -237,10 +246,14 @@ class SandboxSpec:
     ----------
     profile: ``"minimal"``, ``"standard"`` or ``"full"``: the defaults of ``seccomp`` and ``proc``.
     rootfs: directory that becomes the read-only root; default: the host's ``/usr`` and a minimal
-        ``/etc``.
-    mounts: typed mounts; ``ro``, ``rw`` and ``tmpfs`` are short forms.
+        ``/etc``. Or several, layers of one file system, the lowest first, as overlayfs takes them: a
+        file in a later one hides that of the same name in those before.
+    writable: the whole root is copy-on-write, ``/workspace`` included: what is written stays in the sandbox
+        and ends with it. What the host's directories bring is read-only still. Needs Linux 6.6.
+    mounts: typed mounts; ``ro``, ``rw``, ``overlay`` and ``tmpfs`` are short forms.
     ro, rw: ``"SRC"``, ``"SRC:DST"`` or ``(src, dst)`` host paths. ``rw`` is really writable, and
         what the payload makes there belongs to the directory's owner.
+    overlay: likewise, copy-on-write: see :class:`Mount`. Needs Linux 6.6.
     deny: absolute paths inside that become empty and unreadable. Never creates anything.
     tmpfs: ``"DST"`` or ``"DST:SIZE"``.
     network: ``"none"`` a namespace with only loopback; ``"private"`` the same, owned by the sandbox's
@@ -263,10 +276,12 @@ class SandboxSpec:
     """
 
     profile: str = "standard"
-    rootfs: str | None = None
+    rootfs: str | Sequence[str] | None = None
+    writable: bool = False
     mounts: Sequence[Mount] = ()
     ro: Sequence[Binding] = ()
     rw: Sequence[Binding] = ()
+    overlay: Sequence[Binding] = ()
     deny: Sequence[str] = ()
     tmpfs: Sequence[str] = ()
     network: Network = "none"
@@ -293,7 +308,7 @@ class SandboxSpec:
         for name, default in PROFILES[self.profile].items():
             if getattr(self, name) is None:
                 put(self, name, default)
-        for name in ("mounts", "ro", "rw", "deny", "tmpfs", "capabilities", "optional"):
+        for name in ("mounts", "ro", "rw", "overlay", "deny", "tmpfs", "capabilities", "optional"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Iterable):
                 raise SpecError(f"{name}: {value!r} is not a sequence")
@@ -301,14 +316,13 @@ class SandboxSpec:
         put(self, "deny", tuple(clean_path(path, "deny") for path in self.deny))
         put(self, "workdir", clean_path(self.workdir, "workdir"))
         if self.rootfs is not None:
-            rootfs = path_text(self.rootfs, "rootfs")
-            put(self, "rootfs", os.path.abspath(os.path.expanduser(rootfs)))
+            put(self, "rootfs", _root_layers(self.rootfs))
         self._check_values()
         for name in ("env", "labels", "time_offsets"):
             if getattr(self, name) is not None:
                 put(self, name, MappingProxyType(dict(getattr(self, name))))
         resolve(PROFILES[self.profile]["seccomp"] if self.seccomp is None else self.seccomp)
-        for name in ("ro", "rw"):
+        for name in ("ro", "rw", "overlay"):
             put(self, name, tuple(_anchored(item, name) for item in getattr(self, name)))
         self.all_mounts()
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode())
@@ -317,6 +331,8 @@ class SandboxSpec:
     def _check_values(self) -> None:
         if self.network not in ("none", "private", "host"):
             raise SpecError(f"network: {self.network!r} is not none, private or host")
+        if not isinstance(self.writable, bool):
+            raise SpecError(f"writable: {self.writable!r} is not True or False")
         if self.proc not in ("full", "pid"):
             raise SpecError(f"proc: {self.proc!r} is not full or pid")
         if self.landlock not in (True, False, "required"):
@@ -346,11 +362,12 @@ class SandboxSpec:
         return parse_user(DEFAULT_ID if self.user is None else self.user, "user")
 
     def all_mounts(self) -> tuple[Mount, ...]:
-        """``mounts``, ``ro``, ``rw`` and ``tmpfs`` in one form, parents first whatever their order."""
+        """``mounts`` and their short forms in one form, parents first whatever their order."""
         every = [
             *self.mounts,
             *(_bind(item, "ro", read_only=True) for item in self.ro),
             *(_bind(item, "rw", read_only=False) for item in self.rw),
+            *(_bind(item, "overlay", kind="overlay") for item in self.overlay),
             *(_tmpfs(item) for item in self.tmpfs),
         ]
         by_target: dict[str, Mount] = {}
@@ -388,7 +405,7 @@ class SandboxSpec:
                 fields["limits"] = Limits(**fields["limits"])
             if isinstance(fields.get("seccomp"), Mapping):
                 fields["seccomp"] = resolve(fields["seccomp"])
-            for name in ("ro", "rw"):
+            for name in ("ro", "rw", "overlay"):
                 if isinstance(fields.get(name), list):
                     fields[name] = [tuple(i) if isinstance(i, list) else i for i in fields[name]]
             if isinstance(fields.get("mounts"), list):
@@ -411,6 +428,15 @@ class SandboxSpec:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).from_dict, (self.to_dict(),)
+
+
+def _root_layers(rootfs: object) -> str | tuple[str, ...]:
+    """One directory, or layers from the lowest to the topmost, as absolute paths."""
+    if isinstance(rootfs, str | os.PathLike):
+        return os.path.abspath(os.path.expanduser(path_text(rootfs, "rootfs")))
+    if not isinstance(rootfs, Sequence) or not 1 <= len(rootfs) <= MAX_LAYERS:
+        raise SpecError(f"rootfs: {rootfs!r} is not a directory, nor 1 to {MAX_LAYERS} of them")
+    return tuple(os.path.abspath(os.path.expanduser(path_text(path, "rootfs"))) for path in rootfs)
 
 
 @functools.lru_cache(64, typed=True)

@@ -7,13 +7,15 @@ import fnmatch
 import functools
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sandboxcore import _native
 from sandboxcore.errors import SpecError
-from sandboxcore.host import HostFeatures
+from sandboxcore.host import ID_RANGE, HostFeatures
 from sandboxcore.spec import WORKSPACE, SandboxSpec, check_source
+from sandboxcore.spec import Mount as SpecMount
 
 RDONLY, NOSUID, NODEV, NOEXEC, IDMAP = 1, 2, 4, 8, 0x100000  # mount_setattr(2)
 
@@ -49,6 +51,14 @@ class Node:
     mode: int = 0o755
 
 
+@dataclass(frozen=True, slots=True)
+class Lower:
+    """A directory of the host that is a layer of an overlay."""
+
+    source: str
+    id_maps: tuple[str, str] | None = None
+
+
 @dataclass(slots=True)
 class Mount:
     """One mount; ``origin`` tells which part of the spec asked for it."""
@@ -65,11 +75,14 @@ class Mount:
     id_maps: tuple[str, str] | None = None
     late: bool = False
     create: bool = False
+    lowers: tuple[Lower, ...] = ()  # of an overlay, the topmost first
+    nodes: bool = False  # an overlay with our own root's nodes on top
 
     def __str__(self) -> str:
         access = "rw" if self.writable else "ro"
         late = ", late" if self.late else ""
-        return f"{self.source or self.kind.lower()} on {self.target} ({access}, {self.origin}{late})"
+        source = self.source or " over ".join(lower.source for lower in self.lowers) or self.kind.lower()
+        return f"{source} on {self.target} ({access}, {self.origin}{late})"
 
 
 def identity(path: str) -> tuple[int, ...]:
@@ -114,7 +127,8 @@ def _matching(pattern: str) -> list[str]:
 
 class Tree:
     """Collects the nodes and mounts of one spec on one host. ``watched`` are the host paths whose
-    replacement would make a template stale."""
+    replacement would make a template stale. ``root`` is the overlay that is the root, if it is one: then it
+    is the first mount."""
 
     def __init__(self, spec: SandboxSpec, host: HostFeatures) -> None:
         """Everything in turn; parents come first in the result."""
@@ -123,12 +137,16 @@ class Tree:
         self.nodes: list[Node] = []
         self.mounts: list[Mount] = []
         self.watched: list[str] = []
-        self._add_root()
+        self._layers: tuple[Lower, ...] = ()
+        self.root = self._add_root()
         self._add_dev()
         self._add_private()
         self._add_user_mounts()
         self._order_mounts()
         self._add_denials()
+        self.carried = self._carried()
+        if self.root is not None:
+            self.mounts.insert(0, self.root)
 
     def identities(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """What every watched path is right now."""
@@ -156,14 +174,38 @@ class Tree:
         self.mounts.append(mount)
         return mount
 
-    def _add_root(self) -> None:
-        for path in ("/proc", "/dev", "/etc", "/tmp"):
+    def _add_root(self) -> Mount | None:
+        """Returns the overlay that is the root, if it is one."""
+        for path in ("/proc", "/dev", "/tmp"):
             self._dir(path)
-        if self.spec.rootfs is None:
+        rootfs = self.spec.rootfs
+        if rootfs is None:
             self._add_host_programs()
             self._add_etc()
+        elif isinstance(rootfs, str) and not self.spec.writable:
+            self._add_rootfs(rootfs)
         else:
-            self._add_rootfs(self.spec.rootfs)
+            self._add_layers((rootfs,) if isinstance(rootfs, str) else rootfs)
+        if not self.spec.writable and not self._layers:
+            return None
+        attrs = NOSUID | NODEV | (0 if self.spec.writable else RDONLY)
+        root = Mount("OVERLAY", "/", "root", attrs=attrs, mode=0o755, writable=self.spec.writable)
+        root.lowers, root.nodes = self._layers, True
+        return root
+
+    def _add_layers(self, directories: Sequence[str]) -> None:
+        """Their files belong to whom they belong in an image, so as root the ids of this file system count
+        from 0."""
+        everybody = f"0 {self.host.id_base} {ID_RANGE}"
+        maps = (everybody, everybody) if self.host.mode == "root" else None
+        for rootfs in directories:
+            root = os.path.realpath(rootfs)
+            if not os.path.isdir(root):
+                raise SpecError(f"rootfs: {rootfs}: not a directory")
+            if root == "/":
+                raise SpecError("rootfs: '/' is no image: all of it would be the payload's; leave rootfs out")
+            self.watched += [rootfs, root]
+            self._layers = (Lower(root, maps), *self._layers)
 
     def _add_host_programs(self) -> None:
         for name, link in _host_root():
@@ -180,14 +222,7 @@ class Tree:
         except OSError as error:
             raise SpecError(f"rootfs: {rootfs}: {error.strerror}") from error
         self.watched += [rootfs, root + "/"]
-        own = {
-            "proc",
-            "dev",
-            "sys",
-            "tmp",
-            *(node.path[1:] for node in self.nodes if node.path != "/etc"),
-        }
-        self.nodes = [node for node in self.nodes if node.path != "/etc"]
+        own = {"proc", "dev", "sys", "tmp"}
         for entry in entries:
             path = f"/{entry.name}"
             if entry.name in own or path == WORKSPACE:
@@ -264,15 +299,18 @@ class Tree:
         if self.spec.rootfs is not None:
             del private["/var/tmp"]
         for target, mode in private.items():
-            if target not in taken:
+            if target in taken:
+                continue
+            if self.spec.writable and target in (WORKSPACE, "/var/tmp"):
+                self._dir(target, mode)
+            else:
                 attrs = NOSUID | NODEV
                 self.mounts.append(Mount("SCRATCH", target, "private", attrs=attrs, mode=mode, writable=True))
 
     def _add_user_mounts(self) -> None:
         for mount in self.spec.all_mounts():
-            origin = f"spec {'rw' if not mount.read_only else 'ro'}" if mount.kind == "bind" else "spec tmpfs"
-            if mount.kind == "bind" and mount.source is not None:
-                self._add_user_bind(mount.source, mount.target, origin, read_only=mount.read_only)
+            if mount.source is not None:
+                self._add_user_source(mount, mount.source)
                 continue
             disk = mount.size if mount.size is not None else self.spec.limits.disk
             options = ["mode", f"{mount.mode:o}", "uid", str(self.uid), "gid", str(self.gid)]
@@ -283,30 +321,39 @@ class Tree:
                 Mount(
                     "TMPFS",
                     mount.target,
-                    origin,
+                    "spec tmpfs",
                     attrs=NOSUID | NODEV,
                     options=tuple(options),
                     writable=True,
                 )
             )
 
-    def _add_user_bind(self, source: str, target: str, origin: str, *, read_only: bool) -> None:
+    def _add_user_source(self, wanted: SpecMount, source: str) -> None:
         try:
             real = os.path.realpath(source)
             st = os.stat(real)
         except OSError as error:
             raise SpecError(f"mounts: source {source!r}: {error.strerror}") from error
         check_source(source, real)
-        attrs = NOSUID | NODEV | (RDONLY if read_only else 0)
-        mount = self._bind(real, target, origin, attrs, directory=stat.S_ISDIR(st.st_mode))
-        mount.writable = not read_only
         self.watched += [source, real]
-        if not read_only and self.host.mode == "root":
+        maps = None
+        if self.host.mode == "root":  # the payload stands for the owner
+            base = self.host.id_base
+            maps = f"{st.st_uid} {base + self.uid} 1", f"{st.st_gid} {base + self.gid} 1"
+        if wanted.kind == "overlay":
+            if not stat.S_ISDIR(st.st_mode):
+                raise SpecError(f"mounts: overlay of {source!r}, which is no directory")
+            overlay = Mount("OVERLAY", wanted.target, "spec overlay", attrs=NOSUID | NODEV, writable=True)
+            overlay.mode, overlay.lowers = stat.S_IMODE(st.st_mode) & 0o1777, (Lower(real, maps),)
+            self.mounts.append(overlay)
+            return
+        origin, attrs = ("spec ro", RDONLY) if wanted.read_only else ("spec rw", 0)
+        directory = stat.S_ISDIR(st.st_mode)
+        mount = self._bind(real, wanted.target, origin, NOSUID | NODEV | attrs, directory=directory)
+        mount.writable = not wanted.read_only
+        if mount.writable and maps is not None:
             mount.attrs |= IDMAP
-            mount.id_maps = (
-                f"{st.st_uid} {self.host.id_base + self.uid} 1",
-                f"{st.st_gid} {self.host.id_base + self.gid} 1",
-            )
+            mount.id_maps = maps
 
     def _order_mounts(self) -> None:
         """Parents first; a bind below a per-sandbox mount is late; targets in our tmpfs may be made."""
@@ -316,9 +363,12 @@ class Tree:
             mount.late = (
                 mount.kind == "BIND" and parent is not None and (parent.kind != "BIND" or parent.late)
             )
-            mount.create = parent is None or parent.kind in ("SCRATCH", "TMPFS")
-            if parent is None and mount.kind != "BIND":  # the root is read-only when these are made
-                self._dir(mount.target)
+            mount.create = parent is None or parent.kind in ("SCRATCH", "TMPFS", "OVERLAY")
+            if parent is None and (mount.kind != "BIND" or self.root is not None):
+                if mount.directory:  # the root is read-only when these are made, or another one
+                    self._dir(mount.target)
+                elif all(node.path != mount.target for node in self.nodes):
+                    self._file(mount.target, b"")
         late = [mount for mount in self.mounts if mount.late]
         if len(late) > _native.MAX_LATE:
             raise SpecError(f"mounts: more than {_native.MAX_LATE} lie below private directories")
@@ -337,16 +387,39 @@ class Tree:
             above = [mount for mount in self.mounts if below(path, mount.target)]
             cover = max(above, key=lambda mount: len(mount.target), default=None)
             if cover is None:
-                exists = any(below(node.path, path) for node in self.nodes)
+                exists = any(below(node.path, path) for node in self.nodes) or self._in_layers(
+                    path, self.root
+                )
             elif cover.kind == "BIND":
                 exists = self._deniable(path, cover)
-            else:
-                exists = cover.target == path  # a private file system starts empty
+            else:  # a private file system starts empty
+                exists = cover.target == path or self._in_layers(path, cover)
             if exists:
                 self._drop_below(path)
-                late = cover is not None and (cover.late or cover.kind != "BIND")
+                late = self.spec.writable if cover is None else cover.late or cover.kind != "BIND"
                 masks.append(Mount("MASK", path, "spec deny", late=late))
         self.mounts = sorted([*self.mounts, *masks], key=lambda m: (m.target.split("/"), m.kind == "MASK"))
+
+    def _in_layers(self, path: str, overlay: Mount | None) -> bool:
+        """Whether one of an overlay's layers has a denied path. What comes later is the payload's own."""
+        if overlay is None:
+            return False
+        for lower in overlay.lowers:
+            outside = lower.source + path[len(overlay.target.rstrip("/")) :]
+            self.watched.append(outside)
+            if os.path.realpath(outside) != outside:
+                raise SpecError(f"deny: {path!r} goes through a symbolic link; deny what it points to")
+            if os.path.lexists(outside):
+                return True
+        return False
+
+    def _carried(self) -> tuple[str, ...]:
+        """What lies on the template's own root, and has to come along to a writable one."""
+        if self.root is None or not self.root.writable:
+            return ()
+        found = [m.target for m in self.mounts if m.kind in ("BIND", "MASK") and not m.late]
+        tops = [path for path in found if not any(path != other and below(path, other) for other in found)]
+        return ("/proc", "/dev", *(path for path in tops if not below(path, "/dev")))
 
     def _drop_below(self, path: str) -> None:
         """Our own mounts below a denied path go; one that the spec names contradicts it."""

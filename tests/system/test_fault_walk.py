@@ -69,7 +69,8 @@ STAGES_OF_CALL = {
     "sendmsg": {"init"},
 }
 ORDER = (
-    *("idmap", "session", "init", "mount", "nslimit", "proc", "mount", "hostname", "init", "fork"),
+    *("idmap", "session", "init", "mount", "root", "mount", "nslimit", "proc", "mount", "hostname", "init"),
+    "fork",
     *("session", "stdio", "cred", "file", "cwd", "landlock", "rlimit", "seccomp", "exec", "init"),
 )
 
@@ -121,7 +122,12 @@ def faulty(fault_helper: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list
     drop_spawners()
 
 
-SPEC = sandboxcore.SandboxSpec(tmpfs=["/opt/scratch:1M"], limits=sandboxcore.Limits(cpu_time=100))
+SPEC = sandboxcore.SandboxSpec(
+    tmpfs=["/opt/scratch:1M"],
+    overlay=[(CSRC, "/data")],
+    writable=True,
+    limits=sandboxcore.Limits(cpu_time=100),
+)
 
 
 def attempt() -> sandboxcore.ExecResult:

@@ -11,7 +11,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 # What runs between clone3 and exec, or as PID 1.
 AFTER_CLONE = (
-    *("path", "mount", "root", "idmap", "session", "fds", "rlimit", "cred", "file", "landlock"),
+    *("path", "mount", "overlay", "root", "idmap", "session", "fds", "rlimit", "cred", "file", "landlock"),
     *("seccomp", "record", "child", "init", "inbox", "message", "resident", "launcher", "command"),
     *("stdio", "pump", "pty", "proc", "files", "remove", "group", "meter", "watch"),
 )

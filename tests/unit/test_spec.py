@@ -100,7 +100,9 @@ REFUSED = {
     "tmpfs": ["/t", ["t"], ["/t:x"], ["/t:"], ["/dev/shm/x"]],
     "env": [{"": "x"}, {"A=": "x"}, {"A": "\0"}, {"A": 1}, {1: "x"}],
     "workdir": ["", "x", "/a/..", "/a\0"],
-    "rootfs": ["/a\0b", 5],
+    "rootfs": ["/a\0b", 5, [], ["/a", 5], ["/a"] * 41, ["/a\0b"]],
+    "writable": [1, None, "yes"],
+    "overlay": ["/a", ["/a:/proc/x"], ["/:/a"], ["/proc/1:/a"]],
     "time_offsets": [{"realtime": 1}, {"monotonic": "x"}, {"monotonic": math.nan}, {"monotonic": math.inf}],
     "limits": [{"pids": 5}, None],
     "labels": [{"a": b"x"}, {1: "x"}],
@@ -115,7 +117,7 @@ def test_refused(field: str, value: object) -> None:
     with pytest.raises(SpecError) as caught:
         SandboxSpec(**{field: value})  # type: ignore[arg-type]
     assert isinstance(caught.value, ValueError)
-    words = {"ro": "mounts", "rw": "mounts", "tmpfs": "mounts"}
+    words = {"ro": "mounts", "rw": "mounts", "overlay": "mounts", "tmpfs": "mounts"}
     assert field in str(caught.value) or words.get(field, "?") in str(caught.value)
 
 
@@ -269,9 +271,11 @@ def test_every_field_counts_in_the_fingerprint() -> None:
     variants = {
         "profile": "full",
         "rootfs": "/r",
+        "writable": True,
         "mounts": [Mount(kind="tmpfs", target="/t")],
         "ro": ["/a"],
         "rw": ["/a"],
+        "overlay": ["/a"],
         "deny": ["/a"],
         "tmpfs": ["/a"],
         "network": "host",
@@ -326,7 +330,8 @@ offsets = st.dictionaries(st.sampled_from(["monotonic", "boottime"]), st.floats(
 specs = st.builds(
     SandboxSpec,
     profile=st.sampled_from(["minimal", "standard", "full"]),
-    rootfs=st.none() | targets,
+    rootfs=st.none() | targets | st.lists(targets, min_size=1, max_size=3).map(tuple),
+    writable=st.booleans(),
     mounts=st.lists(mounts, max_size=4, unique_by=lambda mount: mount.target),
     ro=st.lists(targets.map(lambda path: (path, "/ro" + path)), max_size=3, unique=True),
     rw=st.lists(targets.map(lambda path: f"{path}:/rw{path}"), max_size=3, unique=True),
