@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MEBIBYTE = 1 << 20
 USR_PATH = "/usr/local/bin:/usr/bin"
@@ -116,11 +117,13 @@ def library_subjects(peers: Sequence[str]) -> list[Subject]:
     """sandboxcore itself; `peers` are the names of the subjects it is also divided by."""
     try:
         import sandboxcore
+        from sandboxcore import host
     except ImportError as error:
         raise Refused(f"cannot import sandboxcore: {error}") from error
 
-    def run(argv: Sequence[str]) -> Callable[[int, float], list[float]]:
-        return timed(lambda: sandboxcore.run(argv, check=True))
+    def run(argv: Sequence[str], **fields: Any) -> Callable[[int, float], list[float]]:
+        spec = sandboxcore.SandboxSpec(**fields)
+        return timed(lambda: sandboxcore.run(argv, spec=spec, check=True))
 
     python = [below_usr("python3"), "-I", "-c", "pass"]
     head = ["head", "-c", str(MEBIBYTE), "/dev/zero"]
@@ -128,6 +131,22 @@ def library_subjects(peers: Sequence[str]) -> list[Subject]:
         "a fresh sandbox: user mnt pid net ipc uts cgroup namespaces, own root with proc, dev, "
         "tmpfs, no capabilities, rlimits, Landlock, seccomp filter"
     )
+    overlays = [
+        Subject(
+            name="cold.run.overlay",
+            block=run(["true"], overlay=[("/usr/share", "/data")]),
+            does="cold.run with a directory of the host copy-on-write",
+            ratio_to=("cold.run",),
+        ),
+        Subject(
+            name="cold.run.writable",
+            block=run(["true"], writable=True),
+            does="cold.run with a writable root",
+            ratio_to=("cold.run",),
+        ),
+    ]
+    if not host.features().tmpfs_xattr:
+        overlays = []
     return [
         Subject(
             name="cold.run",
@@ -166,6 +185,7 @@ def library_subjects(peers: Sequence[str]) -> list[Subject]:
             does="`sandboxcore run -- true`: an interpreter, then what cold.first does",
             ratio_to=("subprocess.run", *peers),
         ),
+        *overlays,
     ]
 
 
