@@ -11,7 +11,8 @@
 struct sample {
 	struct sbx_plan plan;
 	struct sbx_node nodes[3];
-	struct sbx_mount mounts[3];
+	struct sbx_mount mounts[4];
+	struct sbx_lower lowers[1];
 	struct sbx_rlimit rlimits[1];
 	struct sbx_rule rules[1];
 	struct sock_filter filter[1];
@@ -47,7 +48,7 @@ static inline void sample_plan(struct sample *s)
 		.magic = SBX_PLAN_MAGIC,
 		.layout = SBX_LAYOUT,
 		.size = sizeof *s,
-		.flags = SBX_PLAN_POOLED_NET,
+		.flags = SBX_PLAN_POOLED_NET | SBX_PLAN_OVERLAY_ROOT | SBX_PLAN_WRITABLE_ROOT,
 		.namespaces = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS,
 		.uid = 1000,
 		.gid = 1000,
@@ -57,21 +58,30 @@ static inline void sample_plan(struct sample *s)
 		.root_options = TEXT("mode\0"
 				     "0755\0"),
 		.nodes = { SAMPLE_OFF(struct sample, nodes), 3 },
-		.mounts = { SAMPLE_OFF(struct sample, mounts), 3 },
+		.mounts = { SAMPLE_OFF(struct sample, mounts), 4 },
+		.lowers = { SAMPLE_OFF(struct sample, lowers), 1 },
 		.rlimits = { SAMPLE_OFF(struct sample, rlimits), 1 },
 		.rules = { SAMPLE_OFF(struct sample, rules), 1 },
 		.filter = { SAMPLE_OFF(struct sample, filter), 1 },
 	};
 	s->plan.masks = (struct sbx_span){ TEXT("kallsyms\0keys"), 2 };
+	s->plan.carried = (struct sbx_span){ TEXT("/proc\0/dev"), 2 };
 	s->nodes[0] = (struct sbx_node){ SBX_NODE_DIR, TEXT("/proc"), 0755, 0, 0 };
 	s->nodes[1] = (struct sbx_node){ SBX_NODE_FILE, TEXT("/etc"), 0644, TEXT("text"), 4 };
 	s->nodes[2] = (struct sbx_node){ SBX_NODE_SYMLINK, TEXT("/bin"), 0777, TEXT("usr/bin"), 7 };
-	s->mounts[0] = (struct sbx_mount){ .kind = SBX_MOUNT_PROC, .target = TEXT("/proc") };
-	s->mounts[1] = (struct sbx_mount){ .kind = SBX_MOUNT_TMPFS,
+	s->mounts[0] = (struct sbx_mount){ .kind = SBX_MOUNT_OVERLAY,
+					   .target = TEXT("/"),
+					   .options = TEXT("lowerdir\0"
+							   "nodes:0.0\0"
+							   "userxattr\0\0"),
+					   .lowers = 1 };
+	s->lowers[0] = (struct sbx_lower){ TEXT("/srv"), TEXT("0 100000 65536"), TEXT("0 100000 65536") };
+	s->mounts[1] = (struct sbx_mount){ .kind = SBX_MOUNT_PROC, .target = TEXT("/proc") };
+	s->mounts[2] = (struct sbx_mount){ .kind = SBX_MOUNT_TMPFS,
 					   .target = TEXT("/tmp"),
 					   .options = TEXT("size\0"
 							   "1m\0") };
-	s->mounts[2] = (struct sbx_mount){
+	s->mounts[3] = (struct sbx_mount){
 		.kind = SBX_MOUNT_BIND,
 		.flags = SBX_MOUNT_DIR | SBX_MOUNT_LATE,
 		.source = TEXT("/usr"),

@@ -25,7 +25,8 @@ def seeds() -> dict[str, bytes]:
     full = compile_plan(
         SandboxSpec(
             ro=["/usr/share:/data"], deny=["/data/doc"], tmpfs=["/opt/x:1M"], limits=limits,
-            network="host", time_offsets={"monotonic": 5.5}, seccomp="minimal", env={"A": "b"},
+            overlay=["/usr/lib:/srv/x"], writable=True, network="host", time_offsets={"monotonic": 5.5},
+            seccomp="minimal", env={"A": "b"},
         ),
         features,
     )  # fmt: skip

@@ -43,7 +43,7 @@ static void rejects_headers(void)
 	REJECTS(s.plan.size, sizeof s - 1, 1);
 	REJECTS(s.plan.namespaces, CLONE_NEWPID | CLONE_NEWNS, 2);
 	REJECTS(s.plan.namespaces, ~0ULL, 2);
-	REJECTS(s.plan.flags, 64, 2);
+	REJECTS(s.plan.flags, 256, 2);
 	REJECTS(s.plan.uid_map, 0, 3);
 	REJECTS(s.plan.hostname, sizeof s, 3);
 	REJECTS(s.plan.hostname, 4, 3); /* into the header */
@@ -62,15 +62,28 @@ static void rejects_lists(void)
 	REJECTS(s.nodes[0].mode, 010000, 4);
 	REJECTS(s.nodes[1].size, sizeof s, 4);
 	REJECTS(s.nodes[1].size, 3, 4); /* no NUL behind the content */
-	REJECTS(s.mounts[0].kind, 0, 5);
-	REJECTS(s.mounts[0].flags, 8, 5);
-	REJECTS(s.mounts[0].target, 0, 5);
-	REJECTS(s.mounts[0].attrs, 1U << 31, 5);
-	REJECTS(s.mounts[0].source, s.mounts[0].target, 5);
-	REJECTS(s.mounts[0].flags, SBX_MOUNT_LATE, 5);
-	REJECTS(s.mounts[2].source, 0, 5);
-	REJECTS(s.mounts[2].attrs, MOUNT_ATTR_IDMAP, 5);  /* without maps */
-	REJECTS(s.mounts[1].options, s.plan.hostname, 5); /* a key without a value */
+	REJECTS(s.mounts[1].kind, 0, 5);
+	REJECTS(s.mounts[1].flags, 8, 5);
+	REJECTS(s.mounts[1].target, 0, 5);
+	REJECTS(s.mounts[1].attrs, 1U << 31, 5);
+	REJECTS(s.mounts[1].source, s.mounts[1].target, 5);
+	REJECTS(s.mounts[1].flags, SBX_MOUNT_LATE, 5);
+	REJECTS(s.mounts[3].source, 0, 5);
+	REJECTS(s.mounts[3].attrs, MOUNT_ATTR_IDMAP, 5); /* without maps */
+	REJECTS(s.mounts[2].options, sizeof s, 5);
+	REJECTS(s.mounts[2].lowers, 1, 5); /* no overlay */
+	REJECTS(s.mounts[0].options, 0, 5);
+	REJECTS(s.mounts[0].lower, 2, 5);
+	REJECTS(s.mounts[0].lowers, 2, 5);
+	REJECTS(s.mounts[0].lowers, ~0U, 5);
+	REJECTS(s.mounts[0].kind, SBX_MOUNT_SCRATCH, 5); /* no root */
+	REJECTS(s.plan.flags, SBX_PLAN_WRITABLE_ROOT, 5);
+	REJECTS(s.plan.flags, 0, 5); /* what is carried, and where to? */
+	REJECTS(s.plan.carried.count, 600, 5);
+	REJECTS(s.plan.carried.off, s.plan.hostname, 5); /* not absolute */
+	REJECTS(s.plan.lowers.count, SBX_MAX_ITEMS + 1, 5);
+	REJECTS(s.lowers[0].source, s.plan.hostname, 5);
+	REJECTS(s.lowers[0].gid_map, 0, 5); /* a map for users only */
 	REJECTS(s.rlimits[0].resource, 99, 6);
 	REJECTS(s.rlimits[0].soft, 21, 6);
 	REJECTS(s.plan.filter.count, SBX_MAX_FILTER + 1, 6);
