@@ -165,9 +165,10 @@ class Link:
             try:
                 keeper = undo.enter_context(home.connect("keeper"))
                 work = undo.enter_context(home.connect("work"))
+                pause = home.pause()
             except (ConnectionRefusedError, FileNotFoundError):
                 return None  # it has ended just now
-            link = cls(keeper, work, pidfd, pause=home.pause(), group=home.group)
+            link = cls(keeper, work, pidfd, pause=pause, group=home.group)
             undo.pop_all()
         link._oom_kills = link._count_oom_kills()
         return link

@@ -1,5 +1,6 @@
 """A person at a terminal: starts a program on a pseudo-terminal, types, and waits for what appears."""
 
+import contextlib
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from support import host_environment
@@ -62,7 +64,8 @@ class Human:
         while not (match := expression.search(self.seen, self._at)):
             left = deadline - time.monotonic()
             assert left > 0, (
-                f"{pattern!r} did not appear within {seconds} s: {self.seen[self._at :][-2000:]!r}"
+                f"{pattern!r} did not appear within {seconds} s: {self.seen[self._at :][-2000:]!r}; "
+                f"at the terminal are {self.present()}"
             )
             if self._turn(select.POLLIN, left) == select.POLLHUP:
                 assert expression.search(self.seen, self._at), f"no {pattern!r}: {self.seen[-2000:]!r}"
@@ -118,6 +121,18 @@ class Human:
         """The end of the program, its return code."""
         self.rest(seconds)
         return self.process.wait(seconds)
+
+    def present(self) -> list[str]:
+        """Who is in the terminal's session: number, name, state, groups, and what it waits in."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                name, _, rest = (entry / "stat").read_text().partition("(")[2].rpartition(")")
+                state, _, group, session, _, foreground = rest.split()[:6]
+                if int(session) == self.process.pid:
+                    call = (entry / "wchan").read_text()
+                    found.append(f"{entry.name} {name} {state} group {group} of {foreground} in {call}")
+        return found
 
     def hang_up(self) -> None:
         """Close the window."""

@@ -788,6 +788,17 @@ def test_one_that_has_half_ended_leaves_no_socket(box: PersistentSandbox, state:
         (home.path / "elsewhere").rename(home.path / "work")
 
 
+def test_one_that_is_just_removed(box: PersistentSandbox) -> None:
+    """Its sockets answer still, but its directory is not whole any more."""
+    record, home = box.record, box._store.home(box.id)
+    (home.path / "pause").rename(home.path / "elsewhere")
+    try:
+        with leaves_nothing():
+            assert Link.reopen(home, record.pid, record.ticks, record.boot) is None
+    finally:
+        (home.path / "elsewhere").rename(home.path / "pause")
+
+
 @pytest.mark.slow
 def test_processes_race(state: Path) -> None:
     """Start, stop, suspend, destroy, exec, gc on one name at once: no deadlock, no leak, the truth."""
