@@ -18,11 +18,16 @@ from typing import Any
 
 from support import host_environment
 
-# What stands before a program: its terminal is its controlling one, report() tells us something that is not
-# on the screen, and ordered() returns when we want something to happen.
+# What stands before a program: its terminal is its controlling one, no signal is ignored or blocked because
+# it is here, report() tells us something that is not on the screen, and ordered() returns when we want
+# something to happen.
 PREAMBLE = """
 import fcntl, json, os, signal, sys, termios, threading, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+for number in "HUP QUIT TERM TSTP TTIN TTOU CONT WINCH CHLD".split():
+    signal.signal(signal.Signals["SIG" + number], signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
 from sandboxcore import Sandbox, SandboxSpec
 from sandboxcore.terminal import attach
 from support import PYTHON

@@ -312,6 +312,7 @@ with Sandbox() as sandbox:
             )
             human.send("\n")
             human.expect(r"echo\+icanon\+opost\+\r")
+            human.expect("out> ")  # before that readline would set the old size again: it reads and writes it
             human.resize(30, 90 + number)
             human.send("fg\n")
             human.expect(f"size 30 {90 + number}\r")
