@@ -57,7 +57,12 @@ class PrivateDoor(Door):
         self._sock = ours
 
     def open(self) -> socket.socket:
-        return self._sock.dup()
+        try:
+            return self._sock.dup()
+        except OSError as error:
+            if self._sock.fileno() >= 0:
+                raise
+            raise OSError(E.ENOTCONN, "its sandbox has ended") from error
 
     def alive(self) -> bool:
         with self.open() as sock:

@@ -187,6 +187,8 @@ class Sandbox(Resources):
         link, self._link = self._link, None
         self._state = state
         self.stopped_at = self.stopped_at or time.time()
+        for command in list(self._detached.values()):  # not left to a collector, which takes the socket first
+            command._door.close()
         if link is not None:
             if os.getpid() == self._pid:
                 link.end(wait=wait)

@@ -1,6 +1,7 @@
 """Commands that run on their own: how they end, what is kept of their output, who may write to them."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -763,3 +765,22 @@ def test_a_closed_sandbox_takes_none(box: Sandbox) -> None:
     with pytest.raises(SandboxError):
         box.detach(["true"])
     assert [c for c in box.commands() if c.status == "running"] == []
+
+
+def test_nothing_is_left_to_the_collector() -> None:
+    """Who has closed the sandbox has closed the way to its commands, also where a traceback keeps all."""
+
+    def caught() -> None:
+        with Sandbox() as sandbox:
+            command = sandbox.detach(["sleep", "100"])
+            try:
+                raise ValueError
+            except ValueError as error:
+                kept = error  # which has this frame, which has it
+        assert (command.returncode, kept.args) == (-9, ())
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        caught()
+        gc.collect()
+    assert [str(warning.message) for warning in seen] == []
