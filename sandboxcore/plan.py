@@ -492,7 +492,10 @@ def _options(pairs: Iterable[str]) -> bytes:
 
 def _overlay_options(mount: Mount, index: int) -> tuple[str, ...]:
     """overlayfs's, with the names that ``csrc/overlay.c`` gives to the directories."""
-    layers = (*(("nodes",) if mount.nodes else ()), *(f"{index}.{k}" for k in range(len(mount.lowers))))
+    layers = (
+        *(("nodes",) if mount.target == "/" else ()),
+        *(f"{index}.{k}" for k in range(len(mount.lowers))),
+    )
     upper = ("upperdir", f"scratch/u{index}", "workdir", f"scratch/w{index}") if mount.writable else ()
     return ("lowerdir", ":".join(layers), *upper, "userxattr", "")
 

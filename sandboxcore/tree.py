@@ -76,7 +76,6 @@ class Mount:
     late: bool = False
     create: bool = False
     lowers: tuple[Lower, ...] = ()  # of an overlay, the topmost first
-    nodes: bool = False  # an overlay with our own root's nodes on top
 
     def __str__(self) -> str:
         access = "rw" if self.writable else "ro"
@@ -190,7 +189,7 @@ class Tree:
             return None
         attrs = NOSUID | NODEV | (0 if self.spec.writable else RDONLY)
         root = Mount("OVERLAY", "/", "root", attrs=attrs, mode=0o755, writable=self.spec.writable)
-        root.lowers, root.nodes = self._layers, True
+        root.lowers = self._layers
         return root
 
     def _add_layers(self, directories: Sequence[str]) -> None:

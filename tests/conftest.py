@@ -7,6 +7,7 @@ import pytest
 from support import PYTHON, compile_static
 
 import sandboxcore
+from sandboxcore import host
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -49,6 +50,13 @@ def toolbox(tmp_path_factory: pytest.TempPathFactory) -> str:
     if not shutil.which("gcc"):
         pytest.skip("no gcc on PATH")
     return compile_static(tmp_path_factory.mktemp("toolbox") / "toolbox")
+
+
+@pytest.fixture(scope="session")
+def overlays() -> None:
+    """For tests that need them. A host without them says so, which has a test of its own."""
+    if not host.features().tmpfs_xattr:
+        pytest.skip("files in memory have no extended attributes here: needs Linux 6.6")
 
 
 @pytest.fixture(scope="session", autouse=True)

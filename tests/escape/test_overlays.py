@@ -19,20 +19,11 @@ from escape.hostile import (
 )
 from support import IS_ROOT, snapshot
 
-from sandboxcore import host
-
-pytestmark = pytest.mark.escape
+pytestmark = [pytest.mark.escape, pytest.mark.usefixtures("overlays")]
 
 FS_IOC_SETFLAGS, FS_NODUMP = 0x40086602, 0x40
 FS_IOC_FSSETXATTR = 0x401C5820
 FALLOC_FL_PUNCH_HOLE_KEEP_SIZE = 3
-
-
-@pytest.fixture(autouse=True)
-def overlays() -> None:
-    """Without them there is an error, and that is another test's."""
-    if not host.features().tmpfs_xattr:
-        pytest.skip("files in memory have no extended attributes here: needs Linux 6.6")
 
 
 @pytest.fixture

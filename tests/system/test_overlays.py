@@ -16,14 +16,9 @@ from support import IS_ROOT, Spec, ask_python, host_environment, leaves_nothing,
 import sandboxcore
 from sandboxcore import Limits, Mount, Sandbox, SetupError, SpecError, UnsupportedHost, host
 
+pytestmark = pytest.mark.usefixtures("overlays")
+
 OWNER = (12345, 12346) if IS_ROOT else (os.getuid(), os.getgid())
-
-
-@pytest.fixture(autouse=True)
-def overlays() -> None:
-    """Without them there is an error, and that is another test's."""
-    if not host.features().tmpfs_xattr:
-        pytest.skip("files in memory have no extended attributes here: needs Linux 6.6")
 
 
 def give(tree: Path) -> None:
