@@ -16,6 +16,7 @@ import pytest
 
 import sandboxcore
 from sandboxcore import PIPE, ExecResult, Limits, Sandbox, SandboxSpec, SandboxState, cgroup, groups
+from sandboxcore.cgroup_files import groups_below, processes
 from sandboxcore.command import Process
 
 MiB = 1 << 20
@@ -171,6 +172,11 @@ def groups_of(pid: int, name: str = "") -> list[Path]:
     parents = {*found.v1.values(), *([] if found.v2 is None else [found.v2])}
     pattern = f"sandboxcore/host-{pid}-*" + (f"/{name}*" if name else "")
     return sorted(path for parent in parents for path in parent.glob(pattern))
+
+
+def populated(group: Path) -> bool:
+    """Whether a process is left in a group or below it. It may go while one looks."""
+    return any(processes(path) for path in groups_below(group))
 
 
 def groups_of_sandbox(sandbox: Sandbox) -> list[Path]:

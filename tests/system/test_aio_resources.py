@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from loops import cancelled_after, condition, play
-from resources import IN_VM, PATIENCE, MiB, cpu, groups_of, load, needs, spec
+from resources import IN_VM, PATIENCE, MiB, cpu, groups_of, load, needs, populated, spec
 from support import gone, marked
 
 import sandboxcore
@@ -34,7 +34,6 @@ from sandboxcore import (
     cgroup,
     groups,
 )
-from sandboxcore.cgroup_files import groups_below, processes
 
 pytestmark = pytest.mark.timeout(600)
 in_vm_too = pytest.mark.cgroup  # not all of them, for there it takes twenty times as long
@@ -56,8 +55,7 @@ def nothing_is_left() -> Iterator[None]:
 
 def _left() -> set[Path]:
     idle = groups_of(os.getpid(), "run-")
-    busy = (path for path in idle if any(processes(group) for group in groups_below(path)))
-    return {*groups_of(os.getpid(), "sbx-"), *busy}
+    return {*groups_of(os.getpid(), "sbx-"), *filter(populated, idle)}
 
 
 def group_of(sandbox: aio.Sandbox) -> cgroup.Group:
@@ -250,7 +248,7 @@ def test_cancelled_run_leaves_no_group() -> None:
         for turns in range(20 if not IN_VM else 8):
             assert await cancelled_after(turns, aio.run(load("fork", 3, "hold"), spec=described))
         await condition(
-            lambda: all(not path.exists() or not processes(path) for path in groups_of(os.getpid(), "run-")),
+            lambda: not any(map(populated, groups_of(os.getpid(), "run-"))),
             "the end of all",
             PATIENCE,
         )

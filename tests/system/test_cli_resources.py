@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resources import PATIENCE, needs
+from resources import PATIENCE, needs, populated
 from support import PYTHON, gone, host_environment, host_program, wait_until
 
 from sandboxcore import cgroup
@@ -541,14 +541,8 @@ def test_gc_removes_the_groups_of_processes_that_are_gone(sh: Shell) -> None:
     assert done.returncode == -signal.SIGKILL
     bases = [Path(line).parent for line in done.stdout.splitlines()]
     assert bases
-    wait_until(lambda: not any(map(_populated, bases)), "the end of its processes", PATIENCE)
+    wait_until(lambda: not any(map(populated, bases)), "the end of its processes", PATIENCE)
     dry = sh.json("gc", "--dry-run")["groups"]
     assert all(str(base) in dry or not base.exists() for base in bases)
     sh("gc")
     assert not any(base.exists() for base in bases)
-
-
-def _populated(base: Path) -> bool:
-    return any(
-        (Path(path) / "cgroup.procs").read_text() for path, _, _ in os.walk(base) if os.path.exists(path)
-    )

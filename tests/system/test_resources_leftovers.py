@@ -17,6 +17,7 @@ from resources import (
     groups_of_sandbox,
     load,
     needs,
+    populated,
     spec,
     started,
     within,
@@ -141,8 +142,7 @@ def orphaned_groups() -> int:
 
 def emptied(pid: int) -> bool:
     """Whether no process is left in what a process has made."""
-    return not any((path / "cgroup.procs").read_text() for base in groups_of(pid)
-                   for path in (base, *base.rglob("*/")) if (path / "cgroup.procs").exists())  # fmt: skip
+    return not any(map(populated, groups_of(pid)))
 
 
 def test_after_a_host_process_that_was_killed() -> None:
