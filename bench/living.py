@@ -59,6 +59,7 @@ def living_subjects(stack: ExitStack) -> list[Subject]:
             ratio_to=("subprocess.run.1MiB",),
         ),
         *limited,
+        *_layered(sandboxcore, stack),
         Subject(
             name="living.popen",
             block=timed(popen),
@@ -130,6 +131,71 @@ def _limited(sandboxcore: Any, stack: ExitStack) -> list[Subject]:
             does="suspend and resume of that sandbox, in which two processes run",
             ratio_to=("subprocess.run",),
             paced=10,
+        ),
+    ]
+
+
+def _layered(sandboxcore: Any, stack: ExitStack) -> list[Subject]:
+    """Snapshots by how much was written before, where this host has what overlays need."""
+    spec = sandboxcore.SandboxSpec(writable=True, limits=sandboxcore.Limits(disk="1G"))
+    try:
+        sandbox = stack.enter_context(sandboxcore.Sandbox(spec))
+        start = sandbox.snapshot()
+    except sandboxcore.UnsupportedHost:
+        return []
+    busy = stack.enter_context(sandboxcore.Sandbox(spec))
+    sleeper = stack.enter_context(busy.popen(["sleep", "3600"]))
+    stack.callback(sleeper.kill)
+    busy.shell(f"head -c {10 * MEBIBYTE} /dev/zero >/workspace/file", check=True)
+
+    def fill(size: int) -> None:
+        sandbox.restore(start)
+        sandbox.shell(f"head -c {size} /dev/zero >/workspace/file", check=True)
+
+    def prepared(before: Callable[[], object], action: Callable[[], object]) -> Block:
+        def block(count: int, gap_s: float) -> list[float]:
+            samples = []
+            for _ in range(count):
+                before()
+                time.sleep(gap_s)
+                samples += timed(action)(1, 0)
+            return samples
+
+        return block
+
+    def fork() -> None:
+        sandboxcore.Sandbox.from_snapshot(start).close()
+
+    return [
+        *(
+            Subject(
+                name=f"layers.snapshot.{name}",
+                block=prepared(lambda size=size: fill(size), sandbox.snapshot),  # type: ignore[misc]
+                does=f"a snapshot of an idle sandbox that has written {name}",
+                ratio_to=("subprocess.run",),
+                paced=10,
+            )
+            for name, size in (("1KiB", 1024), ("100MiB", 100 * MEBIBYTE))
+        ),
+        Subject(
+            name="layers.restore.100MiB",
+            block=prepared(lambda: fill(100 * MEBIBYTE), lambda: sandbox.restore(start)),
+            does="going back to the start from there",
+            ratio_to=("subprocess.run",),
+            paced=10,
+        ),
+        Subject(
+            name="layers.fork",
+            block=timed(fork),
+            does="a sandbox that begins with a snapshot, ready for its first command, and its close()",
+            ratio_to=("subprocess.run", "living.create"),
+            paced=10,
+        ),
+        Subject(
+            name="layers.copy.10MiB",
+            block=timed(busy.snapshot),
+            does="a snapshot while a command runs: 10 MiB are copied, everything stands still",
+            ratio_to=("subprocess.run",),
         ),
     ]
 

@@ -32,6 +32,7 @@ struct sbx_spawner {
 	int host_ns;	/* the host's mount namespace, or our copy of it when rootless */
 	int children;	/* signalfd for SIGCHLD */
 	int net_maker;	/* socket to the process that makes network namespaces, or -1 */
+	int shelf_ns;	/* the mount namespace of layers, or -1 */
 	dev_t root_dev; /* the host process's "/" */
 	ino_t root_ino;
 };
@@ -63,11 +64,16 @@ struct sbx_box {
 	int move[SBX_MAX_GROUPS], slot_dir[SBX_MAX_GROUPS];
 	uint32_t slot_use[SBX_MAX_GROUPS];
 	unsigned moves, slots;
-	bool shared_view;	     /* of control groups: the spawner's */
-	struct sbx_slot *slot;	     /* a launcher's own groups, or NULL */
-	const struct sbx_pool *pool; /* a launcher's */
-	int later;		     /* detached: what comes after the start */
-	int journal;		     /* detached */
+	bool shared_view;	      /* of control groups: the spawner's */
+	struct sbx_slot *slot;	      /* a launcher's own groups, or NULL */
+	const struct sbx_pool *pool;  /* a launcher's */
+	_Atomic unsigned char *state; /* its own there */
+	/* overlays: layers.c */
+	struct sbx_layers layers; /* what they consist of */
+	int layer_fds[SBX_MAX_LAYERS];
+	int void_fd; /* where they are made: kept by the init of a living sandbox that has some, else -1 */
+	int later;   /* detached: what comes after the start */
+	int journal; /* detached */
 };
 
 /* The groups that a launcher and its commands have to themselves. */
@@ -84,11 +90,22 @@ struct sbx_slot {
 };
 
 /* The launchers of a sandbox, shared between them and init. */
-enum { SBX_LAUNCHER_NONE = 0, SBX_LAUNCHER_STARTING, SBX_LAUNCHER_IDLE, SBX_LAUNCHER_BUSY };
+enum {
+	SBX_LAUNCHER_NONE = 0,
+	SBX_LAUNCHER_STARTING,
+	SBX_LAUNCHER_IDLE,
+	SBX_LAUNCHER_BUSY,
+	SBX_LAUNCHER_ENDING, /* nothing runs any more, and the host may have heard of that already */
+	SBX_LAUNCHER_SWEEPER,
+	SBX_LAUNCHER_COPIER,  /* nobody else runs */
+	SBX_LAUNCHER_NURSERY, /* makes launchers: pool.c */
+};
 struct sbx_pool {
 	_Atomic unsigned char state[SBX_MAX_LAUNCHERS];
+	_Atomic pid_t pid[SBX_MAX_LAUNCHERS];
 	_Atomic unsigned used;	/* slots from here on were never used */
 	_Atomic unsigned kills; /* how often the host had every command killed */
+	_Atomic unsigned door;	/* taken by who takes a request, or keeps others from that: overlays */
 };
 
 /* What a command and everything below it used: the sum over wait4(2), the largest of ru_maxrss. */
@@ -193,6 +210,15 @@ long sbx_remove_tree(int dir, const char *name);
 /* proc.c: who is below whom, as /proc tells. */
 long sbx_proc_signal(pid_t ancestor, const pid_t *spare, size_t count, int sig);
 
+/* Processes that had been stopped when all were, and those that were not. */
+enum { SBX_MAX_HELD = 65536 };
+struct sbx_held {
+	size_t count, all;
+	pid_t self, stopped[SBX_MAX_HELD], held[SBX_MAX_HELD];
+};
+long sbx_proc_hold(struct sbx_held *held);
+void sbx_proc_let_go(struct sbx_held *held);
+
 /* pty.c */
 int sbx_pty_open(const struct sbx_box *box, int *slave, struct sbx_error *err);
 
@@ -211,15 +237,40 @@ struct sbx_source {
 int sbx_mount_open_source(const struct sbx_plan *p, uint32_t index, int proc, struct sbx_error *err);
 int sbx_mount_fs(const char *fstype, const char *options, unsigned attrs);
 int sbx_mount_attach(const struct sbx_plan *p, uint32_t index, int root, int tree, struct sbx_error *err);
+int sbx_mount_attach_at(const struct sbx_plan *p, uint32_t index, int root, const char *path, int tree,
+			struct sbx_error *err);
 int sbx_mount_mask(const struct sbx_plan *p, uint32_t index, int root, int empty, struct sbx_error *err);
-int sbx_mount_sandbox(const struct sbx_plan *p, struct sbx_error *err);
+int sbx_mount_sandbox(struct sbx_box *box, struct sbx_error *err);
 int sbx_mount_clone(const struct sbx_source *source, int proc);
 
 /* overlay.c */
 int sbx_overlay_park(const struct sbx_plan *p, int root, int void_fd, int proc, struct sbx_error *err);
-int sbx_overlay_open(const struct sbx_plan *p, uint32_t index, int scratch);
+int sbx_overlay_open(const struct sbx_plan *p, uint32_t index, int scratch, const struct sbx_layers *l);
 int sbx_overlay_template(const struct sbx_plan *p, int root, int void_fd, struct sbx_error *err);
-int sbx_overlay_enter(const struct sbx_plan *p, int root, int scratch, struct sbx_error *err);
+int sbx_overlay_carry(const struct sbx_plan *p, int root, int over, int void_fd);
+int sbx_overlay_enter(const struct sbx_plan *p, int root, int void_fd, int scratch, const struct sbx_layers *l,
+		      struct sbx_error *err);
+int sbx_overlay_add(int scratch, uint32_t number, int tree);
+
+/* shelf.c: layers for sandboxes to come */
+int sbx_shelf_put(struct sbx_spawner *s, int mount_ns, uint64_t id, int tree, struct sbx_error *err);
+int sbx_shelf_get(const struct sbx_spawner *s, uint64_t id, struct sbx_error *err);
+int sbx_shelf_drop(const struct sbx_spawner *s, uint64_t id, struct sbx_error *err);
+
+/* copy.c */
+long sbx_copy_attributes(int from, int to, bool overlay);
+long sbx_copy_tree(int from, int to, int links);
+
+/* layers.c: other layers for the overlays of a sandbox that stays. */
+int sbx_layers_take(struct sbx_layers *l, const uint32_t *number, size_t count);
+int sbx_layers_change(struct sbx_box *box, const struct sbx_layers *l, const int *fds, pid_t *sweeper,
+		      struct sbx_error *err);
+
+/* layer.c */
+int sbx_layer_lend(int scratch, uint32_t number);
+void sbx_layer_drop(int scratch, const struct sbx_layers *l);
+void sbx_layers_drop(const struct sbx_box *box, const struct sbx_layers *l);
+int sbx_layers_copy(const struct sbx_box *box, const struct sbx_layers *l, struct sbx_error *err);
 
 /* root.c */
 int sbx_root_build(const struct sbx_plan *p, struct sbx_error *err);
@@ -268,6 +319,7 @@ int sbx_cred_become_root(const struct sbx_plan *p, struct sbx_error *err);
 int sbx_cred_no_namespaces(struct sbx_error *err);
 int sbx_cred_drop(const struct sbx_plan *p, struct sbx_error *err);
 int sbx_cred_keep_kill(struct sbx_error *err);
+int sbx_cred_keep_launcher(const struct sbx_plan *p, struct sbx_error *err);
 int sbx_cred_lock_down(const struct sbx_plan *p, struct sbx_error *err);
 int sbx_cred_switch(const struct sbx_box *box, struct sbx_error *err);
 int sbx_cred_borrow(const struct sbx_plan *p, uint32_t uid, uint32_t gid, struct sbx_error *err);

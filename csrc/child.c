@@ -64,7 +64,7 @@ static int hide_init(struct sbx_error *err)
 	return ret < 0 ? sbx_fail(err, SBX_STAGE_INIT, 4, ret) : 0;
 }
 
-static int make_sandbox(const struct sbx_box *box, struct sbx_error *err)
+static int make_sandbox(struct sbx_box *box, struct sbx_error *err)
 {
 	const struct sbx_plan *p = box->plan;
 
@@ -73,7 +73,7 @@ static int make_sandbox(const struct sbx_box *box, struct sbx_error *err)
 	TRY(sbx_session_keyring(err));
 	TRY(sbx_time_enter(p, box->spawner->proc, err));
 	TRY(sbx_cred_become_root(p, err));
-	TRY(sbx_mount_sandbox(p, err));
+	TRY(sbx_mount_sandbox(box, err));
 	TRY(set_hostname(p, err));
 	TRY(bring_loopback_up(p, err));
 	TRY(hide_init(err));
@@ -82,11 +82,15 @@ static int make_sandbox(const struct sbx_box *box, struct sbx_error *err)
 
 /*
  * What init and the launchers of a living sandbox give up once, and every command inherits; but the filter is
- * loaded by each launcher, for it would not let init make them in control groups.
+ * loaded by each launcher, for it would not let init make them in control groups. Where there are overlays, init
+ * has to be able to mount others, which no Landlock domain allows: then it is the nursery that gives it up, pool.c.
  */
 static int lock_down(const struct sbx_box *box, struct sbx_error *err)
 {
 	TRY(sbx_cred_lock_down(box->plan, err));
+	if (box->plan->flags & SBX_PLAN_LAYERS)
+		return 0;
+	TRY(sbx_cred_keep_launcher(box->plan, err));
 	TRY(sbx_landlock_restrict(box, err));
 	return 0;
 }

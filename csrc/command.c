@@ -345,6 +345,7 @@ static void report(struct command *c)
 		.maxrss_kib = u->maxrss_kib,
 	};
 
+	*c->box->state = SBX_LAUNCHER_ENDING;
 	memcpy(rec.clock, c->box->clock, sizeof rec.clock);
 	if (c->watch.gauge)
 		sbx_gauge_end(c->watch.gauge, 1, &rec.counts);

@@ -99,13 +99,17 @@ int sbx_cred_drop(const struct sbx_plan *p, struct sbx_error *err)
  * three capabilities in their own namespace: to become the payload, and to kill it. Where there is only
  * one id they need none of them; but whoever has less than they may not trace them or change their priority.
  */
-int sbx_cred_lock_down(const struct sbx_plan *p, struct sbx_error *err)
+int sbx_cred_keep_launcher(const struct sbx_plan *p, struct sbx_error *err)
 {
 	const uint64_t needed = 1ULL << CAP_KILL | 1ULL << CAP_SETUID | 1ULL << CAP_SETGID;
 
-	if (drop_bounding_set(err) < 0 || drop_groups(p, err) < 0)
-		return -1;
 	return keep_only(p->flags & SBX_PLAN_NO_ROOT_ID ? 1ULL << CAP_KILL : needed, err);
+}
+
+/* What concerns init, too, which may have to keep its capabilities for what only it does. */
+int sbx_cred_lock_down(const struct sbx_plan *p, struct sbx_error *err)
+{
+	return drop_bounding_set(err) < 0 || drop_groups(p, err) < 0 ? -1 : 0;
 }
 
 /*

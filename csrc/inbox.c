@@ -95,6 +95,10 @@ int sbx_box_fill(struct sbx_box *box, const struct sbx_request *r, const int *fd
 	box->applied_size = 0;
 	box->later = box->journal = -1;
 	box->resident = r->flags & SBX_REQUEST_SANDBOX || box->resident;
+	if (!box->resident || r->flags & SBX_REQUEST_SANDBOX) {
+		box->layers.upper = box->layers.count = 0;
+		box->void_fd = -1;
+	}
 	if (r->flags & SBX_REQUEST_SANDBOX) {
 		box->persistent = r->flags & SBX_REQUEST_PERSISTENT;
 		if (nfds != 4)

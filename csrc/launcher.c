@@ -75,8 +75,39 @@ static void dispatch(const struct sbx_launcher *l, size_t len, int *fds, size_t 
 		sbx_files_serve(box, fds[0]);
 	else
 		sbx_fail(&err, SBX_STAGE_LAUNCHER, 3, -EPROTO);
+	*box->state = SBX_LAUNCHER_ENDING;
 	if (err.stage != SBX_STAGE_NONE)
 		sbx_send_error(fds[0], &err);
+}
+
+/* The next datagram. From its receipt on we are busy. */
+static long take(const struct sbx_launcher *l, int *fds, size_t *nfds)
+{
+	long len = sbx_receive(l->box->work, l->inbox->bytes, sizeof l->inbox->bytes, fds, nfds);
+
+	l->pool->state[l->number] = SBX_LAUNCHER_BUSY;
+	return len;
+}
+
+/*
+ * The same where init may replace us: it must never believe that we are idle while we have taken a request. So
+ * that is done behind a door, when there is something to take.
+ */
+static long take_behind_door(const struct sbx_launcher *l, int *fds, size_t *nfds)
+{
+	struct pollfd p = { .fd = l->box->work, .events = POLLIN };
+	const struct timespec now = { 0 };
+
+	for (;;) {
+		(void)sbx_sys(SYS_ppoll, &p, 1, NULL, NULL, 0);
+		while (atomic_exchange(&l->pool->door, 1))
+			(void)sbx_sys(SYS_sched_yield);
+		bool ready = sbx_sys(SYS_ppoll, &p, 1, &now, NULL, 0) > 0;
+		long len = ready ? take(l, fds, nfds) : 0;
+		atomic_store(&l->pool->door, 0);
+		if (ready)
+			return len;
+	}
 }
 
 /* One request. Returns false when there will be no more. */
@@ -86,14 +117,13 @@ static bool serve(const struct sbx_launcher *l)
 	size_t nfds = SBX_COUNT(fds);
 	const uint64_t one = 1;
 
-	long len = sbx_receive(l->box->work, l->inbox->bytes, sizeof l->inbox->bytes, fds, &nfds);
+	long len = l->box->plan->flags & SBX_PLAN_LAYERS ? take_behind_door(l, fds, &nfds) : take(l, fds, &nfds);
 	if (len == 0 && !l->box->persistent) { /* the host has let go: init knows, too */
 		(void)sbx_sys(SYS_ppoll, NULL, 0, NULL, NULL, 0);
 		return false;
 	}
 	l->box->paused_before = sbx_paused(l->box->pause, sbx_now()); /* first: we may be frozen at any moment */
 	l->box->clock[SBX_CLOCK_RECEIVED] = l->box->clock[SBX_CLOCK_STARTED] = sbx_now();
-	l->pool->state[l->number] = SBX_LAUNCHER_BUSY;
 	if (count(l->pool, SBX_LAUNCHER_IDLE) + count(l->pool, SBX_LAUNCHER_STARTING) == 0)
 		(void)sbx_sys(SYS_write, l->poke, &one, sizeof one);
 	dispatch(l, len < 0 ? 0 : (size_t)len, fds, nfds);
@@ -142,6 +172,7 @@ _Noreturn void sbx_launcher_run(const struct sbx_launcher *l)
 	const struct sbx_record ready = { .kind = SBX_RECORD_READY };
 	struct sbx_error err = { .stage = SBX_STAGE_NONE };
 
+	l->pool->pid[l->number] = (pid_t)syscall(SYS_getpid); /* perhaps before our maker says so */
 	int ret = settle(l, &err);
 	if (l->first && ret < 0)
 		sbx_send_error(l->box->control, &err);
@@ -153,6 +184,7 @@ _Noreturn void sbx_launcher_run(const struct sbx_launcher *l)
 		l->box->control = l->box->keeper = -1;
 		l->box->slot = l->slot;
 		l->box->pool = l->pool;
+		l->box->state = &l->pool->state[l->number];
 		l->pool->state[l->number] = SBX_LAUNCHER_IDLE;
 		while (serve(l))
 			;

@@ -98,18 +98,18 @@ static long make_target(int root, const char *path, bool dir)
 	return dir ? sbx_sys(SYS_mkdirat, at, name, 0755) : sbx_sys(SYS_mknodat, at, name, S_IFREG | 0644, 0);
 }
 
-/* An O_PATH descriptor of a mount's target, and whether it is a directory. */
-static int open_target(const struct sbx_plan *p, uint32_t index, int root, bool *dir, struct sbx_error *err)
+/* An O_PATH descriptor of a mount's target, at `path` below `root`, and whether it is a directory. */
+static int open_target(const struct sbx_plan *p, uint32_t index, int root, const char *path, bool *dir,
+		       struct sbx_error *err)
 {
-	const struct sbx_mount *m = mount_at(p, index);
 	struct stat st;
 
-	_cleanup_fd_ int fd = sbx_openat2(root, sbx_str(p, m->target), O_PATH | O_NOFOLLOW, 0, SBX_RESOLVE_STRICT);
-	if (fd == -ENOENT && m->flags & SBX_MOUNT_CREATE) {
-		long ret = make_target(root, sbx_str(p, m->target), *dir);
+	_cleanup_fd_ int fd = sbx_openat2(root, path, O_PATH | O_NOFOLLOW, 0, SBX_RESOLVE_STRICT);
+	if (fd == -ENOENT && mount_at(p, index)->flags & SBX_MOUNT_CREATE) {
+		long ret = make_target(root, path, *dir);
 		if (ret < 0)
 			return sbx_fail(err, SBX_STAGE_MOUNT, index, ret);
-		fd = sbx_openat2(root, sbx_str(p, m->target), O_PATH | O_NOFOLLOW, 0, SBX_RESOLVE_STRICT);
+		fd = sbx_openat2(root, path, O_PATH | O_NOFOLLOW, 0, SBX_RESOLVE_STRICT);
 	}
 	if (fd < 0)
 		return sbx_fail(err, SBX_STAGE_MOUNT, index, fd);
@@ -122,17 +122,24 @@ static int open_target(const struct sbx_plan *p, uint32_t index, int root, bool 
 	return sbx_steal_fd(&fd);
 }
 
-/* Attach the detached `tree` at the target of mounts[index]. */
-int sbx_mount_attach(const struct sbx_plan *p, uint32_t index, int root, int tree, struct sbx_error *err)
+/* Attach the detached `tree` of mounts[index] at `path` below `root`. */
+int sbx_mount_attach_at(const struct sbx_plan *p, uint32_t index, int root, const char *path, int tree,
+			struct sbx_error *err)
 {
 	const struct sbx_mount *m = mount_at(p, index);
 	bool dir = m->kind != SBX_MOUNT_BIND || (m->flags & SBX_MOUNT_DIR);
 
-	_cleanup_fd_ int target = open_target(p, index, root, &dir, err);
+	_cleanup_fd_ int target = open_target(p, index, root, path, &dir, err);
 	if (target < 0)
 		return -1;
 	int ret = sbx_move_mount(tree, target);
 	return ret < 0 ? sbx_fail(err, SBX_STAGE_MOUNT, index, ret) : 0;
+}
+
+/* The same at its target. */
+int sbx_mount_attach(const struct sbx_plan *p, uint32_t index, int root, int tree, struct sbx_error *err)
+{
+	return sbx_mount_attach_at(p, index, root, sbx_str(p, mount_at(p, index)->target), tree, err);
 }
 
 /* Hide an existing target behind an empty directory or file of ours; `empty` is the void. */
@@ -140,7 +147,7 @@ int sbx_mount_mask(const struct sbx_plan *p, uint32_t index, int root, int empty
 {
 	bool dir = true;
 
-	_cleanup_fd_ int target = open_target(p, index, root, &dir, err);
+	_cleanup_fd_ int target = open_target(p, index, root, sbx_str(p, mount_at(p, index)->target), &dir, err);
 	if (target < 0)
 		return -1;
 	_cleanup_fd_ int tree = sbx_open_tree(empty, dir ? SBX_VOID_DIR : SBX_VOID_FILE, AT_SYMLINK_NOFOLLOW);
@@ -237,12 +244,13 @@ static int open_scratch(const struct sbx_plan *p, uint32_t index, int scratch)
 	return ret < 0 ? (int)ret : sbx_open_tree(scratch, name, 0);
 }
 
-static int open_fresh(const struct sbx_plan *p, uint32_t index, int scratch)
+static int open_fresh(const struct sbx_box *box, uint32_t index, int scratch)
 {
+	const struct sbx_plan *p = box->plan;
 	const struct sbx_mount *m = mount_at(p, index);
 
 	if (m->kind == SBX_MOUNT_OVERLAY)
-		return sbx_overlay_open(p, index, scratch);
+		return sbx_overlay_open(p, index, scratch, &box->layers);
 	if (m->kind == SBX_MOUNT_SCRATCH)
 		return open_scratch(p, index, scratch);
 	const char *type = m->kind == SBX_MOUNT_PROC ? "proc" : m->kind == SBX_MOUNT_TMPFS ? "tmpfs" : "devpts";
@@ -272,11 +280,13 @@ static int enter_site(struct site *at, struct sbx_error *err)
 }
 
 /* The same on the writable root, which takes the place of the template's. */
-static int change_root(const struct sbx_plan *p, struct site *at, struct sbx_error *err)
+static int change_root(const struct sbx_box *box, struct site *at, struct sbx_error *err)
 {
+	const struct sbx_plan *p = box->plan;
+
 	if (!(p->flags & SBX_PLAN_WRITABLE_ROOT))
 		return 0;
-	if (sbx_overlay_enter(p, at->root, at->scratch, err) < 0)
+	if (sbx_overlay_enter(p, at->root, at->void_fd, at->scratch, &box->layers, err) < 0)
 		return -1;
 	leave_site(at);
 	*at = (struct site){ -1, -1, -1 };
@@ -286,15 +296,17 @@ static int change_root(const struct sbx_plan *p, struct site *at, struct sbx_err
 	return at->scratch < 0 ? sbx_fail(err, SBX_STAGE_MOUNT, p->mounts.count, at->scratch) : 0;
 }
 
-static int mount_each(const struct sbx_plan *p, const struct site *at, struct sbx_error *err)
+static int mount_each(const struct sbx_box *box, const struct site *at, struct sbx_error *err)
 {
+	const struct sbx_plan *p = box->plan;
+
 	for (uint32_t i = p->flags & SBX_PLAN_OVERLAY_ROOT ? 1 : 0; i < p->mounts.count; i++) {
 		const struct sbx_mount *m = mount_at(p, i);
 		if (m->flags & SBX_MOUNT_LATE) {
 			if (mount_late(p, i, at->root, at->void_fd, err) < 0)
 				return -1;
 		} else if (m->kind >= SBX_MOUNT_TMPFS) {
-			_cleanup_fd_ int tree = open_fresh(p, i, at->scratch);
+			_cleanup_fd_ int tree = open_fresh(box, i, at->scratch);
 			if (tree < 0)
 				return sbx_fail(err, SBX_STAGE_MOUNT, i, tree);
 			if (sbx_mount_attach(p, i, at->root, tree, err) < 0)
@@ -308,19 +320,27 @@ static int mount_each(const struct sbx_plan *p, const struct site *at, struct sb
  * What each sandbox must have of its own, in its copy of the template: a writable root, proc of its pid
  * namespace, tmpfs, overlays, devpts, and the binds that lie below them.
  */
-int sbx_mount_sandbox(const struct sbx_plan *p, struct sbx_error *err)
+int sbx_mount_sandbox(struct sbx_box *box, struct sbx_error *err)
 {
 	__attribute__((cleanup(leave_site))) struct site at = { -1, -1, -1 };
+	const struct sbx_plan *p = box->plan;
 
 	if (enter_site(&at, err) < 0)
 		return -1;
 	at.scratch = attach_scratch(p, at.void_fd);
 	if (at.scratch < 0)
 		return sbx_fail(err, SBX_STAGE_MOUNT, p->mounts.count, at.scratch);
-	if (change_root(p, &at, err) < 0 || mount_each(p, &at, err) < 0)
+	for (uint32_t i = 0; i < box->layers.count; i++) {
+		int ret = sbx_overlay_add(at.scratch, box->layers.number[i], box->layer_fds[i]);
+		if (ret < 0)
+			return sbx_fail(err, SBX_STAGE_MOUNT, p->mounts.count, ret);
+	}
+	if (change_root(box, &at, err) < 0 || mount_each(box, &at, err) < 0)
 		return -1;
 	if (sbx_cred_no_namespaces(err) < 0 || cover_proc(p, err) < 0)
 		return -1;
+	if (box->resident && p->flags & SBX_PLAN_LAYERS)
+		box->void_fd = sbx_steal_fd(&at.void_fd);
 	long ret = sbx_sys(SYS_chdir, "/");
 	return ret < 0 ? sbx_fail(err, SBX_STAGE_MOUNT, 0, ret) : 0;
 }

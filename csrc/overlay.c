@@ -14,10 +14,20 @@
 #include "box.h"
 
 #include <sys/mount.h>
+#include <sys/stat.h>
 
 static const struct sbx_mount *mount_at(const struct sbx_plan *p, uint32_t index)
 {
 	return (const struct sbx_mount *)sbx_at(p, p->mounts.off) + index;
+}
+
+/* As "lNUMBER/uINDEX", a layer's part for mounts[index], or "INDEX.NUMBER", a lower directory of the plan's. */
+static void name_part(char name[40], const char *prefix, uint32_t number, const char *kind, uint32_t index)
+{
+	char tail[16];
+
+	sbx_format_path(tail, kind, index, "");
+	sbx_format_path(name, prefix, number, tail);
 }
 
 /* Attach a detached tree in the void, under a name of its own. */
@@ -48,7 +58,7 @@ int sbx_overlay_park(const struct sbx_plan *p, int root, int void_fd, int proc, 
 {
 	const struct mount_attr readonly = { .attr_set = MOUNT_ATTR_RDONLY };
 	const struct sbx_lower *lower = sbx_at(p, p->lowers.off);
-	char name[32], number[16];
+	char name[40];
 
 	if (p->flags & SBX_PLAN_OVERLAY_ROOT) {
 		_cleanup_fd_ int nodes = sbx_open_tree(root, "", AT_EMPTY_PATH);
@@ -60,8 +70,7 @@ int sbx_overlay_park(const struct sbx_plan *p, int root, int void_fd, int proc, 
 	}
 	for (uint32_t i = 0; i < p->mounts.count; i++)
 		for (uint32_t k = 0; k < mount_at(p, i)->lowers; k++) {
-			sbx_format_path(number, ".", k, "");
-			sbx_format_path(name, "", i, number);
+			name_part(name, "", i, ".", k);
 			long ret = park_lower(p, lower + mount_at(p, i)->lower + k, void_fd, name, proc);
 			if (ret < 0)
 				return sbx_fail(err, SBX_STAGE_SOURCE, i, ret);
@@ -69,36 +78,93 @@ int sbx_overlay_park(const struct sbx_plan *p, int root, int void_fd, int proc, 
 	return 0;
 }
 
-/* The directories "uINDEX" and "wINDEX" of the scratch: upperdir, with the root's owner and mode, and workdir. */
-static long make_upper(const struct sbx_plan *p, uint32_t index, int scratch)
+/* Attach a layer that came as a descriptor in the scratch, under its number. */
+int sbx_overlay_add(int scratch, uint32_t number, int tree)
 {
 	char name[16];
 
-	sbx_format_path(name, "w", index, "");
-	long ret = sbx_sys(SYS_mkdirat, scratch, name, 0700);
-	if (ret < 0)
-		return ret;
-	sbx_format_path(name, "u", index, "");
-	ret = sbx_sys(SYS_mkdirat, scratch, name, 0700);
-	if (ret >= 0)
-		ret = sbx_sys(SYS_fchownat, scratch, name, p->uid, p->gid, AT_SYMLINK_NOFOLLOW);
-	return ret < 0 ? ret : sbx_sys(SYS_fchmodat, scratch, name, mount_at(p, index)->mode);
+	sbx_format_path(name, "l", number, "");
+	return (int)park(scratch, name, tree);
 }
 
-/* mounts[index], detached. The void is the working directory. With `scratch` < 0 nobody can write to it. */
-int sbx_overlay_open(const struct sbx_plan *p, uint32_t index, int scratch)
+/* upperdir and workdir of mounts[index] in the scratch. */
+static long make_upper(const struct sbx_plan *p, uint32_t index, int scratch, const struct sbx_layers *l)
 {
-	const struct sbx_mount *m = mount_at(p, index);
+	const int how = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
+	char name[40];
 
-	long ret = scratch < 0 ? 0 : make_upper(p, index, scratch);
-	return ret < 0 ? (int)ret : sbx_mount_fs("overlay", sbx_str(p, m->options), m->attrs);
+	sbx_format_path(name, "l", l->upper, "");
+	long ret = sbx_sys(SYS_mkdirat, scratch, name, 0700);
+	if (ret < 0 && ret != -EEXIST)
+		return ret;
+	name_part(name, "l", l->upper, "/w", index);
+	ret = sbx_sys(SYS_mkdirat, scratch, name, 0700);
+	if (ret < 0)
+		return ret;
+	name_part(name, "l", l->upper, "/u", index);
+	ret = sbx_sys(SYS_mkdirat, scratch, name, 0700);
+	_cleanup_fd_ int upper = ret < 0 ? (int)ret : (int)sbx_sys(SYS_openat, scratch, name, how, 0);
+	if (upper < 0)
+		return upper;
+	if (l->count == 0) {
+		ret = sbx_sys(SYS_fchown, upper, p->uid, p->gid);
+		return ret < 0 ? ret : sbx_sys(SYS_fchmod, upper, mount_at(p, index)->mode);
+	}
+	name_part(name, "l", l->number[0], "/u", index);
+	_cleanup_fd_ int below = (int)sbx_sys(SYS_openat, scratch, name, how, 0);
+	return below < 0 ? below : sbx_copy_attributes(below, upper, false); /* the overlay's root looks as before */
+}
+
+static long set_path(int fs, const char *key, uint32_t number, const char *kind, uint32_t index)
+{
+	char path[40];
+
+	name_part(path, SBX_VOID_SCRATCH "/l", number, kind, index);
+	return sbx_sys(SYS_fsconfig, fs, FSCONFIG_SET_STRING, key, path, 0);
+}
+
+/* The sandbox's layers, the topmost first; below them what the plan names. "lowerdir+": Linux 6.5. */
+static long set_lowers(int fs, const struct sbx_plan *p, uint32_t index, const struct sbx_layers *l)
+{
+	char name[40];
+	long ret = 0;
+
+	for (uint32_t i = 0; i < l->count && ret >= 0; i++)
+		ret = set_path(fs, "lowerdir+", l->number[i], "/u", index);
+	if (ret >= 0 && index == 0 && p->flags & SBX_PLAN_OVERLAY_ROOT)
+		ret = sbx_sys(SYS_fsconfig, fs, FSCONFIG_SET_STRING, "lowerdir+", SBX_VOID_NODES, 0);
+	for (uint32_t k = 0; k < mount_at(p, index)->lowers && ret >= 0; k++) {
+		name_part(name, "", index, ".", k);
+		ret = sbx_sys(SYS_fsconfig, fs, FSCONFIG_SET_STRING, "lowerdir+", name, 0);
+	}
+	return ret;
+}
+
+/* mounts[index] as a detached overlay that is written to. The void is the working directory. */
+int sbx_overlay_open(const struct sbx_plan *p, uint32_t index, int scratch, const struct sbx_layers *l)
+{
+	long ret = make_upper(p, index, scratch, l);
+	_cleanup_fd_ int fs = ret < 0 ? (int)ret : sbx_fsopen("overlay");
+	if (fs < 0)
+		return fs;
+	ret = set_lowers(fs, p, index, l);
+	if (ret >= 0)
+		ret = set_path(fs, "upperdir", l->upper, "/u", index);
+	if (ret >= 0)
+		ret = set_path(fs, "workdir", l->upper, "/w", index);
+	if (ret >= 0)
+		ret = sbx_sys(SYS_fsconfig, fs, FSCONFIG_SET_FLAG, "userxattr", NULL, 0);
+	if (ret >= 0)
+		ret = sbx_sys(SYS_fsconfig, fs, FSCONFIG_CMD_CREATE, NULL, NULL, 0);
+	return ret < 0 ? (int)ret : (int)sbx_sys(SYS_fsmount, fs, FSMOUNT_CLOEXEC, mount_at(p, index)->attrs);
 }
 
 /* Template: cover `root` with the overlay that becomes the root, and take the void along. Returns the overlay. */
 int sbx_overlay_template(const struct sbx_plan *p, int root, int void_fd, struct sbx_error *err)
 {
 	long ret = sbx_sys(SYS_fchdir, void_fd);
-	_cleanup_fd_ int over = ret < 0 ? (int)ret : sbx_overlay_open(p, 0, -1);
+	const struct sbx_mount *m = mount_at(p, 0);
+	_cleanup_fd_ int over = ret < 0 ? (int)ret : sbx_mount_fs("overlay", sbx_str(p, m->options), m->attrs);
 	ret = over < 0 ? over : sbx_move_mount(over, root);
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_MOUNT, 0, ret);
@@ -117,14 +183,30 @@ static long carry(int root, int over, const char *path)
 	return at < 0 ? at : sbx_move_mount(tree, at);
 }
 
-/* Sandbox: make the writable root, and let go of the template's, `root`. */
-int sbx_overlay_enter(const struct sbx_plan *p, int root, int scratch, struct sbx_error *err)
+/*
+ * What the plan says the template has, from `root` to `over`, and the void, proc on it if there is one. Returns the
+ * new void.
+ */
+int sbx_overlay_carry(const struct sbx_plan *p, int root, int over, int void_fd)
 {
 	const char *path = sbx_str(p, p->carried.off);
+	long ret = 0;
 
-	_cleanup_fd_ int over = sbx_overlay_open(p, 0, scratch);
-	long ret = over < 0 ? over : sbx_move_mount(over, root);
 	for (uint32_t i = 0; i < p->carried.count && ret >= 0; i++, path = sbx_next(path))
 		ret = carry(root, over, path);
-	return ret < 0 ? sbx_fail(err, SBX_STAGE_MOUNT, 0, ret) : sbx_root_enter(over, err);
+	_cleanup_fd_ int tree = ret < 0 ? (int)ret : sbx_open_tree(void_fd, "", AT_EMPTY_PATH | AT_RECURSIVE);
+	_cleanup_fd_ int at = tree < 0 ? tree :
+					 sbx_openat2(over, SBX_VOID, O_PATH | O_DIRECTORY, 0, SBX_RESOLVE_STRICT);
+	ret = at < 0 ? at : sbx_move_mount(tree, at);
+	return ret < 0 ? (int)ret : sbx_steal_fd(&tree);
+}
+
+/* Sandbox: make the writable root, and let go of the template's, `root`. */
+int sbx_overlay_enter(const struct sbx_plan *p, int root, int void_fd, int scratch, const struct sbx_layers *l,
+		      struct sbx_error *err)
+{
+	_cleanup_fd_ int over = sbx_overlay_open(p, 0, scratch, l);
+	long ret = over < 0 ? over : sbx_move_mount(over, root);
+	_cleanup_fd_ int fresh = ret < 0 ? (int)ret : sbx_overlay_carry(p, root, over, void_fd);
+	return fresh < 0 ? sbx_fail(err, SBX_STAGE_MOUNT, 0, fresh) : sbx_root_enter(over, err);
 }

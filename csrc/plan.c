@@ -105,7 +105,7 @@ static bool mount_ok(const struct arena *a, const struct sbx_mount *m)
 	if ((m->attrs & MOUNT_ATTR_IDMAP) ? !string_ok(a, m->uid_map) || !string_ok(a, m->gid_map) :
 					    m->uid_map || m->gid_map)
 		return false;
-	if (m->kind == SBX_MOUNT_OVERLAY ? !m->options : m->lowers != 0)
+	if (m->kind != SBX_MOUNT_OVERLAY && m->lowers)
 		return false;
 	return m->kind <= SBX_MOUNT_MASK || !(m->flags & SBX_MOUNT_LATE);
 }
@@ -131,7 +131,8 @@ static bool root_ok(const struct arena *a, const struct sbx_plan *p)
 
 	if (!(p->flags & SBX_PLAN_OVERLAY_ROOT))
 		return !(p->flags & SBX_PLAN_WRITABLE_ROOT) && p->carried.count == 0;
-	if (p->mounts.count == 0 || m->kind != SBX_MOUNT_OVERLAY || !strings_ok(a, p->carried))
+	if (p->mounts.count == 0 || m->kind != SBX_MOUNT_OVERLAY || !strings_ok(a, p->carried) ||
+	    !m->options != !!(p->flags & SBX_PLAN_WRITABLE_ROOT))
 		return false;
 	for (uint32_t i = 0; i < p->carried.count; i++) {
 		if (!path_ok(a, off))
@@ -149,7 +150,8 @@ static bool mounts_ok(const struct arena *a, const struct sbx_plan *p)
 	if (!array_ok(a, p->mounts, sizeof *m, _Alignof(struct sbx_mount)))
 		return false;
 	for (uint32_t i = 0; i < p->mounts.count; i++, m++) {
-		if (!mount_ok(a, m) || m->lower > p->lowers.count || m->lowers > p->lowers.count - m->lower)
+		if (!mount_ok(a, m) || m->lower > p->lowers.count || m->lowers > p->lowers.count - m->lower ||
+		    m->parent > i)
 			return false;
 		late += (m->flags & SBX_MOUNT_LATE) != 0;
 	}
@@ -194,7 +196,7 @@ int sbx_plan_check(const void *arena, size_t len, struct sbx_error *err)
 		return sbx_fail(err, SBX_STAGE_PLAN, 1, -EINVAL);
 
 	const struct arena a = { arena, p->size, sizeof *p };
-	if ((p->namespaces & ~namespaces) || (p->namespaces & required) != required || p->flags > 255)
+	if ((p->namespaces & ~namespaces) || (p->namespaces & required) != required || p->flags > 511)
 		return sbx_fail(err, SBX_STAGE_PLAN, 2, -EINVAL);
 	if (!string_ok(&a, p->uid_map) || !string_ok(&a, p->gid_map) || !string_ok(&a, p->hostname) ||
 	    !optional_ok(&a, p->time_offsets) || !options_ok(&a, p->root_options) ||
@@ -242,6 +244,11 @@ static bool groups_ok(const struct arena *a, const struct sbx_request *r)
 	return true;
 }
 
+static bool layers_ok(const struct arena *a, const struct sbx_request *r)
+{
+	return array_ok(a, r->layers, sizeof(uint64_t), _Alignof(uint64_t)) && r->layers.count <= SBX_MAX_LAYERS;
+}
+
 int sbx_request_check(const void *arena, size_t len, struct sbx_error *err)
 {
 	const struct sbx_request *r = arena;
@@ -252,7 +259,7 @@ int sbx_request_check(const void *arena, size_t len, struct sbx_error *err)
 		return sbx_fail(err, SBX_STAGE_REQUEST, 1, -EINVAL);
 
 	const struct arena a = { arena, r->size, sizeof *r };
-	if (!groups_ok(&a, r))
+	if (!groups_ok(&a, r) || !layers_ok(&a, r))
 		return sbx_fail(err, SBX_STAGE_REQUEST, 6, -EINVAL);
 	if (r->flags & SBX_REQUEST_SANDBOX)
 		return 0; /* has no command */

@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 /* cdef-begin */
-enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 4 };
+enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 5 };
 
 /* Upper bounds that keep every loop in the child short and every array on its stack. */
 enum {
@@ -32,6 +32,7 @@ enum {
 	SBX_MAX_FDS = 84,	 /* of one message: those to pass, the groups', and a few */
 	SBX_MAX_LAUNCHERS = 256, /* commands at once in one sandbox; more of them queue */
 	SBX_MAX_FOLLOWERS = 16,	 /* of one detached command */
+	SBX_MAX_LAYERS = 64,	 /* sealed ones below what is written to */
 };
 
 /* Where a set-up can fail. Append only: a number never changes its meaning. */
@@ -114,8 +115,8 @@ enum sbx_mount_flags {
 
 /*
  * Binds and masks belong to the template, the other kinds are made fresh in each sandbox. The array
- * is sorted so that a parent comes before what lies below it. The options of an overlay name its lower
- * directories as the template parks them: "INDEX.NUMBER", and SBX_VOID_NODES for the root's nodes.
+ * is sorted so that a parent comes before what lies below it. An overlay with options is one that nobody
+ * writes to; they name its lower directories as the template parks them: overlay.c.
  */
 struct sbx_mount {
 	uint32_t kind;
@@ -129,6 +130,7 @@ struct sbx_mount {
 	uint32_t mode;	/* SCRATCH, OVERLAY: of the directory */
 	uint32_t lower; /* OVERLAY: the first of its lower directories, and how many there are */
 	uint32_t lowers;
+	uint32_t parent; /* 1 + the index of the overlay that it lies on, with no mount between, or 0 */
 };
 
 /* A directory of the host that is a layer of an overlay. */
@@ -160,6 +162,7 @@ enum sbx_plan_flags {
 	SBX_PLAN_FILTER_ONCE = 32,    /* init and launchers can live under the filter: commands inherit it */
 	SBX_PLAN_OVERLAY_ROOT = 64,   /* mounts[0] is the root: of the template, */
 	SBX_PLAN_WRITABLE_ROOT = 128, /* or of each sandbox */
+	SBX_PLAN_LAYERS = 256,	      /* it has overlays that are written to */
 };
 
 struct sbx_plan {
@@ -245,6 +248,24 @@ struct sbx_request {
 	int32_t fault_at;
 	int32_t fault_errno;
 	uint32_t reserved;
+	struct sbx_span layers; /* SANDBOX: uint64_t: what it begins with, as they were put on the shelf */
+};
+
+/*
+ * What a sandbox's overlays consist of, on top of what the plan names. A layer, and what is written now, has a
+ * number in the sandbox that has it: a directory of the scratch, with "uINDEX" for each overlay. What it begins
+ * with has the numbers from 1 on, what it writes to first 0.
+ */
+enum { SBX_LAYER_NEW = 1u << 30 }; /* added to a number: it comes with the message, as a descriptor */
+struct sbx_layers {
+	uint32_t magic; /* SBX_REQUEST_MAGIC */
+	uint32_t kind;	/* SBX_MESSAGE_LAYERS, SBX_MESSAGE_COPY */
+	int32_t fault_at, fault_errno;
+	uint32_t seal;	/* what was written until now comes back as a layer */
+	uint32_t upper; /* the number of the directory to write to from now on; COPY: of the copy */
+	uint32_t count, drops;
+	uint32_t number[64]; /* the topmost first */
+	uint32_t drop[64];   /* to be removed, once the overlays are without them */
 };
 
 /* What a descriptor has to do with the sandbox's control groups: cgroups(7). */
@@ -333,6 +354,11 @@ enum sbx_message_kind {
 	SBX_MESSAGE_STAY,   /* to a persistent sandbox's init, on the answer's socket: its owner has it on record */
 	SBX_MESSAGE_END,    /* to init: end, and everything with you */
 	SBX_MESSAGE_CGROUP, /* to the spawner: the directory whose cgroup namespace sandboxes that stay are in */
+	SBX_MESSAGE_SHELVE, /* to the spawner: keep a layer for sandboxes to come, under the number in `plan` */
+	SBX_MESSAGE_UNSHELVE,
+	SBX_MESSAGE_BORROW, /* to the spawner: lend a layer of the shelf, for LAYERS */
+	SBX_MESSAGE_LAYERS, /* to init: struct sbx_layers instead; its overlays are made anew */
+	SBX_MESSAGE_COPY,   /* to init: the same, it lends a copy of what was written until now, or of some layers */
 };
 
 enum sbx_scope { SBX_SCOPE_PROCESS, SBX_SCOPE_GROUP, SBX_SCOPE_TREE };
@@ -406,7 +432,7 @@ enum sbx_clock { SBX_CLOCK_RECEIVED, SBX_CLOCK_STARTED, SBX_CLOCK_FORK, SBX_CLOC
 
 struct sbx_record {
 	uint32_t kind;
-	int32_t status;	    /* EXIT: as from wait(2) */
+	int32_t status;	    /* EXIT: as from wait(2); LAYERS: 1: the sandbox ends */
 	int32_t pid;	    /* READY: the spawner's; PIDFD: init's, as the spawner sees it; STARTED: as seen inside */
 	uint32_t size;	    /* APPLIED: bytes of text that follow */
 	uint32_t timed_out; /* EXIT: the launcher's clock struck */

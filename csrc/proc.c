@@ -1,16 +1,17 @@
 /*
- * proc.c - who is below whom, read from /proc/PID/stat, proc(5); and signals by it. Only where a command
- * left something behind or is killed: never on the way of one that just ends.
+ * proc.c - who is below whom, and who stands still, read from /proc/PID/stat, proc(5); and signals by it. Only where
+ * a command left something behind or is killed, or all have to stop: never on the way of one that just ends.
  *
  * A child that its parent has not reaped keeps its number, so between the look and the signal the number
  * cannot become somebody else's where the caller is the parent.
  */
 #include "box.h"
 
-enum { ZOMBIE = 'Z', DEAD = 'X' };
+enum { ZOMBIE = 'Z', DEAD = 'X', STOPPED = 'T', TRACED = 't' };
 
 struct who {
 	pid_t pid, parent, group;
+	char state;
 	bool dead; /* has ended and waits for its parent */
 };
 
@@ -35,12 +36,12 @@ static bool parse(const char *stat, size_t len, struct who *who)
 	const char *at = stat + len;
 	if (strlen(at) < 6)
 		return false;
-	char state = at[2];
+	who->state = at[2];
 	(void)number(number(at + 4, &who->parent) + 1, &who->group);
 	for (int field = 2; field < 20 && *at; at++)
 		field += *at == ' ';
 	(void)number(at, &threads);
-	who->dead = (state == ZOMBIE && threads <= 1) || state == DEAD;
+	who->dead = (who->state == ZOMBIE && threads <= 1) || who->state == DEAD;
 	return true;
 }
 
@@ -93,7 +94,8 @@ static void signal_one(const struct who *who, int sig)
 	(void)sbx_sys(SYS_kill, who->pid, sig);
 }
 
-static long signal_once(pid_t ancestor, const pid_t *spare, size_t count, int sig)
+/* Every process but init that has not ended, until a visit returns an error. Returns the sum of what they return. */
+static long each(long (*visit)(void *with, int proc, const struct who *), void *with)
 {
 	_Alignas(8) char entries[4096];
 	long found = 0;
@@ -109,13 +111,31 @@ static long signal_once(pid_t ancestor, const pid_t *spare, size_t count, int si
 			const struct sbx_dirent *entry = (const void *)(entries + at);
 			struct who who;
 			at += entry->len;
-			if (!look(proc, entry->name, &who) || who.pid <= 1 || who.dead ||
-			    listed(who.pid, spare, count) || !below(proc, who, ancestor, spare, count))
+			if (!look(proc, entry->name, &who) || who.pid <= 1 || who.dead)
 				continue;
-			signal_one(&who, sig);
-			found++;
+			long ret = visit(with, proc, &who);
+			if (ret < 0)
+				return ret;
+			found += ret;
 		}
 	}
+}
+
+struct targets {
+	pid_t ancestor;
+	const pid_t *spare;
+	size_t count;
+	int sig;
+};
+
+static long signal_target(void *with, int proc, const struct who *who)
+{
+	const struct targets *t = with;
+
+	if (listed(who->pid, t->spare, t->count) || !below(proc, *who, t->ancestor, t->spare, t->count))
+		return 0;
+	signal_one(who, t->sig);
+	return 1;
 }
 
 /*
@@ -124,12 +144,114 @@ static long signal_once(pid_t ancestor, const pid_t *spare, size_t count, int si
  */
 long sbx_proc_signal(pid_t ancestor, const pid_t *spare, size_t count, int sig)
 {
+	struct targets targets = { ancestor, spare, count, sig };
 	long ret = 1;
 
 	for (int round = 0; round < 16 && ret > 0; round++) {
-		ret = signal_once(ancestor, spare, count, sig);
+		ret = each(signal_target, &targets);
 		if (sig != SIGKILL)
 			break;
 	}
 	return ret < 0 ? ret : 0;
+}
+
+/* --- everything at a standstill ------------------------------------------------------------------ */
+
+static long note_stopped(void *with, int proc, const struct who *who)
+{
+	struct sbx_held *held = with;
+
+	(void)proc;
+	if (who->state != STOPPED)
+		return 0;
+	if (held->count == SBX_MAX_HELD)
+		return -E2BIG;
+	held->stopped[held->count++] = who->pid;
+	return 1;
+}
+
+/* Threads that run, or will; whoever waits for a vfork(2) looks as if it would. */
+static long count_moving(void *with, int proc, const struct who *who)
+{
+	_Alignas(8) char entries[2048];
+	char path[32];
+	long moving = 0;
+
+	if (who->pid == *(const pid_t *)with)
+		return 0;
+	sbx_format_path(path, "", (unsigned)who->pid, "/task");
+	_cleanup_fd_ int tasks = (int)sbx_sys(SYS_openat, proc, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	for (;;) {
+		long len = tasks < 0 ? 0 : sbx_sys(SYS_getdents64, tasks, entries, sizeof entries);
+		if (len <= 0)
+			return len < 0 && len != -ENOENT && len != -ESRCH ? len : moving;
+		for (long at = 0; at < len;) {
+			const struct sbx_dirent *entry = (const void *)(entries + at);
+			struct who thread;
+			at += entry->len;
+			moving += look(tasks, entry->name, &thread) && thread.state != STOPPED &&
+				  thread.state != TRACED && thread.state != ZOMBIE && thread.state != DEAD;
+		}
+	}
+}
+
+/* Whoever waits for a child of vfork(2) stands still when that has gone on, and executed something. */
+static long release_child(void *with, int proc, const struct who *who)
+{
+	const struct sbx_held *held = with;
+	struct who parent;
+	char name[16];
+
+	sbx_format_path(name, "", (unsigned)who->parent, "");
+	if (who->state != STOPPED || who->parent <= 1 || listed(who->pid, held->stopped, held->count) ||
+	    !look(proc, name, &parent) || count_moving((void *)(uintptr_t)&held->self, proc, &parent) <= 0)
+		return 0;
+	return sbx_sys(SYS_kill, who->pid, SIGCONT);
+}
+
+/*
+ * Have every process but init and the caller stand still, within 2 s: 0 or -errno, and then all go on. Nobody slips
+ * through: a fork(2) does not end while a signal is pending. `held` remembers those that stood still anyway.
+ */
+long sbx_proc_hold(struct sbx_held *held)
+{
+	const uint64_t until = sbx_now() + 2000000000;
+
+	held->count = 0;
+	held->self = (pid_t)syscall(SYS_getpid);
+	long ret = each(note_stopped, held);
+	for (int round = 1; ret >= 0; round++) {
+		(void)sbx_sys(SYS_kill, -1, SIGSTOP);
+		ret = each(count_moving, &held->self);
+		if (ret == 0)
+			return 0;
+		if (ret > 0 && sbx_now() > until)
+			ret = -EBUSY;
+		if (ret > 0 && round % 8 == 0)
+			ret = each(release_child, held);
+		sbx_nap(200000);
+	}
+	sbx_proc_let_go(held);
+	return ret;
+}
+
+static long note_held(void *with, int proc, const struct who *who)
+{
+	struct sbx_held *held = with;
+
+	(void)proc;
+	if (listed(who->pid, held->stopped, held->count) || held->all == SBX_MAX_HELD)
+		return 0;
+	held->held[held->all++] = who->pid;
+	return 1;
+}
+
+/* Let them go on. Who was born later first: a parent that looks must not find its child stopped. */
+void sbx_proc_let_go(struct sbx_held *held)
+{
+	held->all = 0;
+	if (each(note_held, held) < 0 || held->all == SBX_MAX_HELD)
+		(void)sbx_sys(SYS_kill, -1, SIGCONT);
+	while (held->all > 0)
+		(void)sbx_sys(SYS_kill, held->held[--held->all], SIGCONT);
 }

@@ -7,9 +7,10 @@
  * from inside does not reach it (pid_namespaces(7)); its sockets have names nowhere inside.
  *
  * A launcher is the subreaper of its command, so nothing but launchers is ever a child of init: whatever
- * else arrives here was below a launcher that died by force, and dies too.
+ * else arrives here was below a launcher that died by force, and dies too. Where there are overlays init keeps its
+ * capabilities, over namespaces of its own, for what layers.c does; a child of it may sweep or copy for a while.
  */
-#include "box.h"
+#include "resident.h"
 
 #include <linux/prctl.h>
 #include <poll.h>
@@ -17,92 +18,7 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 
-enum { MAX_STOPS = 64, MAX_FAILURES = 100 /* to make a launcher, 50 ms apart */ };
-
-struct resident {
-	struct sbx_box *box;
-	struct sbx_pool *pool;
-	struct sbx_inbox *inbox; /* each launcher has its own copy */
-	int poke;		 /* eventfd: no launcher is idle */
-	bool no_group;		 /* what failed was to make a launcher's */
-	bool stopped;		 /* by the host's will */
-	unsigned stops;		 /* of launchers, by somebody else's */
-	unsigned failures;	 /* to make one, one after the other */
-	pid_t first;		 /* launcher; the others need not say that the sandbox is ready */
-	pid_t pids[SBX_MAX_LAUNCHERS];
-};
-
-static bool any_idle(const struct sbx_pool *pool)
-{
-	for (unsigned i = 0; i < pool->used; i++)
-		if (pool->state[i] == SBX_LAUNCHER_IDLE || pool->state[i] == SBX_LAUNCHER_STARTING)
-			return true;
-	return false;
-}
-
-static unsigned free_slot(const struct sbx_pool *pool)
-{
-	unsigned i = 0;
-
-	while (i < pool->used && pool->state[i] != SBX_LAUNCHER_NONE)
-		i++;
-	return i;
-}
-
-/* One more launcher, unless there are as many as may be. 0 or -errno. */
-static long add_launcher(struct resident *r)
-{
-	unsigned number = free_slot(r->pool);
-	struct clone_args args = { .exit_signal = SIGCHLD };
-	struct sbx_slot slot, *own = r->box->slots ? &slot : NULL;
-
-	if (number == SBX_MAX_LAUNCHERS)
-		return 0;
-	long ret = own ? sbx_slot_make(r->box, number, own) : 0;
-	r->no_group = ret < 0;
-	if (ret < 0) {
-		sbx_slot_remove(r->box, number);
-		return ret;
-	}
-	if (own && own->dir >= 0) {
-		args.flags = CLONE_INTO_CGROUP;
-		args.cgroup = (unsigned)own->dir;
-	}
-	r->pool->state[number] = SBX_LAUNCHER_STARTING;
-	if (number == r->pool->used)
-		r->pool->used = number + 1;
-	const struct sbx_launcher launcher = { r->box, r->pool, r->inbox, number, r->poke, !r->first, own };
-	long pid = sbx_sys(SYS_clone3, &args, sizeof args);
-	if (pid == 0)
-		sbx_launcher_run(&launcher);
-	if (own)
-		sbx_slot_close(own);
-	if (pid < 0) {
-		r->pool->state[number] = SBX_LAUNCHER_NONE;
-		sbx_slot_remove(r->box, number);
-	}
-	r->pids[number] = pid < 0 ? 0 : (pid_t)pid;
-	r->first = r->first ? r->first : r->pids[number];
-	return pid < 0 ? pid : 0;
-}
-
-static void forget(struct resident *r, pid_t pid)
-{
-	for (unsigned i = 0; i < r->pool->used; i++)
-		if (r->pids[i] == pid) {
-			r->pids[i] = 0;
-			r->pool->state[i] = SBX_LAUNCHER_NONE;
-			sbx_slot_remove(r->box, i);
-		}
-}
-
-static bool is_launcher(const struct resident *r, pid_t pid)
-{
-	for (unsigned i = 0; i < r->pool->used; i++)
-		if (r->pids[i] == pid)
-			return true;
-	return false;
-}
+enum { MAX_STOPS = 64 };
 
 /*
  * A launcher was stopped. Whoever does that again and again keeps it from its work, and from keeping time: then
@@ -110,7 +26,7 @@ static bool is_launcher(const struct resident *r, pid_t pid)
  */
 static void resist(struct resident *r, pid_t pid)
 {
-	if (r->stopped)
+	if (r->stopped || sbx_pool_any(r->pool, SBX_LAUNCHER_COPIER))
 		return;
 	if (++r->stops % MAX_STOPS == 0)
 		(void)sbx_sys(SYS_kill, -1, SIGKILL);
@@ -118,25 +34,10 @@ static void resist(struct resident *r, pid_t pid)
 		(void)sbx_sys(SYS_kill, pid, SIGCONT);
 }
 
-/*
- * There has to be one that is idle. What keeps one from being made is perhaps not there the next time: processes,
- * memory, descriptors, or somebody who tidies up groups. Without processes or memory the sandbox waits for ever,
- * for it may have used them up itself.
- */
-static long ensure_launcher(struct resident *r)
-{
-	long ret = any_idle(r->pool) ? 0 : add_launcher(r);
-
-	if (ret == -EAGAIN || ret == -ENOMEM)
-		return -EAGAIN;
-	r->failures = ret < 0 ? r->failures + 1 : 0;
-	return ret < 0 && r->failures < MAX_FAILURES ? -EAGAIN : ret;
-}
-
 /* Reap what has ended; kill what a dead launcher left behind. */
 static long reap(struct resident *r)
 {
-	bool strays = false, failed = false;
+	bool strays = false, failed = false, held = false;
 	int status;
 
 	for (;;) {
@@ -151,15 +52,25 @@ static long reap(struct resident *r)
 			resist(r, (pid_t)pid);
 			continue;
 		}
-		strays |= !is_launcher(r, (pid_t)pid) || !WIFEXITED(status);
-		failed |= is_launcher(r, (pid_t)pid) && WIFEXITED(status) && WEXITSTATUS(status);
-		if (failed && pid == r->first)
+		const unsigned number = sbx_pool_find(r->pool, (pid_t)pid);
+		strays |= number == SBX_MAX_LAUNCHERS || !WIFEXITED(status);
+		if (number == SBX_MAX_LAUNCHERS)
+			continue;
+		const bool broken = WIFEXITED(status) && WEXITSTATUS(status);
+		if (broken && (number == r->first || r->pool->state[number] == SBX_LAUNCHER_NURSERY))
 			return -ECHILD; /* it has said why */
-		forget(r, (pid_t)pid);
+		failed |= broken;
+		held |= r->pool->state[number] == SBX_LAUNCHER_COPIER;
+		sbx_pool_forget(r, number);
 	}
+	sbx_pool_look(r);
 	if (strays)
-		(void)sbx_proc_signal(1, r->pids, r->pool->used, SIGKILL);
-	return failed && !any_idle(r->pool) ? -EAGAIN : ensure_launcher(r);
+		(void)sbx_pool_signal(r->pool, 1, SIGKILL);
+	if (held && !r->stopped) /* their holder was killed: all go on, also who stood still before */
+		(void)sbx_sys(SYS_kill, -1, SIGCONT);
+	if (sbx_pool_any(r->pool, SBX_LAUNCHER_COPIER)) /* nobody may start anything */
+		return 0;
+	return failed && !sbx_pool_idle(r->pool) ? -EAGAIN : sbx_pool_ensure(r);
 }
 
 /*
@@ -174,30 +85,136 @@ static long signal_all(struct resident *r, int sig)
 		return ret == -ESRCH ? 0 : ret;
 	}
 	r->pool->kills += sig == SIGKILL;
-	return sbx_proc_signal(0, r->pids, r->pool->used, sig);
+	return sbx_pool_signal(r->pool, 0, sig);
+}
+
+/* LAYERS. Returns false where the sandbox has to end. */
+static bool change_layers(struct resident *r, const struct sbx_layers *l, int *fds, size_t nfds)
+{
+	struct sbx_record done = { .kind = SBX_RECORD_DONE };
+	const uint64_t one = 1;
+	struct sbx_layers plain;
+	pid_t sweeper;
+	int ret = -1;
+
+	if (nfds == 0)
+		return true;
+	sbx_pool_close_door(r->pool);
+	if (r->box->void_fd < 0 || l->count > SBX_MAX_LAYERS || l->drops > SBX_COUNT(l->drop) ||
+	    sbx_layers_take(&plain, l->number, l->count) != (int)nfds - 1)
+		sbx_fail(&done.error, SBX_STAGE_LAUNCHER, 7, -EPROTO);
+	else if (sbx_pool_any(r->pool, SBX_LAUNCHER_BUSY) || sbx_pool_any(r->pool, SBX_LAUNCHER_COPIER))
+		sbx_fail(&done.error, SBX_STAGE_LAUNCHER, 8, -EBUSY);
+	else {
+		SBX_FAULT_ARM(l->fault_at, l->fault_errno);
+		ret = sbx_layers_change(r->box, l, fds + 1, &sweeper, &done.error);
+		SBX_FAULT_ARM(0, 0);
+	}
+	const unsigned number = ret < 0 || sweeper == 0 ? SBX_MAX_LAUNCHERS :
+							  sbx_pool_take(r->pool, SBX_LAUNCHER_SWEEPER);
+	if (number < SBX_MAX_LAUNCHERS)
+		r->pool->pid[number] = sweeper;
+	if (ret >= 0 && sbx_pool_renew(r) < 0)
+		(void)sbx_sys(SYS_write, r->poke, &one, sizeof one); /* as with every other that cannot be made */
+	atomic_store(&r->pool->door, 0);
+	done.status = ret == -2;
+	(void)sbx_send_record(fds[0], &done, NULL, 0, ret > 0 ? ret : -1);
+	if (ret > 0)
+		sbx_close(ret);
+	return ret != -2;
+}
+
+static void *map_memory(size_t size, int how, struct sbx_error *err)
+{
+	long map = sbx_sys(SYS_mmap, NULL, size, PROT_READ | PROT_WRITE, how | MAP_ANONYMOUS, -1, 0);
+
+	if (map >= 0 || map <= -4096)
+		return (void *)map;
+	sbx_fail(err, SBX_STAGE_LAUNCHER, 0, map);
+	return NULL;
+}
+
+/* COPY, in a child; of what is written to while all others stand still. */
+static void copy_layer(const struct resident *r, unsigned self, const struct sbx_layers *l, int answer)
+{
+	SBX_FAULT_ARM(l->fault_at, l->fault_errno);
+	struct sbx_record done = { .kind = SBX_RECORD_DONE };
+	struct sbx_held *held = map_memory(sizeof *held, MAP_PRIVATE, &done.error);
+	int layer = -1;
+
+	sbx_layers_drop(r->box, l);
+	bool still = r->pool->state[self] == SBX_LAUNCHER_COPIER;
+	long ret = held && still ? sbx_proc_hold(held) : 0;
+	if (ret < 0)
+		sbx_fail(&done.error, SBX_STAGE_LAUNCHER, 9, ret);
+	if (held && ret == 0)
+		layer = sbx_layers_copy(r->box, l, &done.error);
+	SBX_FAULT_ARM(0, 0);
+	if (held && ret == 0 && still)
+		sbx_proc_let_go(held);
+	r->pool->state[self] = SBX_LAUNCHER_SWEEPER;
+	(void)sbx_send_record(answer, &done, NULL, 0, layer);
+	for (;;)
+		(void)sbx_sys(SYS_exit_group, 0);
+}
+
+static void start_copy(struct resident *r, const struct sbx_layers *l, int answer)
+{
+	const struct clone_args args = { .exit_signal = SIGCHLD };
+	struct sbx_record failed = { .kind = SBX_RECORD_DONE };
+	long pid = -EPROTO;
+
+	const unsigned char as = l->count ? SBX_LAUNCHER_SWEEPER : SBX_LAUNCHER_COPIER;
+
+	if (r->box->void_fd >= 0 && !r->stopped && l->drops <= SBX_COUNT(l->drop) && l->count <= SBX_MAX_LAYERS)
+		pid = sbx_pool_any(r->pool, SBX_LAUNCHER_COPIER) ? -EBUSY : -EAGAIN;
+	const unsigned number = pid == -EAGAIN ? sbx_pool_take(r->pool, as) : SBX_MAX_LAUNCHERS;
+	if (number < SBX_MAX_LAUNCHERS) {
+		pid = sbx_sys(SYS_clone3, &args, sizeof args);
+		if (pid == 0)
+			copy_layer(r, number, l, answer);
+		r->pool->pid[number] = pid < 0 ? 0 : (pid_t)pid;
+		if (pid < 0)
+			r->pool->state[number] = SBX_LAUNCHER_NONE;
+	}
+	if (pid > 0)
+		return;
+	failed.error.err = (int32_t)-pid;
+	(void)sbx_send_record(answer, &failed, NULL, 0, -1);
 }
 
 /* A message from the host. Returns false when there will be no more. */
 static bool hear(struct resident *r)
 {
 	struct sbx_record done = { .kind = SBX_RECORD_DONE };
-	struct sbx_message msg;
-	size_t nfds = 1;
-	int answer = -1;
+	union {
+		struct sbx_message msg;
+		struct sbx_layers layers;
+	} in;
+	int fds[1 + SBX_MAX_LAYERS];
+	size_t nfds = SBX_COUNT(fds);
+	bool more = true;
 
-	long len = sbx_receive(r->box->keeper, &msg, sizeof msg, &answer, &nfds), ret = -EPROTO;
-	if (len == sizeof msg && msg.magic == SBX_REQUEST_MAGIC) {
-		if (msg.kind == SBX_MESSAGE_END)
-			return false;
-		if (msg.kind == SBX_MESSAGE_SIGNAL && msg.signal >= 0 && msg.signal <= 64)
-			ret = signal_all(r, msg.signal);
+	long len = sbx_receive(r->box->keeper, &in, sizeof in, fds, &nfds), ret = -EPROTO;
+	bool layers = len == sizeof in.layers && in.layers.magic == SBX_REQUEST_MAGIC;
+	if (layers && in.layers.kind == SBX_MESSAGE_LAYERS) {
+		more = change_layers(r, &in.layers, fds, nfds);
+	} else if (layers && in.layers.kind == SBX_MESSAGE_COPY && nfds == 1) {
+		start_copy(r, &in.layers, fds[0]);
+	} else {
+		if (len == sizeof in.msg && in.msg.magic == SBX_REQUEST_MAGIC) {
+			if (in.msg.kind == SBX_MESSAGE_END)
+				more = false;
+			if (in.msg.kind == SBX_MESSAGE_SIGNAL && in.msg.signal >= 0 && in.msg.signal <= 64)
+				ret = signal_all(r, in.msg.signal);
+		}
+		done.error.err = ret < 0 ? (int32_t)-ret : 0;
+		if (nfds && more)
+			(void)sbx_send_record(fds[0], &done, NULL, 0, -1);
 	}
-	if (nfds == 0)
-		return true;
-	done.error.err = ret < 0 ? (int32_t)-ret : 0;
-	(void)sbx_send_record(answer, &done, NULL, 0, -1);
-	sbx_close(answer);
-	return true;
+	for (size_t i = 0; i < nfds; i++)
+		sbx_close(fds[i]);
+	return more;
 }
 
 /*
@@ -277,20 +294,16 @@ static const struct sbx_pause *map_pause(int fd, struct sbx_error *err)
 	return NULL;
 }
 
-static void *map_memory(size_t size, int how, struct sbx_error *err)
+/* Out of the way of 0 to 2. */
+static int lift(int fd)
 {
-	long map = sbx_sys(SYS_mmap, NULL, size, PROT_READ | PROT_WRITE, how | MAP_ANONYMOUS, -1, 0);
-
-	if (map >= 0 || map <= -4096)
-		return (void *)map;
-	sbx_fail(err, SBX_STAGE_LAUNCHER, 0, map);
-	return NULL;
+	return fd >= 0 && fd < 3 ? (int)sbx_sys(SYS_fcntl, fd, F_DUPFD_CLOEXEC, 3) : fd;
 }
 
 int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 {
 	static const uint64_t all = ~0ULL; /* the kernel's sigset_t; a command gets an empty one */
-	struct resident r = { .box = box };
+	struct resident r = { .box = box, .nursery = -1 };
 
 	if (box->persistent && sbx_session_new(err) < 0) /* the spawner's group ends with the host: spawner.c */
 		return -1;
@@ -305,17 +318,23 @@ int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 	r.inbox = r.pool ? map_memory(sizeof *r.inbox, MAP_PRIVATE, err) : NULL;
 	if (!r.inbox)
 		return -1;
-	r.poke = (int)sbx_sys(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (r.poke < 0)
-		return sbx_fail(err, SBX_STAGE_LAUNCHER, 1, r.poke);
-	int keep[7 + SBX_MAX_GROUPS] = { box->control,		 box->keeper, box->work, box->spawner->host_pidfd,
-					 box->spawner->children, r.poke,      box->hold };
-	memcpy(keep + 7, box->slot_dir, box->slots * sizeof(int));
-	long ret = sbx_fds_close_except(keep, 7 + box->slots);
+	r.poke = lift((int)sbx_sys(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK));
+	bool overlays = box->void_fd >= 0;
+	box->void_fd = lift(box->void_fd);
+	if (r.poke < 0 || (overlays && box->void_fd < 0))
+		return sbx_fail(err, SBX_STAGE_LAUNCHER, 1, -EMFILE);
+	int keep[] = {
+		box->control,		box->keeper, box->work, box->spawner->host_pidfd,
+		box->spawner->children, r.poke,	     box->hold, box->void_fd,
+	};
+	int kept[SBX_COUNT(keep) + SBX_MAX_GROUPS];
+	memcpy(kept, keep, sizeof keep);
+	memcpy(kept + SBX_COUNT(keep), box->slot_dir, box->slots * sizeof(int));
+	long ret = sbx_fds_close_except(kept, SBX_COUNT(keep) + box->slots);
 	if (ret >= 0)
 		ret = fill_stdio();
 	if (ret >= 0)
-		ret = add_launcher(&r);
+		ret = sbx_pool_add(&r);
 	if (ret < 0)
 		return sbx_fail(err, r.no_group ? SBX_STAGE_CGROUP : SBX_STAGE_LAUNCHER, r.no_group ? 26 : 2, ret);
 	if (!box->persistent)

@@ -79,7 +79,7 @@ static int reset_process(struct sbx_spawner *s)
 	s->root_ino = st.st_ino;
 	s->host = FD_HOST;
 	s->host_pidfd = FD_PIDFD;
-	s->net_maker = -1;
+	s->net_maker = s->shelf_ns = -1;
 	s->children = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
 	s->proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	return s->children < 0 || s->proc < 0 ? -errno : 0;
@@ -200,6 +200,23 @@ static int add_plan(struct state *st, uint64_t id, int memfd, struct sbx_error *
 
 /* --- requests --------------------------------------------------------------------------------- */
 
+/* What a sandbox begins with, as mounts of its own. The caller closes them, also after an error. */
+static int take_layers(struct state *st, const struct sbx_request *r, struct sbx_error *err)
+{
+	const uint64_t *id = sbx_at(r, r->layers.off);
+	struct sbx_box *box = &st->box;
+
+	for (uint32_t i = 0; i < r->layers.count; i++) {
+		int tree = sbx_shelf_get(&st->s, id[i], err);
+		if (tree < 0)
+			return -1;
+		box->layers.number[i] = i + 1;
+		box->layer_fds[i] = tree;
+		box->layers.count = i + 1;
+	}
+	return 0;
+}
+
 static int run(struct state *st, size_t len, const int *fds, size_t nfds, struct sbx_error *err)
 {
 	size_t mapped;
@@ -211,6 +228,8 @@ static int run(struct state *st, size_t len, const int *fds, size_t nfds, struct
 	st->box.resident = false;
 	st->box.slot = NULL;
 	int ret = sbx_box_fill(&st->box, r, fds, nfds, err);
+	if (ret == 0)
+		ret = take_layers(st, r, err);
 	const struct sbx_template *t = ret < 0 ? NULL : find_template(st, r->plan);
 	if (t) {
 		st->box.plan = t->plan;
@@ -218,8 +237,27 @@ static int run(struct state *st, size_t len, const int *fds, size_t nfds, struct
 	} else if (ret == 0) {
 		ret = sbx_fail(err, SBX_STAGE_PLAN, 0, -ESTALE);
 	}
+	for (uint32_t i = 0; i < st->box.layers.count; i++)
+		sbx_close(st->box.layer_fds[i]);
+	st->box.layers.count = 0;
 	sbx_inbox_release(r, mapped);
 	return ret;
+}
+
+/* SHELVE, UNSHELVE, BORROW: *lent is a descriptor, or stays as it is. */
+static int shelve(struct state *st, const struct sbx_message *msg, const int *fds, size_t nfds, int *lent,
+		  struct sbx_error *err)
+{
+	if (nfds != (msg->kind == SBX_MESSAGE_SHELVE ? 2 : 1))
+		return sbx_fail(err, SBX_STAGE_REQUEST, 22, -EBADF);
+	if (msg->kind == SBX_MESSAGE_BORROW)
+		return *lent = sbx_shelf_get(&st->s, msg->plan, err);
+	if (msg->kind == SBX_MESSAGE_UNSHELVE)
+		return sbx_shelf_drop(&st->s, msg->plan, err);
+	for (size_t i = 0; i < TEMPLATES; i++)
+		if (st->templates[i].plan)
+			return sbx_shelf_put(&st->s, st->templates[i].mount_ns, msg->plan, fds[1], err);
+	return sbx_fail(err, SBX_STAGE_PLAN, 0, -ESTALE);
 }
 
 /* One datagram from the host. Returns false when there will be no more. */
@@ -251,6 +289,11 @@ static bool serve(struct state *st)
 			sbx_fail(&err, SBX_STAGE_CGROUP, 24, -EBADF);
 		else if (sbx_group_root(st->s.proc, fds[1], &err) == 0)
 			(void)sbx_send_record(fds[0], &ready, NULL, 0, -1);
+	} else if (msg->kind >= SBX_MESSAGE_SHELVE && msg->kind <= SBX_MESSAGE_BORROW) {
+		const struct sbx_record done = { .kind = SBX_RECORD_DONE };
+		_cleanup_fd_ int lent = -1;
+		if (shelve(st, msg, fds, nfds, &lent, &err) >= 0)
+			(void)sbx_send_record(fds[0], &done, NULL, 0, lent);
 	} else if (msg->kind == SBX_MESSAGE_RUN) {
 		(void)run(st, (size_t)len, fds, nfds, &err);
 	} else {

@@ -43,6 +43,14 @@ static inline uint64_t sbx_now(void)
 	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+/* The raw call writes what is left of the time back. */
+static inline void sbx_nap(long nanoseconds)
+{
+	struct timespec time = { .tv_nsec = nanoseconds };
+
+	(void)sbx_sys(SYS_ppoll, NULL, 0, &time, NULL, 0);
+}
+
 /* Decimal digits of `value` behind `prefix`, then `suffix`; `out` must hold them all. */
 static inline void sbx_format_path(char *out, const char *prefix, uint64_t value, const char *suffix)
 {

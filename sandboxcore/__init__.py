@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ProgramNotExecutable,
         ProgramNotFound,
         ProgramPathInvalid,
+        SandboxBusy,
         SandboxError,
         SandboxGone,
         SandboxNotFound,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from sandboxcore.result import Cause, ExecResult, Usage
     from sandboxcore.sandbox import Sandbox
     from sandboxcore.seccomp import SeccompPolicy
+    from sandboxcore.snapshots import Snapshot
     from sandboxcore.spec import Limits, Mount, SandboxSpec
     from sandboxcore.store import SandboxRecord
 
@@ -52,8 +54,8 @@ _HOME = {
     "errors": (
         *("CwdNotFound", "CwdNotPermitted", "CwdPathInvalid"),
         *("CommandFailed", "ExecError", "InvalidTransition", "ProgramNotExecutable", "ProgramNotFound"),
-        *("ProgramPathInvalid", "SandboxError", "SandboxGone", "SandboxNotFound", "SandboxTimeout"),
-        *("SetupError", "SpecError", "TooManySandboxes", "UnsupportedHost"),
+        *("ProgramPathInvalid", "SandboxBusy", "SandboxError", "SandboxGone", "SandboxNotFound"),
+        *("SandboxTimeout", "SetupError", "SpecError", "TooManySandboxes", "UnsupportedHost"),
     ),
     "cgroup_group": ("GroupUsage",),
     "command": ("Exit", "Process", "Stderr", "Stdout"),
@@ -70,6 +72,7 @@ _HOME = {
     "resources": ("LimitChange",),
     "sandbox": ("Sandbox",),
     "seccomp": ("SeccompPolicy",),
+    "snapshots": ("Snapshot",),
     "spec": ("Limits", "Mount", "SandboxSpec"),
     "store": ("SandboxRecord",),
 }
@@ -102,6 +105,7 @@ __all__ = [
     "ProgramNotFound",
     "ProgramPathInvalid",
     "Sandbox",
+    "SandboxBusy",
     "SandboxCapabilities",
     "SandboxError",
     "SandboxGone",
@@ -112,6 +116,7 @@ __all__ = [
     "SandboxTimeout",
     "SeccompPolicy",
     "SetupError",
+    "Snapshot",
     "SpecError",
     "Stderr",
     "Stdout",

@@ -7,6 +7,7 @@ renders them with what it knows about the plan.
 import functools
 import mmap
 import os
+import socket
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -383,6 +384,42 @@ def send(
     code = lib.sbx_send(socket, message, ffi.from_buffer(body), len(body), numbers, len(fds))
     if code < 0:
         raise OSError(-code, os.strerror(-code))
+
+
+_LAYERS = Header("struct sbx_layers")
+
+
+@dataclass(frozen=True)
+class LayersOrder:
+    """Other layers: their numbers, the topmost first, and a descriptor of each that is new to init, else -1.
+    ``upper``: the number of what is written to from then on; ``seal``: what was written until then is wanted
+    as a layer; ``drop``: what is to be removed. ``copy`` instead: as ``upper`` a copy of what was written, or
+    of the layers."""
+
+    layers: Sequence[tuple[int, int]]
+    upper: int
+    seal: bool = False
+    drop: Sequence[int] = ()
+    copy: bool = False
+
+
+def send_layers(sock: socket.socket, answer: int, order: LayersOrder, fault: tuple[int, int]) -> None:
+    """Give init an order. Raises OSError."""
+    new = constant("LAYER_NEW")
+    values = {
+        "magic": lib.SBX_REQUEST_MAGIC,
+        "kind": constant("MESSAGE_COPY" if order.copy else "MESSAGE_LAYERS"),
+        "fault_at": fault[0],
+        "fault_errno": fault[1],
+        "seal": order.seal,
+        "upper": order.upper,
+        "count": len(order.layers),
+        "drops": len(order.drop),
+    }
+    values |= {f"drop{i}": number for i, number in enumerate(order.drop)}
+    values |= {f"number{i}": number | (new if fd >= 0 else 0) for i, (number, fd) in enumerate(order.layers)}
+    fds = [fd for _, fd in order.layers if fd >= 0]
+    socket.send_fds(sock, [_LAYERS.pack(values)], [answer, *fds])
 
 
 def send_file_op(socket: int, op: str, paths: bytes, *, flags: int = 0, mode: int = 0, at: int = -1) -> None:

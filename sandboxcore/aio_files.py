@@ -42,11 +42,12 @@ class AsyncFileServer(FileServer):
                 self._drop()
         return ask.answer(record)
 
-    def close(self) -> None:
-        """Let go of the server. Never waits: whoever is at it closes behind himself. Idempotent."""
+    def close(self, *, wait: float = 0) -> None:
+        """Let go of the server; wait so many seconds at most until it knows. But never for whoever is at it,
+        who closes behind himself. Idempotent."""
         self._unwanted = True
         if not self._turn.locked():
-            self._drop()
+            self._drop(wait)
 
     def __del__(self) -> None:
         self._drop()

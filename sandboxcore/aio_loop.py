@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from sandboxcore import _native, cgroup
@@ -329,12 +329,13 @@ def unsent(error: OSError) -> _native.NativeFailure:
     return _native.NativeFailure.of("spawner" if code in (E.EPIPE, E.ECONNRESET) else "host", 11, code)
 
 
-async def born(plan: Plan, name: str, home: Home | None = None) -> Link:
-    """A sandbox that stands; with ``home``, a persistent one. Whoever is cancelled here leaves none."""
+async def born(plan: Plan, name: str, home: Home | None, layers: Callable[[Spawner], Sequence[int]]) -> Link:
+    """A sandbox that stands; with ``home``, a persistent one; ``layers`` says with what it begins. Whoever is
+    cancelled here leaves none."""
 
     async def action(connection: Spawner) -> Link:
         try:
-            birth = Birth.send(plan, connection, name, home)
+            birth = Birth.send(plan, connection, name, home, layers(connection))
         except SandboxError:
             raise
         except OSError as error:

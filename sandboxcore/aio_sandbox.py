@@ -5,8 +5,8 @@ import errno as E
 import os
 import signal
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -35,6 +35,8 @@ from sandboxcore.link import ANSWER_PATIENCE, Home, Link
 from sandboxcore.request import DEVNULL, PIPE, File, FileContent, Program, Request, StrOrBytes
 from sandboxcore.resources import LimitChange
 from sandboxcore.result import Decoder, ExecResult
+from sandboxcore.snapshots import Copy, Layers, Snapshot
+from sandboxcore.spawner import get_spawner
 from sandboxcore.spec import Limits, SandboxSpec
 
 
@@ -117,7 +119,8 @@ class Sandbox:
         """Start it, also again after :meth:`stop`; then everything private in it is new and empty."""
         async with self._changing():
             self._own._may_start()
-            self._own._started(await born(self._own._plan, self.id, self._home()))
+            own = self._own
+            own._started(await born(own._plan, self.id, self._home(), own._layers.begin))
 
     def _changing(self) -> AbstractAsyncContextManager[Any]:
         """Whoever changes the state is alone."""
@@ -211,6 +214,57 @@ class Sandbox:
     def files(self) -> Files:
         """Its files: :class:`sandboxcore.files.Files`, with coroutines."""
         return Files(self._own, self._file_server)
+
+    # --- its files at earlier moments -----------------------------------------------------------
+
+    async def snapshot(self, name: str | None = None, *, copy: bool | None = None) -> Snapshot:
+        """:meth:`sandboxcore.Sandbox.snapshot`. It takes init about a millisecond, during which the loop
+        waits, so that nobody can be cancelled between; but for a copy."""
+        own = self._own
+        async with self._still():
+            with own._quiet("snapshot"):
+                if own._sealed(copy):
+                    return own._snapshot(name, None)
+                with Copy(own._layers, own._link_now()) as made:
+                    await readable(made.answer.fileno(), made.PATIENCE)
+                    return own._snapshot(name, made.take(get_spawner(own._plan)))
+
+    async def restore(self, snapshot: Snapshot) -> None:
+        """:meth:`sandboxcore.Sandbox.restore`, likewise."""
+        async with self._still():
+            self._own.restore(snapshot)
+
+    async def discard(self) -> None:
+        """:meth:`sandboxcore.Sandbox.discard`, likewise."""
+        async with self._still():
+            self._own.discard()
+
+    @asynccontextmanager
+    async def _still(self) -> AsyncIterator[None]:
+        async with self._changing():
+            self._file_server.close(wait=ANSWER_PATIENCE)
+            yield
+
+    @classmethod
+    async def from_snapshot(cls, snapshot: Snapshot, **about: Any) -> Self:
+        """Start one that has the files of a snapshot, and its spec. What it writes is its own."""
+        made = cls(snapshot.spec, **about)
+        made._own._layers = Layers(snapshot.layers)
+        await made.start()
+        return made
+
+    async def fork(self, n: int = 1) -> list[Self]:
+        """:meth:`sandboxcore.Sandbox.fork`."""
+        children: list[Self] = []
+        with await self.snapshot() as snapshot:
+            try:
+                for _ in range(n):
+                    children.append(await type(self).from_snapshot(snapshot))
+            except BaseException:
+                for child in children:
+                    await child.close()
+                raise
+        return children
 
     # --- resources ------------------------------------------------------------------------------
 

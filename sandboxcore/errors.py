@@ -141,6 +141,10 @@ class SandboxGone(SandboxError, ConnectionError):
     """The sandbox was running and is not any more; nothing of it is left."""
 
 
+class SandboxBusy(SandboxError, BlockingIOError):
+    """Something runs in the sandbox that must not while this is done; nothing has changed."""
+
+
 class CommandFailed(SandboxError, subprocess.CalledProcessError):
     """``check=True`` and the command did not exit with 0. ``result`` has everything."""
 

@@ -95,17 +95,25 @@ class FileServer:
             self._socket, self._link, self._pid = ours, link, os.getpid()
         return self._socket
 
-    def _drop(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = self._link = None
+    def _drop(self, wait: float = 0) -> None:
+        if self._socket is None:
+            return
+        if wait and self._pid == os.getpid():
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)
+            poller = select.poll()
+            poller.register(self._socket, select.POLLIN)
+            poller.poll(wait * 1000)
+        self._socket.close()
+        self._socket = self._link = None
 
-    def close(self) -> None:
-        """Let go of the server. Never waits: whoever is at it closes behind himself. Idempotent."""
+    def close(self, *, wait: float = 0) -> None:
+        """Let go of the server; wait so many seconds at most until it knows. But never for whoever is at it,
+        who closes behind himself. Idempotent."""
         self._unwanted = True
         if self._lock.acquire(blocking=False):
             try:
-                self._drop()
+                self._drop(wait)
             finally:
                 self._lock.release()
 

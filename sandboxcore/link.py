@@ -10,12 +10,12 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Self
 
-from sandboxcore import _native, cgroup
+from sandboxcore import _native, cgroup, request
 from sandboxcore.census import take_place
 from sandboxcore.errors import SandboxError
 from sandboxcore.groups import ends_with_us, groups_of, limits_of, remove_later
@@ -238,6 +238,52 @@ class Link:
         """Whether there is a freezer; else every process is stopped by a signal."""
         return self.group is not None and self.group.freezable
 
+    def change_layers(self, order: _native.LayersOrder) -> int:
+        """Have init make the overlays anew. Returns the layer that was sealed, a descriptor, or -1. Raises
+        NativeFailure, OSError. Whoever is interrupted here cannot know what the sandbox has now: it ends."""
+        with self.ask_layers(order) as answer, contextlib.ExitStack() as lost:
+            lost.callback(self._put_down)
+            record = self._hear(answer, START_PATIENCE)
+            if not record.status:
+                lost.pop_all()
+        if record.error:
+            raise record.error
+        return record.fd
+
+    def ask_layers(self, order: _native.LayersOrder) -> socket.socket:
+        """The same without waiting, for :meth:`hear_layer`. Raises OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs, self:
+                _native.send_layers(self.keeper, theirs.fileno(), order, request.FAULT)
+        except BaseException:
+            ours.close()
+            raise
+        return ours
+
+    @classmethod
+    def hear_layer(cls, answer: socket.socket, patience: float) -> int:
+        """Wait at most so many seconds for a copy, a descriptor. Raises NativeFailure, TimeoutError."""
+        record = cls._hear(answer, patience)
+        if record.error:
+            raise record.error
+        return record.fd
+
+    def _put_down(self) -> None:
+        """Kill init, which cannot go on, and wait until whoever looks finds it gone."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        _poll(self.pidfd, ANSWER_PATIENCE)
+
+    @staticmethod
+    def _hear(answer: socket.socket, patience: float) -> _native.Record:
+        if not _poll(answer.fileno(), patience):
+            raise TimeoutError(f"init does not answer within {patience} s")
+        record = _native.receive(answer.fileno())
+        if record is None:
+            raise _native.NativeFailure.of("launcher", 12, E.EPIPE)
+        return record
+
     def tell_init(self, number: int) -> None:
         """Have init send a signal to every command. Raises TimeoutError, OSError."""
         with self.ask_init(number) as answer:
@@ -333,9 +379,17 @@ class Birth:
         self.pidfd = -1
 
     @classmethod
-    def send(cls, plan: Plan, connection: Spawner, name: str, home: Home | None = None) -> Self:
+    def send(
+        cls,
+        plan: Plan,
+        connection: Spawner,
+        name: str,
+        home: Home | None = None,
+        layers: Sequence[int] = (),
+    ) -> Self:
         """Ask a spawner for a sandbox; with ``home``, a persistent one. ``name``: of its control group, if it
-        needs one. Raises NativeFailure, SetupError, OSError."""
+        needs one. ``layers``: what it begins with, the topmost first, by their numbers on the shelf. Raises
+        NativeFailure, SetupError, OSError."""
         group = None
         try:
             with contextlib.ExitStack() as stack:
@@ -353,7 +407,7 @@ class Birth:
                     home.group = group
                 if place >= 0:
                     found = [*found, ("HOLD", place)]
-                return cls._send(plan, connection, home, found, group)
+                return cls._send(plan, connection, home, found, group, layers=layers)
         except BaseException:
             if group is not None:
                 remove_later(group)
@@ -367,6 +421,8 @@ class Birth:
         home: Home | None,
         entrances: list[tuple[str, int]],
         group: cgroup.Group | None,
+        *,
+        layers: Sequence[int],
     ) -> Self:
         ours: list[socket.socket] = []
         theirs: list[socket.socket] = []
@@ -381,11 +437,11 @@ class Birth:
                     ours.append(pair[0])
                     theirs.append(pair[1])
             uses, groups = [use for use, _ in entrances], [fd for _, fd in entrances]
-            request = sandbox_request(plan, persistent=home is not None, groups=uses)
+            message = sandbox_request(plan, persistent=home is not None, groups=uses, layers=layers)
             with home.open_pause(new=True) if home else _anonymous_pause() as page:
                 pause = _native.Pause(page.fileno())
                 fds = [*(sock.fileno() for sock in theirs), page.fileno(), *groups]
-                _native.send(connection.fd, "RUN", request, fds)
+                _native.send(connection.fd, "RUN", message, fds)
         except BaseException:
             for sock in ours:
                 sock.close()

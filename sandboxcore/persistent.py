@@ -24,6 +24,7 @@ from sandboxcore.plan import Plan, reopened_plan, updated_plan
 from sandboxcore.request import Request
 from sandboxcore.resources import LimitChange
 from sandboxcore.sandbox import Sandbox
+from sandboxcore.snapshots import Layers, Snapshot
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.store import CommandRecord, SandboxRecord, Store
 
@@ -112,6 +113,7 @@ class PersistentSandbox(Sandbox):
         self._running = weakref.WeakSet()
         self._detached = {}
         self._file_server = FileServer()
+        self._layers = Layers()
         self._pid = os.getpid()
         self._adopt(record)
         self._look()
@@ -291,6 +293,24 @@ class PersistentSandbox(Sandbox):
     def _limits_now(self, spec: SandboxSpec, *, running: bool) -> None:
         self._store.change(self.id, spec=spec.to_dict())
         super()._limits_now(spec, running=running)
+
+    def snapshot(self, name: str | None = None, *, copy: bool | None = None) -> Snapshot:
+        """Not of a persistent sandbox: what is in memory would not outlive this process. Raises
+        :class:`SpecError`."""
+        raise SpecError(f"sandbox {self.name}: it is persistent, and snapshots are not")
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See :meth:`snapshot`."""
+        self.snapshot()
+
+    def discard(self) -> None:
+        """See :meth:`snapshot`."""
+        self.snapshot()
+
+    @classmethod
+    def from_snapshot(cls, snapshot: Snapshot, **about: Any) -> Self:
+        """See :meth:`snapshot`."""
+        raise SpecError("a persistent sandbox cannot begin with a snapshot, which is not")
 
     # --- detached commands ----------------------------------------------------------------------
 

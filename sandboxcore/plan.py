@@ -84,6 +84,7 @@ class Plan:
     watched: tuple[tuple[str, tuple[int, ...]], ...] = field(repr=False)
     controllers: tuple[str, ...] = ()  # of control groups; none: it needs no group
     group_limits: Limits = _NONE  # what is written there
+    overlays: tuple[str, ...] = ()  # targets of those that are written to
     restated: bool = False  # the template knows other rlimits: a request brings them
     ids: tuple[int, int] = field(init=False)  # uid and gid of the payload, as seen inside
     owner: tuple[int, int] | None = field(init=False)  # the same outside, unless it is the caller
@@ -284,6 +285,8 @@ class _Compiler:
         uid_map, gid_map, flags = self._id_maps()
         once = _native.constant("PLAN_FILTER_ONCE") if hosts_launcher(self.policy) else 0
         head.flags = flags | once | (_native.constant(net) if net else 0)
+        if any(mount.kind == "OVERLAY" and mount.writable for mount in self.tree.mounts):
+            head.flags |= _native.constant("PLAN_LAYERS")
         if self.tree.root is not None:
             head.flags |= _native.constant("PLAN_OVERLAY_ROOT")
             head.flags |= _native.constant("PLAN_WRITABLE_ROOT") if self.spec.writable else 0
@@ -326,7 +329,10 @@ class _Compiler:
             mount.attrs, mount.mode = item.attrs, item.mode
             if item.source:
                 mount.source = arena.data(os.fsencode(item.source))
-            options = _overlay_options(item, index) if item.kind == "OVERLAY" else item.options
+            mount.parent = self.tree.parent_overlay(item)
+            options = item.options
+            if item.kind == "OVERLAY" and not item.writable:
+                options = _overlay_options(item, index)
             if options:
                 mount.options = arena.data(_options(options))
             if item.id_maps:
@@ -352,6 +358,7 @@ class _Compiler:
             omitted=tuple(self.omitted),
             lines=tuple(self._describe()),
             watched=watched,
+            overlays=tuple(m.target for m in self.tree.mounts if m.kind == "OVERLAY" and m.writable),
             controllers=self.controllers,
             group_limits=_group_limits(self.spec.limits, self.omitted),
         )
@@ -491,13 +498,14 @@ def _options(pairs: Iterable[str]) -> bytes:
 
 
 def _overlay_options(mount: Mount, index: int) -> tuple[str, ...]:
-    """overlayfs's, with the names that ``csrc/overlay.c`` gives to the directories."""
-    layers = (
-        *(("nodes",) if mount.target == "/" else ()),
-        *(f"{index}.{k}" for k in range(len(mount.lowers))),
+    """Those of an overlay that nobody writes to, with the names that ``csrc/overlay.c`` gives."""
+    root = ("nodes",) if mount.target == "/" else ()
+    return (
+        "lowerdir",
+        ":".join((*root, *(f"{index}.{k}" for k in range(len(mount.lowers))))),
+        "userxattr",
+        "",
     )
-    upper = ("upperdir", f"scratch/u{index}", "workdir", f"scratch/w{index}") if mount.writable else ()
-    return ("lowerdir", ":".join(layers), *upper, "userxattr", "")
 
 
 def _time_offsets(offsets: Mapping[str, float]) -> bytes:

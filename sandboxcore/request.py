@@ -125,23 +125,27 @@ _FILE = struct.Struct("=4I")  # struct sbx_file
 _RLIMIT = struct.Struct("=2I2Q")  # struct sbx_rlimit
 
 
-def sandbox_request(plan: Plan, *, persistent: bool, groups: Sequence[str] = ()) -> bytes:
+def sandbox_request(
+    plan: Plan, *, persistent: bool, groups: Sequence[str] = (), layers: Sequence[int] = ()
+) -> bytes:
     """The request for a sandbox that stays, without a command. ``groups``: what the last descriptors are,
-    names of ``enum sbx_group_use``."""
+    names of ``enum sbx_group_use``; ``layers``: what it begins with, the topmost first, by their numbers on
+    the shelf."""
     names = ("SANDBOX", "PERSISTENT") if persistent else ("SANDBOX",)
     values = {
         **_FIXED,
-        "size": _HEADER.size + 4 * len(groups),
+        "size": _HEADER.size + 8 * len(layers) + 4 * len(groups),
         "flags": _flags(names),
         "plan": plan.id,
-        "groups0": _HEADER.size,
+        "groups0": _HEADER.size + 8 * len(layers),
         "groups1": len(groups),
+        "layers0": _HEADER.size,
+        "layers1": len(layers),
         "fault_at": FAULT[0],
         "fault_errno": FAULT[1],
     }
-    return _HEADER.pack(values) + b"".join(
-        _native.constant(f"GROUP_{use}").to_bytes(4, "little") for use in groups
-    )
+    uses = [_native.constant(f"GROUP_{use}") for use in groups]
+    return _HEADER.pack(values) + struct.pack(f"={len(layers)}Q{len(uses)}I", *layers, *uses)
 
 
 @functools.lru_cache(64)

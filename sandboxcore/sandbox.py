@@ -40,13 +40,13 @@ from sandboxcore.request import (
     Request,
     make_streams,
 )
-from sandboxcore.resources import Resources
 from sandboxcore.result import Decoder, make_result
+from sandboxcore.snapshots import Layers, Snapshot, Snapshots
 from sandboxcore.spawner import Spawner
 from sandboxcore.spec import Limits, SandboxSpec, parse_size
 
 
-class Sandbox(Resources):
+class Sandbox(Snapshots):
     """A sandbox that stays until it is closed, or until this process ends.
 
     ``with Sandbox() as sandbox`` starts it; :meth:`create` makes a started one; else :meth:`start` does.
@@ -91,6 +91,7 @@ class Sandbox(Resources):
         self._running: weakref.WeakSet[Process] = weakref.WeakSet()
         self._detached: dict[str, DetachedCommand] = {}
         self._file_server = FileServer()
+        self._layers = Layers()
         self._pid = os.getpid()
 
     @classmethod
@@ -99,6 +100,28 @@ class Sandbox(Resources):
         sandbox = cls(spec, **about)
         sandbox.start()
         return sandbox
+
+    @classmethod
+    def from_snapshot(cls, snapshot: Snapshot, **about: Any) -> Self:
+        """Start one that has the files of a snapshot, and its spec. What it writes is its own."""
+        sandbox = cls(snapshot.spec, **about)
+        sandbox._layers = Layers(snapshot.layers)
+        sandbox.start()
+        return sandbox
+
+    def fork(self, n: int = 1) -> list[Self]:
+        """Start ``n`` others that have the files of this one as they are now, and its spec; processes and
+        what is in ``/tmp`` stay behind. All of them, or none. Raises what :meth:`snapshot` does."""
+        children: list[Self] = []
+        with self.snapshot() as snapshot:
+            try:
+                for _ in range(n):
+                    children.append(type(self).from_snapshot(snapshot))
+            except BaseException:
+                for child in children:
+                    child.close()
+                raise
+        return children
 
     # --- states ---------------------------------------------------------------------------------
 
@@ -137,7 +160,9 @@ class Sandbox(Resources):
     def _begin(self, home: Home | None) -> Link:
         def action(connection: Spawner) -> Link:
             try:
-                return Birth.send(self._plan, connection, self.id, home).wait()
+                return Birth.send(
+                    self._plan, connection, self.id, home, self._layers.begin(connection)
+                ).wait()
             except SandboxError:
                 raise
             except OSError as error:
@@ -184,6 +209,7 @@ class Sandbox(Resources):
 
     def _end(self, state: SandboxState, *, wait: float = 0) -> None:
         self._file_server.close()
+        self._layers.end()
         link, self._link = self._link, None
         self._state = state
         self.stopped_at = self.stopped_at or time.time()

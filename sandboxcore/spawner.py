@@ -4,19 +4,24 @@ The spawner ends when this process does. After ``os.fork()`` a child drops the i
 and starts its own; a spawner that died is replaced on the next run.
 """
 
+import contextlib
 import errno as E
 import fcntl
 import os
+import select
 import socket
 import subprocess
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any, Final
 
 from sandboxcore import _native
 from sandboxcore.errors import UnsupportedHost
 from sandboxcore.host import HELPER, REMEDIES, HostFeatures
 from sandboxcore.plan import Plan
+
+PATIENCE = 30.0  # seconds for what is done at once
 
 
 class Spawner:
@@ -89,6 +94,46 @@ class Spawner:
             if memfd >= 0:
                 os.close(memfd)
         return ours
+
+    def shelve(self, number: int, fd: int) -> None:
+        """Keep a layer, a descriptor of it, under a number for sandboxes to come. Raises NativeFailure."""
+        self._converse("SHELVE", number, [fd])
+
+    def borrow(self, number: int) -> int:
+        """A descriptor of a layer of the shelf, for one sandbox. Raises NativeFailure."""
+        return self._converse("BORROW", number).fd
+
+    def unshelve(self, number: int) -> None:
+        """Keep it no longer; whoever has it keeps it. Without waiting."""
+        with contextlib.suppress(_native.NativeFailure):
+            self._say("UNSHELVE", number, []).close()
+
+    def _say(self, kind: str, number: int, fds: Sequence[int]) -> socket.socket:
+        if not self.close.alive:  # the number of its descriptor may be another's: a fork's, of this process
+            raise _native.NativeFailure.of("spawner", 14, E.EBADF)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                _native.send(self.fd, kind, fds=[theirs.fileno(), *fds], plan=number)
+        except OSError as error:
+            ours.close()
+            raise _native.NativeFailure.of("spawner", 14, error.errno or E.EIO) from error
+        return ours
+
+    def _converse(self, kind: str, number: int, fds: Sequence[int] = ()) -> _native.Record:
+        with self._say(kind, number, fds) as answer:
+            poller = select.poll()
+            poller.register(answer, select.POLLIN)
+            poller.poll(PATIENCE * 1000)
+            try:
+                record = _native.receive(answer.fileno())
+            except OSError as error:
+                raise _native.NativeFailure.of("spawner", 15, error.errno or E.EIO) from error
+        if record is None:
+            raise _native.NativeFailure.of("spawner", 15, E.EPIPE)
+        if record.error:
+            raise record.error
+        return record
 
 
 _lock = threading.Lock()

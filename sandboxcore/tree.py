@@ -373,7 +373,9 @@ class Tree:
             raise SpecError(f"mounts: more than {_native.MAX_LATE} lie below private directories")
 
     def _parent(self, target: str) -> Mount | None:
-        above = [m for m in self.mounts if m.target != target and below(target, m.target)]
+        above = [
+            m for m in self.mounts if m.target != target and below(target, m.target) and m.kind != "MASK"
+        ]
         return max(above, key=lambda mount: len(mount.target), default=None)
 
     def _add_denials(self) -> None:
@@ -418,7 +420,17 @@ class Tree:
             return ()
         found = [m.target for m in self.mounts if m.kind in ("BIND", "MASK") and not m.late]
         tops = [path for path in found if not any(path != other and below(path, other) for other in found)]
-        return ("/proc", "/dev", *(path for path in tops if not below(path, "/dev")))
+        return ("/dev", *(path for path in tops if not below(path, "/dev")))
+
+    def parent_overlay(self, mount: Mount) -> int:
+        """1 + the index of the overlay that is written to and that a mount lies on directly; 0 where there is
+        another mount between, or what the template has brought along."""
+        over = self._parent(mount.target)
+        if over is None or over.kind != "OVERLAY" or not over.writable:
+            return 0
+        if over is self.root and any(below(mount.target, path) for path in ("/proc", *self.carried)):
+            return 0
+        return 1 + self.mounts.index(over)
 
     def _drop_below(self, path: str) -> None:
         """Our own mounts below a denied path go; one that the spec names contradicts it."""

@@ -1,5 +1,6 @@
 """What many tests share: payloads in Python, waiting with a deadline, looking at the host from outside."""
 
+import contextlib
 import json
 import os
 import re
@@ -207,7 +208,8 @@ def _working_fds(pid: int) -> int:
     """A process's descriptors, but for templates: those are a cache of bounded size."""
     count = 0
     for fd in os.listdir(f"/proc/{pid}/fd"):
-        count += not os.readlink(f"/proc/{pid}/fd/{fd}").startswith("mnt:")
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            count += not os.readlink(f"/proc/{pid}/fd/{fd}").startswith("mnt:")
     return count
 
 

@@ -48,7 +48,7 @@ static inline void sample_plan(struct sample *s)
 		.magic = SBX_PLAN_MAGIC,
 		.layout = SBX_LAYOUT,
 		.size = sizeof *s,
-		.flags = SBX_PLAN_POOLED_NET | SBX_PLAN_OVERLAY_ROOT | SBX_PLAN_WRITABLE_ROOT,
+		.flags = SBX_PLAN_POOLED_NET | SBX_PLAN_OVERLAY_ROOT | SBX_PLAN_WRITABLE_ROOT | SBX_PLAN_LAYERS,
 		.namespaces = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS,
 		.uid = 1000,
 		.gid = 1000,
@@ -69,12 +69,7 @@ static inline void sample_plan(struct sample *s)
 	s->nodes[0] = (struct sbx_node){ SBX_NODE_DIR, TEXT("/proc"), 0755, 0, 0 };
 	s->nodes[1] = (struct sbx_node){ SBX_NODE_FILE, TEXT("/etc"), 0644, TEXT("text"), 4 };
 	s->nodes[2] = (struct sbx_node){ SBX_NODE_SYMLINK, TEXT("/bin"), 0777, TEXT("usr/bin"), 7 };
-	s->mounts[0] = (struct sbx_mount){ .kind = SBX_MOUNT_OVERLAY,
-					   .target = TEXT("/"),
-					   .options = TEXT("lowerdir\0"
-							   "nodes:0.0\0"
-							   "userxattr\0\0"),
-					   .lowers = 1 };
+	s->mounts[0] = (struct sbx_mount){ .kind = SBX_MOUNT_OVERLAY, .target = TEXT("/"), .lowers = 1 };
 	s->lowers[0] = (struct sbx_lower){ TEXT("/srv"), TEXT("0 100000 65536"), TEXT("0 100000 65536") };
 	s->mounts[1] = (struct sbx_mount){ .kind = SBX_MOUNT_PROC, .target = TEXT("/proc") };
 	s->mounts[2] = (struct sbx_mount){ .kind = SBX_MOUNT_TMPFS,
@@ -86,6 +81,7 @@ static inline void sample_plan(struct sample *s)
 		.flags = SBX_MOUNT_DIR | SBX_MOUNT_LATE,
 		.source = TEXT("/usr"),
 		.target = TEXT("/tmp/usr"),
+		.parent = 1,
 		.attrs = MOUNT_ATTR_RDONLY,
 	};
 	s->rlimits[0] = (struct sbx_rlimit){ 6, 0, 10, 20 };

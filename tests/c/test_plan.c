@@ -43,7 +43,7 @@ static void rejects_headers(void)
 	REJECTS(s.plan.size, sizeof s - 1, 1);
 	REJECTS(s.plan.namespaces, CLONE_NEWPID | CLONE_NEWNS, 2);
 	REJECTS(s.plan.namespaces, ~0ULL, 2);
-	REJECTS(s.plan.flags, 256, 2);
+	REJECTS(s.plan.flags, 512, 2);
 	REJECTS(s.plan.uid_map, 0, 3);
 	REJECTS(s.plan.hostname, sizeof s, 3);
 	REJECTS(s.plan.hostname, 4, 3); /* into the header */
@@ -71,8 +71,11 @@ static void rejects_lists(void)
 	REJECTS(s.mounts[3].source, 0, 5);
 	REJECTS(s.mounts[3].attrs, MOUNT_ATTR_IDMAP, 5); /* without maps */
 	REJECTS(s.mounts[2].options, sizeof s, 5);
-	REJECTS(s.mounts[2].lowers, 1, 5); /* no overlay */
-	REJECTS(s.mounts[0].options, 0, 5);
+	REJECTS(s.mounts[2].lowers, 1, 5);		      /* no overlay */
+	REJECTS(s.mounts[0].options, s.mounts[2].options, 5); /* one that is written to has its own */
+	REJECTS(s.plan.flags, SBX_PLAN_OVERLAY_ROOT, 5);      /* and any other needs some */
+	REJECTS(s.mounts[0].parent, 1, 5);
+	REJECTS(s.mounts[3].parent, 4, 5);
 	REJECTS(s.mounts[0].lower, 2, 5);
 	REJECTS(s.mounts[0].lowers, 2, 5);
 	REJECTS(s.mounts[0].lowers, ~0U, 5);
@@ -135,6 +138,9 @@ static void rejects_requests(void)
 	REJECTS_REQUEST(r.request.rows, 65536, 3);
 	REJECTS_REQUEST(r.request.columns, 65536, 3);
 	REJECTS_REQUEST(r.request.rlimits.count, 1, 5); /* at offset 0: nowhere */
+	REJECTS_REQUEST(r.request.layers.count, 1, 6);
+	REJECTS_REQUEST(r.request.layers, ((struct sbx_span){ 1, 1 }), 6); /* not aligned */
+	REJECTS_REQUEST(r.request.layers, ((struct sbx_span){ sizeof r.request, SBX_MAX_LAYERS + 1 }), 6);
 	REJECTS_REQUEST(r.request.rlimits.count, SBX_MAX_ITEMS + 1, 5);
 }
 

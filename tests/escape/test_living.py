@@ -40,13 +40,17 @@ INIT, LAUNCHER = 1, 2  # the first one, which stays
 Open = Callable[..., Sandbox]
 
 
-@pytest.fixture
-def living(hostile: Hostile) -> Iterator[Open]:
-    """Makes living sandboxes with the hostile program in them; options are fields of SandboxSpec."""
+@pytest.fixture(params=["plain", "layers"])
+def living(hostile: Hostile, request: pytest.FixtureRequest) -> Iterator[Open]:
+    """Makes living sandboxes with the hostile program in them; options are fields of SandboxSpec. With layers
+    init keeps its capabilities."""
+    writable = request.param == "layers"
+    if writable:
+        request.getfixturevalue("overlays")
     with contextlib.ExitStack() as stack:
 
         def start(**fields: Any) -> Sandbox:
-            return stack.enter_context(Sandbox(hostile.spec.replace(**fields)))
+            return stack.enter_context(Sandbox(hostile.spec.replace(writable=writable, **fields)))
 
         yield start
 

@@ -134,7 +134,7 @@ def test_the_place_where_overlays_are_made(
     """Lower and upper directories lie below /proc, which nothing uncovers: by name, by going up, by taking it
     away, by a new view of it."""
     options = {"overlay": [(lower, "/data")], "writable": writable, "user": user, "landlock": False}
-    for name in ("nodes", "scratch", "scratch/u1", "0.0", "1.0", "dir"):
+    for name in ("nodes", "scratch", "scratch/l0", "scratch/l0/u1", "0.0", "1.0", "dir"):
         for path in (
             f"/proc/{name}",
             f"/proc/1/cwd/{name}",

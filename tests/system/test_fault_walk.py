@@ -390,3 +390,80 @@ def test_every_call_of_a_living_sandbox(
     if code == errno.EUCLEAN:
         assert stages >= {"idmap", "session", "init", "mount", "nslimit", "proc", "hostname", "cred"}
         assert stages >= {"landlock", "seccomp", "launcher"}
+
+
+# --- other layers for a living sandbox ------------------------------------------------------------------
+
+MARK = """
+cat /data/mark /srv/mark; stat -c %a /data; ls /data /srv | wc -l
+cut -d' ' -f5,6 /proc/self/mountinfo | grep -v scratch/ | sort
+"""
+CHANGES: dict[str, Callable[[Sandbox, sandboxcore.Snapshot], object]] = {
+    "seal": lambda living, other: living.snapshot(copy=False),
+    "copy": lambda living, other: living.snapshot(copy=True),
+    "discard": lambda living, other: living.discard(),
+    "restore": lambda living, other: living.restore(other),
+    "begin": lambda living, other: Sandbox.from_snapshot(other).close(),
+}
+
+
+def marked() -> Sandbox:
+    living = Sandbox.create(SPEC)
+    done = living.shell("for dir in /data /srv; do cd $dir; echo $dir > mark; mkdir d; done; chmod 711 /data")
+    assert done.ok, done
+    return living
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("code", [errno.EUCLEAN, errno.ENOMEM])
+@pytest.mark.parametrize("way", CHANGES)
+def test_every_call_of_a_change_of_layers(
+    faulty: list[_native.NativeFailure], monkeypatch: pytest.MonkeyPatch, way: str, code: int
+) -> None:
+    """In init, in its copier, and in the init of a fork: an error that says where, and nothing has changed;
+    or the end of a sandbox that cannot go on; or the change."""
+    if not sandboxcore.host.features().tmpfs_xattr:
+        pytest.skip("files in memory have no extended attributes here: needs Linux 6.6")
+    with marked() as first:
+        clean, other = first.shell(MARK).stdout, first.snapshot()
+    gc.collect()
+    stages, ended, survived = set(), 0, 0
+    living = Sandbox.from_snapshot(other)
+    for number in range(1, 3000):
+        monkeypatch.setattr(request, "FAULT", (number, code))
+        failed, lost = None, False
+        try:
+            CHANGES[way](living, other)
+        except NORMAL_ENDS as error:
+            failed = error
+        except sandboxcore.SandboxError:  # taken for the end of the spawner: there is a new one without it
+            assert (way, number) == ("begin", 1)
+            lost = True
+        monkeypatch.setattr(request, "FAULT", (0, 0))
+        if lost:
+            living.close()
+            with marked() as first:
+                other = first.snapshot()
+            living = Sandbox.from_snapshot(other)
+        if failed:
+            # the start of a sandbox reads an answer out of some errors: the walks above
+            assert way == "begin" or failed.errno == code, (number, failed, faulty[-1])
+            stages.add(failed.stage)
+        try:
+            assert living.shell(MARK).stdout == clean, (number, failed)
+            with living.fork()[0] as child:
+                assert child.shell(MARK).stdout == clean, (number, failed)
+        except sandboxcore.SandboxGone:
+            assert failed, number
+            ended += 1
+            living.close()
+            living = Sandbox.from_snapshot(other)
+        else:
+            living.restore(other)
+        survived = 0 if failed else survived + 1
+        if survived == 20:
+            break
+    living.close()
+    assert "mount" in stages
+    assert (ended > 0) is (way in ("seal", "discard", "restore")), (ended, way)

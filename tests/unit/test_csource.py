@@ -11,12 +11,13 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 # What runs between clone3 and exec, or as PID 1.
 AFTER_CLONE = (
-    *("path", "mount", "overlay", "root", "idmap", "session", "fds", "rlimit", "cred", "file", "landlock"),
-    *("seccomp", "record", "child", "init", "inbox", "message", "resident", "launcher", "command"),
-    *("stdio", "pump", "pty", "proc", "files", "remove", "group", "meter", "watch"),
+    *("path", "mount", "overlay", "layers", "layer", "copy", "root", "idmap", "session", "fds", "rlimit"),
+    *("cred", "file", "landlock", "seccomp", "record", "child", "init", "inbox", "message", "resident"),
+    *("pool", "launcher", "command", "stdio", "pump", "pty", "proc", "files", "remove", "group", "meter"),
+    "watch",
 )
 HOST = ("plan", "error", "wire", "client", "stream", "ask", "run")
-HELPER_ONLY = ("template", "net", "spawn", "spawner", "probe")
+HELPER_ONLY = ("template", "shelf", "net", "spawn", "spawner", "probe")
 
 # Neither locks nor heap nor stdio behind any of these. memcpy and friends may be emitted by the compiler.
 SAFE = {"syscall", "vfork", "clock_gettime", "__errno_location", "__stack_chk_fail", "_exit"}
@@ -77,7 +78,7 @@ def test_shipped_code_has_no_fault_hook(objects: dict[str, Path]) -> None:
 
 
 def test_concern_files_do_not_include_each_other() -> None:
-    own = {"box.h", "plan.h", "sandboxcore.h", "stream.h", "sys.h", "util.h"}
+    own = {"box.h", "plan.h", "resident.h", "sandboxcore.h", "stream.h", "sys.h", "util.h"}
     for source in CSRC.glob("*.c"):
         included = set(re.findall(r'#include "([^"]+)"', source.read_text()))
         assert included <= own, source.name

@@ -33,6 +33,7 @@ LAYERS = (
     ("files",),
     ("execution",),
     ("resources",),
+    ("snapshots",),
     ("sandbox",),
     ("persistent", "aio_loop", "aio_streams"),
     ("aio_exec", "aio_files"),
