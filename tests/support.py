@@ -1,6 +1,7 @@
 """What many tests share: payloads in Python, waiting with a deadline, looking at the host from outside."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -202,6 +203,12 @@ def _groups() -> int:
         if match and (match[2] if int(match[1]) == os.getpid() else not os.path.exists(f"/proc/{match[1]}")):
             count += 1
     return count
+
+
+def open_fds() -> list[str]:
+    """This process's descriptors, but for those that an earlier test has left to the collector."""
+    gc.collect()
+    return os.listdir("/proc/self/fd")
 
 
 def _working_fds(pid: int) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PROJECT, can_grant, wait_until
+from support import PROJECT, can_grant, open_fds, wait_until
 
 import sandboxcore
 from sandboxcore import DEVNULL, PIPE, STDOUT, Sandbox
@@ -185,7 +185,7 @@ def test_buffering_is_checked_before_anything_starts() -> None:
         (LookupError, {"errors": "no-such"}),
     )
     with Sandbox() as sandbox:
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(open_fds())
         for kind, options in wrong:
             with pytest.raises(kind):
                 sandbox.popen(["sleep", "60"], **options)
@@ -211,7 +211,7 @@ def test_what_cannot_be_flushed_is_reported() -> None:
 def test_closing_wakes_who_waits_in_another_thread() -> None:
     with Sandbox() as sandbox, ThreadPoolExecutor() as threads:
         process = sandbox.popen(["sleep", "60"], stdout=DEVNULL, stderr=DEVNULL)
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(open_fds())
         waits = [threads.submit(process.wait) for _ in range(3)]
         wait_until(lambda: len(os.listdir("/proc/self/fd")) == before + 3, "three threads with a copy each")
         process.close()
@@ -222,7 +222,7 @@ def test_nothing_stays_open_behind_the_end() -> None:
     """Not even where nobody closes: the number could be somebody else's by then."""
     with Sandbox() as sandbox:
         sandbox.exec(["true"])
-        before = set(os.listdir("/proc/self/fd"))  # what an earlier test has left may go meanwhile
+        before = set(open_fds())
         process = sandbox.popen(["true"])
         process.communicate(timeout=10)
         assert set(os.listdir("/proc/self/fd")) <= before

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import pytest
 from loops import cancelled_after, condition, play
-from support import PYTHON, Spec, gone, leaves_nothing, marked, parents, wait_until
+from support import PYTHON, Spec, gone, leaves_nothing, marked, open_fds, parents, wait_until
 
 import sandboxcore
 import sandboxcore.files
@@ -460,7 +460,7 @@ def test_cancelled_exec_leaves_nothing() -> None:
     async def action(sandbox: aio.Sandbox) -> None:
         assert (await sandbox.exec(["true"])).ok
         init = sandbox.pid
-        fds = len(os.listdir("/proc/self/fd"))
+        fds = len(open_fds())
         for turns in range(25):
             command = ["sh", "-c", "(setsid sleep 300 &) ; sleep 300; :", name]
             assert await cancelled_after(turns, sandbox.exec(command, input=bytes(MIB)))
@@ -483,7 +483,7 @@ def test_cancelled_popen_leaves_nothing() -> None:
 
     async def action(sandbox: aio.Sandbox) -> None:
         assert (await sandbox.exec(["true"])).ok
-        fds = len(os.listdir("/proc/self/fd"))
+        fds = len(open_fds())
         for turns in range(25):
             for options in ({"stdin": aio.PIPE}, {"pty": True}):
                 assert await cancelled_after(turns, popen(sandbox, **options))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import gone, host_environment, host_process, host_program, wait_until
+from support import gone, host_environment, host_process, host_program, open_fds, wait_until
 
 from sandboxcore import SetupError, SpecError, UnsupportedHost, cgroup
 from sandboxcore.cgroup_files import events, processes, remove_tree
@@ -477,7 +477,7 @@ def test_usage_of_an_empty_group(base: cgroup.Base) -> None:
 
 def test_directories_are_closed(base: cgroup.Base) -> None:
     group = base.group("open", [name for name in EVERY if name in base.layout.versions])
-    before = set(os.listdir("/proc/self/fd"))
+    before = set(open_fds())
     opened = group.directories()
     assert (opened.v2 is None) == (group.v2 is None)
     assert set(opened.v1) == set(group.v1)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support import PYTHON, Spec, gone, host_program, leaves_nothing, wait_until
+from support import PYTHON, Spec, gone, host_program, leaves_nothing, open_fds, wait_until
 
 import sandboxcore
 from sandboxcore import FileInfo, InvalidTransition, Sandbox, SandboxGone, _native
@@ -139,7 +139,7 @@ def test_open_refuses_odd_modes(sb: Sandbox, mode: str) -> None:
 
 def test_a_file_that_cannot_be_made_is_closed(sb: Sandbox) -> None:
     sb.files.exists("f")
-    before = os.listdir("/proc/self/fd")
+    before = open_fds()
     with pytest.raises(LookupError):
         sb.files.open("/etc/passwd", "r", encoding="no such encoding")
     with pytest.raises(ValueError, match="binary"):
@@ -388,7 +388,7 @@ def test_errors_of_the_builtin_kinds(sb: Sandbox) -> None:
     inside(sb, "mkdir d; touch f; chmod 0 f; mkfifo fifo")
     python(sb, "import socket; socket.socket(socket.AF_UNIX).bind('sock')")
     sb.files.exists("f")
-    before = os.listdir("/proc/self/fd")
+    before = open_fds()
     for error, number, action in (
         (FileNotFoundError, errno.ENOENT, lambda: sb.files.read("gone")),
         (IsADirectoryError, errno.EISDIR, lambda: sb.files.read("d")),

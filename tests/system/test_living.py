@@ -21,6 +21,7 @@ from support import (
     host_process,
     host_program,
     leaves_nothing,
+    open_fds,
     wait_until,
 )
 
@@ -673,7 +674,7 @@ print(sorted(os.listdir("/proc/self/fd")))
     ],
 )
 def test_programs_that_cannot_start(shared: Sandbox, argv: list[str], error: type[SetupError]) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = open_fds()
     for start in (shared.exec, shared.popen):
         with pytest.raises(error) as caught:
             start(argv, stdin=DEVNULL)
@@ -685,7 +686,7 @@ def test_programs_that_cannot_start(shared: Sandbox, argv: list[str], error: typ
 
 
 def test_starts_that_fail_elsewhere(shared: Sandbox) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = open_fds()
     for options, stage in (({"cwd": "/nowhere"}, "cwd"), ({"files": {"/usr/x": "y"}}, "file")):
         for start in (shared.exec, shared.popen):
             with pytest.raises(SetupError) as caught:

@@ -25,6 +25,7 @@ from support import (
     kill_spawners,
     leaves_nothing,
     marked,
+    open_fds,
     wait_until,
 )
 
@@ -767,7 +768,7 @@ RACER = """
 
 @pytest.mark.parametrize("use", [Home.bind, Home.connect])
 def test_a_directory_that_is_gone_leaves_no_socket(use: Callable[[Home, str], Any], tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     with pytest.raises(FileNotFoundError) as caught:  # whose traceback keeps what its frames had
         use(Home(tmp_path / "gone"), "keeper")
     assert len(os.listdir("/proc/self/fd")) == before, caught.value
