@@ -415,6 +415,7 @@ def marked() -> Sandbox:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("overlays")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("code", [errno.EUCLEAN, errno.ENOMEM])
 @pytest.mark.parametrize("way", CHANGES)
@@ -423,8 +424,6 @@ def test_every_call_of_a_change_of_layers(
 ) -> None:
     """In init, in its copier, and in the init of a fork: an error that says where, and nothing has changed;
     or the end of a sandbox that cannot go on; or the change."""
-    if not sandboxcore.host.features().tmpfs_xattr:
-        pytest.skip("files in memory have no extended attributes here: needs Linux 6.6")
     with marked() as first:
         clean, other = first.shell(MARK).stdout, first.snapshot()
     gc.collect()

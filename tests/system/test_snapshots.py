@@ -28,17 +28,11 @@ from sandboxcore import (
     SetupError,
     SpecError,
     aio,
-    host,
 )
 
+pytestmark = pytest.mark.usefixtures("overlays")
+
 PATIENCE = 60
-
-
-@pytest.fixture(autouse=True)
-def overlays() -> None:
-    """Without them there is an error, and that is another test's."""
-    if not host.features().tmpfs_xattr:
-        pytest.skip("files in memory have no extended attributes here: needs Linux 6.6")
 
 
 @pytest.fixture
