@@ -255,11 +255,17 @@ int sbx_overlay_add(int scratch, uint32_t number, int tree);
 /* shelf.c: layers for sandboxes to come */
 int sbx_shelf_put(struct sbx_spawner *s, int mount_ns, uint64_t id, int tree, struct sbx_error *err);
 int sbx_shelf_get(const struct sbx_spawner *s, uint64_t id, struct sbx_error *err);
+int sbx_shelf_stream(struct sbx_spawner *s, int mount_ns, const struct sbx_message *msg, const int *fds,
+		     struct sbx_error *err);
 int sbx_shelf_drop(const struct sbx_spawner *s, uint64_t id, struct sbx_error *err);
 
 /* copy.c */
 long sbx_copy_attributes(int from, int to, bool overlay);
 long sbx_copy_tree(int from, int to, int links);
+
+/* pack.c */
+long sbx_pack_tree(int root, int stream, bool content);
+long sbx_unpack_tree(int root, int stream, int links);
 
 /* layers.c: other layers for the overlays of a sandbox that stays. */
 int sbx_layers_take(struct sbx_layers *l, const uint32_t *number, size_t count);

@@ -29,9 +29,7 @@ struct copy {
 
 static bool is_wanted(const char *name, bool overlay)
 {
-	return strncmp(name, "user.overlay.", 13) == 0 ?
-		       overlay :
-		       strncmp(name, "user.", 5) == 0 || strncmp(name, "system.posix_acl_", 17) == 0;
+	return strncmp(name, "user.overlay.", 13) == 0 ? overlay : sbx_own_xattr(name);
 }
 
 static long copy_each_xattr(int from, int to, bool overlay, char *names, char *value)
@@ -207,43 +205,28 @@ static long copy_entry(const struct copy *c, const char *name)
 /* Go to two other directories; `next` is where to read on in the first. */
 static long move_to(struct copy *c, const char *name, int64_t next)
 {
-	const int how = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
+	long ret = sbx_enter(&c->from, name, next);
 
-	_cleanup_fd_ int from = (int)sbx_sys(SYS_openat, c->from, name, how, 0);
-	_cleanup_fd_ int to = from < 0 ? from : (int)sbx_sys(SYS_openat, c->to, name, how, 0);
-	long ret = to < 0 ? to : sbx_sys(SYS_lseek, from, next, SEEK_SET);
-	if (ret < 0)
-		return ret;
-	sbx_close(c->from);
-	sbx_close(c->to);
-	c->from = sbx_steal_fd(&from);
-	c->to = sbx_steal_fd(&to);
-	return 0;
+	return ret < 0 ? ret : sbx_enter(&c->to, name, 0);
 }
 
 /* Copy entries up to the first directory: 1, and its name. 0: there are no more. */
 static long copy_entries(const struct copy *c, char name[SBX_NAME_MAX], int64_t *next)
 {
-	_Alignas(8) char entries[4096];
+	struct sbx_reader reader = { .fd = c->from };
+	const struct sbx_dirent *entry;
 
 	for (;;) {
-		long len = sbx_sys(SYS_getdents64, c->from, entries, sizeof entries);
-		if (len <= 0)
-			return len;
-		for (long at = 0; at < len;) {
-			const struct sbx_dirent *entry = (const void *)(entries + at);
-			const char *text = entry->name;
-			at += entry->len;
-			if (text[0] == '.' && (!text[1] || (text[1] == '.' && !text[2])))
-				continue;
-			long ret = copy_entry(c, text);
-			if (ret == 1) {
-				memcpy(name, text, strlen(text) + 1); /* NAME_MAX is the kernel's promise */
-				*next = entry->off;
-			}
-			if (ret != 0)
-				return ret;
+		long ret = sbx_read_entry(&reader, &entry);
+		if (ret <= 0)
+			return ret;
+		ret = copy_entry(c, entry->name);
+		if (ret == 1) {
+			memcpy(name, entry->name, strlen(entry->name) + 1); /* NAME_MAX is the kernel's promise */
+			*next = entry->off;
 		}
+		if (ret != 0)
+			return ret;
 	}
 }
 

@@ -253,13 +253,22 @@ static int add_layers(struct changes *c, const struct sbx_layers *wanted, const 
  * A child lets go of what was replaced: a file system ends with its last descriptor, which takes as long as much of it
  * is cached, and so does the removal of what nobody wants. If there can be no child, init does the former.
  */
-static pid_t sweep(const struct changes *c, const struct sbx_layers *l)
+static pid_t sweep(const struct changes *c, const struct sbx_layers *old, const struct sbx_layers *l)
 {
 	const struct clone_args args = { .exit_signal = SIGCHLD };
+	struct sbx_layers all;
 
 	long pid = sbx_sys(SYS_clone3, &args, sizeof args);
 	if (pid != 0)
 		return pid < 0 ? 0 : (pid_t)pid;
+	if (l->drops == SBX_DROP_OLD) {
+		memcpy(all.drop, old->number, sizeof all.drop);
+		all.drops = old->count;
+		sbx_layer_drop(c->scratch, &all);
+		all.drop[0] = old->upper;
+		all.drops = 1;
+		l = &all;
+	}
 	sbx_layer_drop(c->scratch, l);
 	for (;;)
 		(void)sbx_sys(SYS_exit_group, 0);
@@ -300,7 +309,7 @@ int sbx_layers_change(struct sbx_box *box, const struct sbx_layers *wanted, cons
 	long ret = sbx_sys(SYS_chdir, "/");
 	if (ret < 0)
 		return sbx_close(sealed), sbx_fail(err, SBX_STAGE_MOUNT, 0, ret), -2;
-	*sweeper = sweep(&c, wanted);
+	*sweeper = sweep(&c, &box->layers, wanted);
 	box->layers = l;
 	return wanted->seal ? sealed : 0;
 }

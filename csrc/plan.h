@@ -256,16 +256,47 @@ struct sbx_request {
  * number in the sandbox that has it: a directory of the scratch, with "uINDEX" for each overlay. What it begins
  * with has the numbers from 1 on, what it writes to first 0.
  */
-enum { SBX_LAYER_NEW = 1u << 30 }; /* added to a number: it comes with the message, as a descriptor */
+enum {
+	SBX_LAYER_NEW = 1u << 30, /* added to a number: it comes with the message, as a descriptor */
+	SBX_DROP_OLD = 1u << 16,  /* as `drops`: all that there was */
+};
 struct sbx_layers {
 	uint32_t magic; /* SBX_REQUEST_MAGIC */
 	uint32_t kind;	/* SBX_MESSAGE_LAYERS, SBX_MESSAGE_COPY */
 	int32_t fault_at, fault_errno;
 	uint32_t seal;	/* what was written until now comes back as a layer */
-	uint32_t upper; /* the number of the directory to write to from now on; COPY: of the copy */
+	uint32_t upper; /* the number of the directory to write to from now on; COPY: of the copy, 0 for none */
 	uint32_t count, drops;
 	uint32_t number[64]; /* the topmost first */
 	uint32_t drop[64];   /* to be removed, once the overlays are without them */
+};
+
+/*
+ * A layer as a stream. An entry is followed by its name, the target of a link, and extended attributes, each of them
+ * "NAME\0", its uint32_t size, and its value. The first one is the layer's own directory and has no name.
+ */
+enum sbx_entry_kind {
+	SBX_ENTRY_ENTER = 1, /* a directory; what is in it comes next */
+	SBX_ENTRY_LEAVE,
+	SBX_ENTRY_OTHER, /* anything else; after a file its data, if wanted */
+	SBX_ENTRY_LINK,	 /* one more name of an entry that had this `ino` (only to the spawner) */
+	SBX_ENTRY_DATA,	 /* `size` bytes, that belong to `offset` of the file */
+};
+struct sbx_entry {
+	uint32_t kind;
+	uint32_t mode;
+	uint32_t uid;
+	uint32_t gid;
+	uint64_t ino; /* of what has several names, else 0 */
+	int64_t size;
+	int64_t offset;
+	int64_t mtime; /* seconds since the epoch */
+	uint32_t mtime_ns;
+	uint32_t rdev;
+	uint32_t name; /* lengths of what follows */
+	uint32_t target;
+	uint32_t xattrs;
+	uint32_t reserved;
 };
 
 /* What a descriptor has to do with the sandbox's control groups: cgroups(7). */
@@ -359,6 +390,8 @@ enum sbx_message_kind {
 	SBX_MESSAGE_BORROW, /* to the spawner: lend a layer of the shelf, for LAYERS */
 	SBX_MESSAGE_LAYERS, /* to init: struct sbx_layers instead; its overlays are made anew */
 	SBX_MESSAGE_COPY,   /* to init: the same, it lends a copy of what was written until now, or of some layers */
+	SBX_MESSAGE_PACK,   /* to the spawner: write a layer of the shelf to the stream that comes along */
+	SBX_MESSAGE_UNPACK, /* to the spawner: put what comes from the stream on the shelf, `flags` MiB at most */
 };
 
 enum sbx_scope { SBX_SCOPE_PROCESS, SBX_SCOPE_GROUP, SBX_SCOPE_TREE };

@@ -97,28 +97,23 @@ static void signal_one(const struct who *who, int sig)
 /* Every process but init that has not ended, until a visit returns an error. Returns the sum of what they return. */
 static long each(long (*visit)(void *with, int proc, const struct who *), void *with)
 {
-	_Alignas(8) char entries[4096];
-	long found = 0;
+	const struct sbx_dirent *entry;
+	long found = 0, ret;
 
 	_cleanup_fd_ int proc = (int)sbx_sys(SYS_openat, AT_FDCWD, "/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (proc < 0)
 		return proc;
-	for (;;) {
-		long len = sbx_sys(SYS_getdents64, proc, entries, sizeof entries);
-		if (len <= 0)
-			return len < 0 ? len : found;
-		for (long at = 0; at < len;) {
-			const struct sbx_dirent *entry = (const void *)(entries + at);
-			struct who who;
-			at += entry->len;
-			if (!look(proc, entry->name, &who) || who.pid <= 1 || who.dead)
-				continue;
-			long ret = visit(with, proc, &who);
-			if (ret < 0)
-				return ret;
-			found += ret;
-		}
+	struct sbx_reader reader = { .fd = proc };
+	while ((ret = sbx_read_entry(&reader, &entry)) > 0) {
+		struct who who;
+		if (!look(proc, entry->name, &who) || who.pid <= 1 || who.dead)
+			continue;
+		ret = visit(with, proc, &who);
+		if (ret < 0)
+			return ret;
+		found += ret;
 	}
+	return ret < 0 ? ret : found;
 }
 
 struct targets {
@@ -173,26 +168,21 @@ static long note_stopped(void *with, int proc, const struct who *who)
 /* Threads that run, or will; whoever waits for a vfork(2) looks as if it would. */
 static long count_moving(void *with, int proc, const struct who *who)
 {
-	_Alignas(8) char entries[2048];
+	const struct sbx_dirent *entry;
 	char path[32];
-	long moving = 0;
+	long moving = 0, ret = 0;
 
 	if (who->pid == *(const pid_t *)with)
 		return 0;
 	sbx_format_path(path, "", (unsigned)who->pid, "/task");
 	_cleanup_fd_ int tasks = (int)sbx_sys(SYS_openat, proc, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	for (;;) {
-		long len = tasks < 0 ? 0 : sbx_sys(SYS_getdents64, tasks, entries, sizeof entries);
-		if (len <= 0)
-			return len < 0 && len != -ENOENT && len != -ESRCH ? len : moving;
-		for (long at = 0; at < len;) {
-			const struct sbx_dirent *entry = (const void *)(entries + at);
-			struct who thread;
-			at += entry->len;
-			moving += look(tasks, entry->name, &thread) && thread.state != STOPPED &&
-				  thread.state != TRACED && thread.state != ZOMBIE && thread.state != DEAD;
-		}
+	struct sbx_reader reader = { .fd = tasks };
+	while (tasks >= 0 && (ret = sbx_read_entry(&reader, &entry)) > 0) {
+		struct who thread;
+		moving += look(tasks, entry->name, &thread) && thread.state != STOPPED && thread.state != TRACED &&
+			  thread.state != ZOMBIE && thread.state != DEAD;
 	}
+	return ret < 0 && ret != -ENOENT && ret != -ESRCH ? ret : moving;
 }
 
 /* Whoever waits for a child of vfork(2) stands still when that has gone on, and executed something. */

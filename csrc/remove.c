@@ -46,27 +46,20 @@ static long remove_entry(int dir, const char *name)
 /* Remove what is in a directory up to the first directory that is not empty: 1, and its name. 0: all gone. */
 static long clear_directory(int dir, char name[SBX_NAME_MAX], uint64_t deadline)
 {
-	_Alignas(8) char entries[4096];
+	struct sbx_reader reader = { .fd = dir };
+	const struct sbx_dirent *entry;
 
 	for (;;) {
-		long len = sbx_sys(SYS_getdents64, dir, entries, sizeof entries);
-		if (len <= 0)
-			return gone(len) ? 0 : len;
-		if (sbx_now() > deadline)
+		long ret = sbx_read_entry(&reader, &entry);
+		if (ret <= 0)
+			return gone(ret) ? 0 : ret;
+		if (reader.at == entry->len && sbx_now() > deadline) /* once for each buffer */
 			return -ETIMEDOUT;
-		for (long at = 0; at < len;) {
-			const struct sbx_dirent *entry = (const void *)(entries + at);
-			const char *text = entry->name;
-			at += entry->len;
-			if (text[0] == '.' && (!text[1] || (text[1] == '.' && !text[2])))
-				continue;
-			long ret = remove_entry(dir, text);
-			if (ret == 0)
-				continue;
-			if (ret == 1)
-				memcpy(name, text, strlen(text) + 1); /* NAME_MAX is the kernel's promise */
+		ret = remove_entry(dir, entry->name);
+		if (ret == 1)
+			memcpy(name, entry->name, strlen(entry->name) + 1); /* NAME_MAX is the kernel's promise */
+		if (ret != 0)
 			return ret;
-		}
 	}
 }
 

@@ -100,7 +100,8 @@ static bool change_layers(struct resident *r, const struct sbx_layers *l, int *f
 	if (nfds == 0)
 		return true;
 	sbx_pool_close_door(r->pool);
-	if (r->box->void_fd < 0 || l->count > SBX_MAX_LAYERS || l->drops > SBX_COUNT(l->drop) ||
+	if (r->box->void_fd < 0 || l->count > SBX_MAX_LAYERS ||
+	    (l->drops > SBX_COUNT(l->drop) && l->drops != SBX_DROP_OLD) ||
 	    sbx_layers_take(&plain, l->number, l->count) != (int)nfds - 1)
 		sbx_fail(&done.error, SBX_STAGE_LAUNCHER, 7, -EPROTO);
 	else if (sbx_pool_any(r->pool, SBX_LAUNCHER_BUSY) || sbx_pool_any(r->pool, SBX_LAUNCHER_COPIER))
@@ -147,7 +148,7 @@ static void copy_layer(const struct resident *r, unsigned self, const struct sbx
 	long ret = held && still ? sbx_proc_hold(held) : 0;
 	if (ret < 0)
 		sbx_fail(&done.error, SBX_STAGE_LAUNCHER, 9, ret);
-	if (held && ret == 0)
+	if (held && ret == 0 && l->upper)
 		layer = sbx_layers_copy(r->box, l, &done.error);
 	SBX_FAULT_ARM(0, 0);
 	if (held && ret == 0 && still)
@@ -164,7 +165,7 @@ static void start_copy(struct resident *r, const struct sbx_layers *l, int answe
 	struct sbx_record failed = { .kind = SBX_RECORD_DONE };
 	long pid = -EPROTO;
 
-	const unsigned char as = l->count ? SBX_LAUNCHER_SWEEPER : SBX_LAUNCHER_COPIER;
+	const unsigned char as = l->count || !l->upper ? SBX_LAUNCHER_SWEEPER : SBX_LAUNCHER_COPIER;
 
 	if (r->box->void_fd >= 0 && !r->stopped && l->drops <= SBX_COUNT(l->drop) && l->count <= SBX_MAX_LAYERS)
 		pid = sbx_pool_any(r->pool, SBX_LAUNCHER_COPIER) ? -EBUSY : -EAGAIN;

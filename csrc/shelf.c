@@ -81,3 +81,54 @@ int sbx_shelf_drop(const struct sbx_spawner *s, uint64_t id, struct sbx_error *e
 		ret = sbx_sys(SYS_unlinkat, AT_FDCWD, name, AT_REMOVEDIR);
 	return ret < 0 ? sbx_fail(err, SBX_STAGE_TEMPLATE, 17, ret) : 0;
 }
+
+/* An empty layer under a number, that may become so large. */
+static int make_layer(struct sbx_spawner *s, int mount_ns, uint64_t id, unsigned mebibytes, struct sbx_error *err)
+{
+	static const char start[] = "mode\0"
+				    "0700\0"
+				    "size";
+	char options[64] = "";
+
+	memcpy(options, start, sizeof start);
+	sbx_format_path(options + sizeof start, "", mebibytes, "m");
+	_cleanup_fd_ int tree = sbx_mount_fs("tmpfs", options, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
+	return tree < 0 ? sbx_fail(err, SBX_STAGE_TEMPLATE, 18, tree) : sbx_shelf_put(s, mount_ns, id, tree, err);
+}
+
+static long unpack(int tree, int stream)
+{
+	long ret = sbx_sys(SYS_mkdirat, tree, "links", 0700);
+	_cleanup_fd_ int links = ret < 0 ? (int)ret : sbx_openat2(tree, "links", O_PATH | O_DIRECTORY, 0, 0);
+	ret = links < 0 ? links : sbx_unpack_tree(tree, stream, links);
+	return ret < 0 ? ret : sbx_remove_tree(tree, "links");
+}
+
+/* A child does what takes as long as there is much of it, and answers. */
+static int fork_for(const struct sbx_message *msg, int tree, const int *fds, struct sbx_error *err)
+{
+	const struct clone_args args = { .exit_signal = SIGCHLD };
+	const struct sbx_record done = { .kind = SBX_RECORD_DONE };
+
+	long pid = sbx_sys(SYS_clone3, &args, sizeof args);
+	if (pid != 0)
+		return pid < 0 ? sbx_fail(err, SBX_STAGE_TEMPLATE, 19, pid) : 0;
+	long ret = msg->kind == SBX_MESSAGE_PACK ? sbx_pack_tree(tree, fds[1], msg->flags) : unpack(tree, fds[1]);
+	if (ret < 0) {
+		sbx_fail(err, SBX_STAGE_TEMPLATE, 20, ret);
+		sbx_send_error(fds[0], err);
+	} else {
+		(void)sbx_send_record(fds[0], &done, NULL, 0, -1);
+	}
+	_exit(0);
+}
+
+/* PACK, UNPACK: with the answer's socket, and the stream. */
+int sbx_shelf_stream(struct sbx_spawner *s, int mount_ns, const struct sbx_message *msg, const int *fds,
+		     struct sbx_error *err)
+{
+	if (msg->kind == SBX_MESSAGE_UNPACK && make_layer(s, mount_ns, msg->plan, msg->flags, err) < 0)
+		return -1;
+	_cleanup_fd_ int tree = sbx_shelf_get(s, msg->plan, err);
+	return tree < 0 ? -1 : fork_for(msg, tree, fds, err);
+}

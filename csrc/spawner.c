@@ -244,20 +244,30 @@ static int run(struct state *st, size_t len, const int *fds, size_t nfds, struct
 	return ret;
 }
 
-/* SHELVE, UNSHELVE, BORROW: *lent is a descriptor, or stays as it is. */
+static const struct sbx_template *any_template(const struct state *st)
+{
+	for (size_t i = 0; i < TEMPLATES; i++)
+		if (st->templates[i].plan)
+			return &st->templates[i];
+	return NULL;
+}
+
+/* What concerns the shelf, but for streams. *lent is a descriptor, or stays as it is. */
 static int shelve(struct state *st, const struct sbx_message *msg, const int *fds, size_t nfds, int *lent,
 		  struct sbx_error *err)
 {
-	if (nfds != (msg->kind == SBX_MESSAGE_SHELVE ? 2 : 1))
+	if (nfds != (msg->kind == SBX_MESSAGE_UNSHELVE || msg->kind == SBX_MESSAGE_BORROW ? 1 : 2))
 		return sbx_fail(err, SBX_STAGE_REQUEST, 22, -EBADF);
 	if (msg->kind == SBX_MESSAGE_BORROW)
 		return *lent = sbx_shelf_get(&st->s, msg->plan, err);
 	if (msg->kind == SBX_MESSAGE_UNSHELVE)
 		return sbx_shelf_drop(&st->s, msg->plan, err);
-	for (size_t i = 0; i < TEMPLATES; i++)
-		if (st->templates[i].plan)
-			return sbx_shelf_put(&st->s, st->templates[i].mount_ns, msg->plan, fds[1], err);
-	return sbx_fail(err, SBX_STAGE_PLAN, 0, -ESTALE);
+	const struct sbx_template *t = any_template(st);
+	if (!t)
+		return sbx_fail(err, SBX_STAGE_PLAN, 0, -ESTALE);
+	if (msg->kind == SBX_MESSAGE_SHELVE)
+		return sbx_shelf_put(&st->s, t->mount_ns, msg->plan, fds[1], err);
+	return sbx_shelf_stream(&st->s, t->mount_ns, msg, fds, err);
 }
 
 /* One datagram from the host. Returns false when there will be no more. */
@@ -289,10 +299,11 @@ static bool serve(struct state *st)
 			sbx_fail(&err, SBX_STAGE_CGROUP, 24, -EBADF);
 		else if (sbx_group_root(st->s.proc, fds[1], &err) == 0)
 			(void)sbx_send_record(fds[0], &ready, NULL, 0, -1);
-	} else if (msg->kind >= SBX_MESSAGE_SHELVE && msg->kind <= SBX_MESSAGE_BORROW) {
+	} else if ((msg->kind >= SBX_MESSAGE_SHELVE && msg->kind <= SBX_MESSAGE_BORROW) ||
+		   msg->kind == SBX_MESSAGE_PACK || msg->kind == SBX_MESSAGE_UNPACK) {
 		const struct sbx_record done = { .kind = SBX_RECORD_DONE };
 		_cleanup_fd_ int lent = -1;
-		if (shelve(st, msg, fds, nfds, &lent, &err) >= 0)
+		if (shelve(st, msg, fds, nfds, &lent, &err) >= 0 && msg->kind <= SBX_MESSAGE_BORROW)
 			(void)sbx_send_record(fds[0], &done, NULL, 0, lent);
 	} else if (msg->kind == SBX_MESSAGE_RUN) {
 		(void)run(st, (size_t)len, fds, nfds, &err);

@@ -43,6 +43,67 @@ static inline uint64_t sbx_now(void)
 	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+/* What is in a directory, but for "." and "..". Zeroed but for the descriptor at first. */
+struct sbx_reader {
+	int fd;
+	long at, len;
+	_Alignas(8) char entries[4096];
+};
+
+/* The next entry: 1; 0 at the end, or -errno. */
+static inline long sbx_read_entry(struct sbx_reader *r, const struct sbx_dirent **entry)
+{
+	for (;;) {
+		if (r->at >= r->len) {
+			r->at = r->len = 0;
+			long len = sbx_sys(SYS_getdents64, r->fd, r->entries, sizeof r->entries);
+			if (len <= 0)
+				return len;
+			r->len = len;
+		}
+		*entry = (const void *)(r->entries + r->at);
+		r->at += (*entry)->len;
+		const char *name = (*entry)->name;
+		if (name[0] != '.' || (name[1] && (name[1] != '.' || name[2])))
+			return 1;
+	}
+}
+
+/* Attributes that belong to whoever owns the file; overlayfs's among them. */
+static inline bool sbx_own_xattr(const char *name)
+{
+	return strncmp(name, "user.", 5) == 0 || strncmp(name, "system.posix_acl_", 17) == 0;
+}
+
+/* read(2) or write(2) all of it. */
+static inline long sbx_transfer(long call, int fd, void *data, size_t size)
+{
+	for (char *at = data; size > 0;) {
+		long ret = sbx_sys(call, fd, at, size);
+		if (ret == -EINTR)
+			continue;
+		if (ret <= 0)
+			return ret < 0 ? ret : -EPIPE;
+		at += ret;
+		size -= (size_t)ret;
+	}
+	return 0;
+}
+
+/* Into a directory of the directory *at, to read on from there. */
+static inline long sbx_enter(int *at, const char *name, int64_t from)
+{
+	const int how = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
+
+	_cleanup_fd_ int fd = (int)sbx_sys(SYS_openat, *at, name, how, 0);
+	long ret = fd < 0 ? fd : sbx_sys(SYS_lseek, fd, from, SEEK_SET);
+	if (ret < 0)
+		return ret;
+	sbx_close(*at);
+	*at = sbx_steal_fd(&fd);
+	return 0;
+}
+
 /* The raw call writes what is left of the time back. */
 static inline void sbx_nap(long nanoseconds)
 {

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sandboxcore.capabilities import SandboxCapabilities
+    from sandboxcore.changes import FileChange
     from sandboxcore.command import Exit, Process, Stderr, Stdout
     from sandboxcore.detached import DetachedCommand
     from sandboxcore.errors import (
+        ArchiveError,
         CommandFailed,
+        CommitError,
         CwdNotFound,
         CwdNotPermitted,
         CwdPathInvalid,
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
         SandboxNotFound,
         SandboxTimeout,
         SetupError,
+        SnapshotNotFound,
         SpecError,
         TooManySandboxes,
         UnsupportedHost,
@@ -42,16 +46,20 @@ if TYPE_CHECKING:
     from sandboxcore.request import DEVNULL, PIPE, STDOUT
     from sandboxcore.result import Cause, ExecResult, Usage
     from sandboxcore.sandbox import Sandbox
+    from sandboxcore.saved import SavedSnapshot, SnapshotStore
     from sandboxcore.seccomp import SeccompPolicy
     from sandboxcore.snapshots import Snapshot
     from sandboxcore.spec import Limits, Mount, SandboxSpec
     from sandboxcore.store import SandboxRecord
+    from sandboxcore.template import Template
 
 __version__ = "0.1.0"
 
 _HOME = {
     "capabilities": ("SandboxCapabilities",),
+    "changes": ("FileChange",),
     "errors": (
+        *("ArchiveError", "CommitError", "SnapshotNotFound"),
         *("CwdNotFound", "CwdNotPermitted", "CwdPathInvalid"),
         *("CommandFailed", "ExecError", "InvalidTransition", "ProgramNotExecutable", "ProgramNotFound"),
         *("ProgramPathInvalid", "SandboxBusy", "SandboxError", "SandboxGone", "SandboxNotFound"),
@@ -71,10 +79,12 @@ _HOME = {
     "result": ("Cause", "ExecResult", "Usage"),
     "resources": ("LimitChange",),
     "sandbox": ("Sandbox",),
+    "saved": ("SavedSnapshot", "SnapshotStore"),
     "seccomp": ("SeccompPolicy",),
     "snapshots": ("Snapshot",),
     "spec": ("Limits", "Mount", "SandboxSpec"),
     "store": ("SandboxRecord",),
+    "template": ("Template",),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -82,8 +92,10 @@ __all__ = [
     "DEVNULL",
     "PIPE",
     "STDOUT",
+    "ArchiveError",
     "Cause",
     "CommandFailed",
+    "CommitError",
     "CwdNotFound",
     "CwdNotPermitted",
     "CwdPathInvalid",
@@ -91,6 +103,7 @@ __all__ = [
     "ExecError",
     "ExecResult",
     "Exit",
+    "FileChange",
     "FileInfo",
     "Files",
     "GroupUsage",
@@ -114,12 +127,16 @@ __all__ = [
     "SandboxSpec",
     "SandboxState",
     "SandboxTimeout",
+    "SavedSnapshot",
     "SeccompPolicy",
     "SetupError",
     "Snapshot",
+    "SnapshotNotFound",
+    "SnapshotStore",
     "SpecError",
     "Stderr",
     "Stdout",
+    "Template",
     "TooManySandboxes",
     "UnsupportedHost",
     "Usage",

@@ -393,13 +393,13 @@ _LAYERS = Header("struct sbx_layers")
 class LayersOrder:
     """Other layers: their numbers, the topmost first, and a descriptor of each that is new to init, else -1.
     ``upper``: the number of what is written to from then on; ``seal``: what was written until then is wanted
-    as a layer; ``drop``: what is to be removed. ``copy`` instead: as ``upper`` a copy of what was written, or
-    of the layers."""
+    as a layer; ``drop``: what is to be removed, None for all that there was. ``copy`` instead: as ``upper`` a
+    copy of what was written, or of the layers; 0 for none."""
 
     layers: Sequence[tuple[int, int]]
     upper: int
     seal: bool = False
-    drop: Sequence[int] = ()
+    drop: Sequence[int] | None = ()
     copy: bool = False
 
 
@@ -414,9 +414,9 @@ def send_layers(sock: socket.socket, answer: int, order: LayersOrder, fault: tup
         "seal": order.seal,
         "upper": order.upper,
         "count": len(order.layers),
-        "drops": len(order.drop),
+        "drops": constant("DROP_OLD") if order.drop is None else len(order.drop),
     }
-    values |= {f"drop{i}": number for i, number in enumerate(order.drop)}
+    values |= {f"drop{i}": number for i, number in enumerate(order.drop or ())}
     values |= {f"number{i}": number | (new if fd >= 0 else 0) for i, (number, fd) in enumerate(order.layers)}
     fds = [fd for _, fd in order.layers if fd >= 0]
     socket.send_fds(sock, [_LAYERS.pack(values)], [answer, *fds])

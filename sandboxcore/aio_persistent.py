@@ -7,16 +7,19 @@ a start takes; that is waited for without blocking.
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Self
 
 from sandboxcore import persistent, sandbox
 from sandboxcore.aio_loop import LOCK_PATIENCE, Flag, freeze, patiently
 from sandboxcore.aio_sandbox import Sandbox
+from sandboxcore.changes import FileChange
 from sandboxcore.lifecycle import SandboxState, check_move
 from sandboxcore.link import ANSWER_PATIENCE, Home
 from sandboxcore.persistent import Collected, StatePath
 from sandboxcore.resources import LimitChange
+from sandboxcore.saved import SnapshotStore
+from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.store import SandboxRecord, Store
 
@@ -77,6 +80,57 @@ class PersistentSandbox(Sandbox):
         self = cls.__new__(cls)
         self._handle(persistent.PersistentSandbox.connect(key, state_dir=state_dir))
         return self
+
+    # --- its files at earlier moments: reading and writing them is a thread's work ------------------
+
+    @property
+    def snapshots(self) -> SnapshotStore:
+        """Where its snapshots are: those of all sandboxes in its state directory."""
+        return self._own.snapshots
+
+    async def snapshot(self, name: str | None = None, *, copy: bool | None = None) -> Snapshot:
+        """:meth:`sandboxcore.PersistentSandbox.snapshot`; it is taken also if this is cancelled."""
+        return await asyncio.to_thread(self._own.snapshot, name, copy=copy)
+
+    async def restore(self, snapshot: Snapshot) -> None:
+        """:meth:`sandboxcore.PersistentSandbox.restore`, likewise."""
+        await asyncio.to_thread(self._own.restore, snapshot)
+
+    async def discard(self) -> None:
+        """:meth:`sandboxcore.PersistentSandbox.discard`, likewise."""
+        await asyncio.to_thread(self._own.discard)
+
+    async def diff(self, since: Snapshot | None = None) -> list[FileChange]:
+        """:meth:`sandboxcore.Sandbox.diff`."""
+        return await asyncio.to_thread(self._own.diff, since)
+
+    async def commit(
+        self,
+        paths: Iterable[str | os.PathLike[str]] | None = None,
+        *,
+        dry_run: bool = False,
+        state_dir: str | os.PathLike[str] | None = None,
+    ) -> list[FileChange]:
+        """:meth:`sandboxcore.Sandbox.commit`, likewise."""
+        return await asyncio.to_thread(self._own.commit, paths, dry_run=dry_run, state_dir=state_dir)
+
+    @classmethod
+    async def from_snapshot(
+        cls, snapshot: Snapshot, *, spec: SandboxSpec | None = None, **about: Any
+    ) -> Self:
+        """:meth:`sandboxcore.PersistentSandbox.from_snapshot`."""
+        made = persistent.PersistentSandbox.from_snapshot
+        self = cls.__new__(cls)
+        self._handle(await asyncio.to_thread(made, snapshot, spec=spec, **about))
+        return self
+
+    async def fork(self, n: int = 1) -> list[Self]:
+        """:meth:`sandboxcore.Sandbox.fork`."""
+        children = []
+        for own in await asyncio.to_thread(self._own.fork, n):
+            children.append(type(self).__new__(type(self)))
+            children[-1]._handle(own)
+        return children
 
     @property
     def record(self) -> SandboxRecord:
@@ -191,4 +245,5 @@ async def gc(state_dir: StatePath = None, *, dry_run: bool = False) -> Collected
     with Store(state_dir) as store:
         for _ in persistent._collect(store, ended, removed, groups, dry_run=dry_run):
             await asyncio.sleep(0)
-    return Collected(tuple(ended), tuple(removed), tuple(groups))
+    layers, commits = await asyncio.to_thread(persistent._collect_files, state_dir, dry_run=dry_run)
+    return Collected(tuple(ended), tuple(removed), tuple(groups), layers, commits)

@@ -5,7 +5,7 @@ import errno as E
 import os
 import signal
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -28,14 +28,16 @@ from sandboxcore.aio_loop import (
 from sandboxcore.aio_process import Process, start_process
 from sandboxcore.capabilities import SandboxCapabilities
 from sandboxcore.cgroup import GroupUsage
+from sandboxcore.changes import FileChange
 from sandboxcore.detached import DEFAULT_KEEP
 from sandboxcore.errors import InvalidTransition, SandboxGone, SetupError
+from sandboxcore.layers import Copy, Layers
 from sandboxcore.lifecycle import SandboxState, check_move
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link
 from sandboxcore.request import DEVNULL, PIPE, File, FileContent, Program, Request, StrOrBytes
 from sandboxcore.resources import LimitChange
 from sandboxcore.result import Decoder, ExecResult
-from sandboxcore.snapshots import Copy, Layers, Snapshot
+from sandboxcore.snapshots import Snapshot
 from sandboxcore.spawner import get_spawner
 from sandboxcore.spec import Limits, SandboxSpec
 
@@ -239,6 +241,22 @@ class Sandbox:
         async with self._still():
             self._own.discard()
 
+    async def diff(self, since: Snapshot | None = None) -> list[FileChange]:
+        """:meth:`sandboxcore.Sandbox.diff`; a thread of its own reads what is in the layers."""
+        with await self.snapshot() as now:
+            return await asyncio.to_thread(now.diff, since)
+
+    async def commit(
+        self,
+        paths: Iterable[str | os.PathLike[str]] | None = None,
+        *,
+        dry_run: bool = False,
+        state_dir: str | os.PathLike[str] | None = None,
+    ) -> list[FileChange]:
+        """:meth:`sandboxcore.Sandbox.commit`; a thread of its own writes, also if this is cancelled."""
+        with await self.snapshot() as now:
+            return await asyncio.to_thread(now.commit, paths, dry_run=dry_run, state_dir=state_dir)
+
     @asynccontextmanager
     async def _still(self) -> AsyncIterator[None]:
         async with self._changing():
@@ -246,9 +264,11 @@ class Sandbox:
             yield
 
     @classmethod
-    async def from_snapshot(cls, snapshot: Snapshot, **about: Any) -> Self:
-        """Start one that has the files of a snapshot, and its spec. What it writes is its own."""
-        made = cls(snapshot.spec, **about)
+    async def from_snapshot(
+        cls, snapshot: Snapshot, *, spec: SandboxSpec | None = None, **about: Any
+    ) -> Self:
+        """:meth:`sandboxcore.Sandbox.from_snapshot`."""
+        made = cls(snapshot.fitting(spec), **about)
         made._own._layers = Layers(snapshot.layers)
         await made.start()
         return made

@@ -48,7 +48,8 @@ class _Verbs(click.Group):
 
 
 def _living() -> click.Group:
-    from sandboxcore import cli_living, cli_reading, cli_resources  # noqa: F401 - they add themselves
+    # They add themselves.
+    from sandboxcore import cli_living, cli_reading, cli_resources, cli_snapshots  # noqa: F401
 
     return living
 

@@ -128,7 +128,8 @@ def gc(dry_run: bool, as_json: bool, state_dir: str | None) -> None:
     """Set the records right after crashes.
 
     Sandboxes that are gone are put down as stopped; what no record knows is removed; so are the control
-    groups of sandboxes and of processes that are gone.
+    groups of sandboxes and of processes that are gone, and layers of no snapshot. Commits that were
+    interrupted are finished.
     """
     from sandboxcore.persistent import gc as collect
 
@@ -136,7 +137,11 @@ def gc(dry_run: bool, as_json: bool, state_dir: str | None) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(done), indent=2))
         return
-    for word, names in (("ended", done.ended), ("removed", done.removed), ("removed group", done.groups)):
+    said = (
+        ("ended", done.ended), ("removed", done.removed), ("removed group", done.groups),
+        ("removed layer", done.layers), ("finished commit to", done.commits),
+    )  # fmt: skip
+    for word, names in said:
         for name in names:
             click.echo(f"{word} {name}")
 

@@ -145,6 +145,18 @@ class SandboxBusy(SandboxError, BlockingIOError):
     """Something runs in the sandbox that must not while this is done; nothing has changed."""
 
 
+class SnapshotNotFound(SandboxError, LookupError):
+    """No saved snapshot has this name."""
+
+
+class CommitError(SandboxError, OSError):
+    """The host's directory cannot take what a sandbox wrote, or is not what it was: see ``filename``."""
+
+
+class ArchiveError(SandboxError, ValueError):
+    """An archive that is broken, hostile, or of something else."""
+
+
 class CommandFailed(SandboxError, subprocess.CalledProcessError):
     """``check=True`` and the command did not exit with 0. ``result`` has everything."""
 

@@ -12,19 +12,22 @@ from typing import Any, Self
 
 from sandboxcore import cgroup, host
 from sandboxcore.cgroup import GroupUsage
+from sandboxcore.commit import finish_all
 from sandboxcore.detached import DetachedCommand, Door
-from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SetupError, SpecError
+from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SetupError
 from sandboxcore.files import FileServer
 from sandboxcore.groups import remove_later
 from sandboxcore.identity import boot_id, pid_of, start_ticks
 from sandboxcore.journal import Journal
-from sandboxcore.lifecycle import SandboxState, check_move, new_id
+from sandboxcore.layers import Layers
+from sandboxcore.lifecycle import SandboxState, check_move, check_name, new_id
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link
+from sandboxcore.persistent_files import PersistentFiles
 from sandboxcore.plan import Plan, reopened_plan, updated_plan
 from sandboxcore.request import Request
 from sandboxcore.resources import LimitChange
-from sandboxcore.sandbox import Sandbox
-from sandboxcore.snapshots import Layers, Snapshot
+from sandboxcore.saved import SnapshotStore
+from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.store import CommandRecord, SandboxRecord, Store
 
@@ -32,7 +35,7 @@ StatePath = str | os.PathLike[str] | None
 _TOUCH = 1.0  # seconds between two notes of activity
 
 
-class PersistentSandbox(Sandbox):
+class PersistentSandbox(PersistentFiles):
     """A sandbox with a name that stays until it is destroyed, whoever made it.
 
     Any process of the same user finds it again with :meth:`connect`. Leaving a ``with`` block, and
@@ -294,23 +297,20 @@ class PersistentSandbox(Sandbox):
         self._store.change(self.id, spec=spec.to_dict())
         super()._limits_now(spec, running=running)
 
-    def snapshot(self, name: str | None = None, *, copy: bool | None = None) -> Snapshot:
-        """Not of a persistent sandbox: what is in memory would not outlive this process. Raises
-        :class:`SpecError`."""
-        raise SpecError(f"sandbox {self.name}: it is persistent, and snapshots are not")
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """See :meth:`snapshot`."""
-        self.snapshot()
-
-    def discard(self) -> None:
-        """See :meth:`snapshot`."""
-        self.snapshot()
-
     @classmethod
-    def from_snapshot(cls, snapshot: Snapshot, **about: Any) -> Self:
-        """See :meth:`snapshot`."""
-        raise SpecError("a persistent sandbox cannot begin with a snapshot, which is not")
+    def from_snapshot(cls, snapshot: Snapshot, *, spec: SandboxSpec | None = None, **about: Any) -> Self:
+        """Start one that has the files of a snapshot; also after :meth:`stop` it begins with these. As
+        :meth:`Sandbox.from_snapshot`."""
+        sandbox = cls._from(snapshot, spec=snapshot.fitting(spec), **about)
+        try:
+            sandbox.start()
+        except BaseException:
+            sandbox.destroy()
+            raise
+        return sandbox
+
+    def _begun(self, snapshot: Snapshot) -> Self:
+        return self.from_snapshot(snapshot, state_dir=self._store.path)
 
     # --- detached commands ----------------------------------------------------------------------
 
@@ -355,16 +355,6 @@ class PersistentSandbox(Sandbox):
         return found
 
 
-def check_name(name: str) -> None:
-    """Raise :class:`SpecError` unless it is 1 to 64 letters, digits, ``_``, ``.`` or ``-``, no dot or dash
-    first."""
-    known = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
-    if not isinstance(name, str) or not 1 <= len(name) <= 64 or not set(name) <= known or name[0] in ".-":
-        raise SpecError(
-            f"name: {name!r} is not 1 to 64 letters, digits, '_', '.' or '-' (these two not first)"
-        )
-
-
 def list_sandboxes(
     state_dir: StatePath = None, *, labels: Mapping[str, str] | None = None
 ) -> list[SandboxRecord]:
@@ -401,11 +391,14 @@ def _drop_group(store: Store, sandbox_id: str) -> None:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collected:
     """What :func:`gc` did: ids of sandboxes found dead; what no record knew: directories, and files in
-    them as "sandbox/file"; control groups in which nothing can run any more, as absolute paths."""
+    them as "sandbox/file"; control groups in which nothing can run any more, as absolute paths; layers that
+    no snapshot has, as absolute paths; directories into which a commit was finished."""
 
     ended: tuple[str, ...]
     removed: tuple[str, ...]
     groups: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    commits: tuple[str, ...] = ()
 
 
 def gc(state_dir: StatePath = None, *, dry_run: bool = False) -> Collected:
@@ -421,7 +414,15 @@ def gc(state_dir: StatePath = None, *, dry_run: bool = False) -> Collected:
     with Store(state_dir) as store:
         for _ in _collect(store, ended, removed, groups, dry_run=dry_run):
             pass
-    return Collected(tuple(ended), tuple(removed), tuple(groups))
+    layers, commits = _collect_files(state_dir, dry_run=dry_run)
+    return Collected(tuple(ended), tuple(removed), tuple(groups), layers, commits)
+
+
+def _collect_files(state_dir: StatePath, *, dry_run: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What crashes have left of snapshots and commits."""
+    store = SnapshotStore(state_dir)
+    finished = () if dry_run else finish_all(store.path.parent / "commits")
+    return store.gc(dry_run=dry_run), tuple(finished)
 
 
 def _collect(

@@ -7,7 +7,7 @@ description for people and the names behind every index that an error may mentio
 import hashlib
 import os
 import resource
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from sandboxcore.errors import SetupError, SpecError, UnsupportedHost
 from sandboxcore.host import ID_RANGE, HostFeatures
 from sandboxcore.seccomp import compile_filter, hosts_launcher, resolve, without_set_id
 from sandboxcore.spec import Limits, SandboxSpec
-from sandboxcore.tree import Mount, Tree, identity
+from sandboxcore.tree import Mount, Node, Tree, below, identity
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -68,6 +68,19 @@ _NONE = Limits()
 
 
 @dataclass(frozen=True, slots=True)
+class Overlay:
+    """An overlay that is written to: its number in the plan, where it is, and what lies below it: directories
+    of the host, the topmost first, and below these, for the root, nodes. ``covers``: where something else is
+    mounted on it."""
+
+    index: int
+    target: str
+    sources: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    covers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A compiled spec. ``data`` is what C executes; the rest is for people and for freshness."""
 
@@ -84,8 +97,9 @@ class Plan:
     watched: tuple[tuple[str, tuple[int, ...]], ...] = field(repr=False)
     controllers: tuple[str, ...] = ()  # of control groups; none: it needs no group
     group_limits: Limits = _NONE  # what is written there
-    overlays: tuple[str, ...] = ()  # targets of those that are written to
+    overlays: tuple[Overlay, ...] = ()  # that are written to
     restated: bool = False  # the template knows other rlimits: a request brings them
+    id_maps: tuple[str, str] = ("", "")  # uid_map and gid_map
     ids: tuple[int, int] = field(init=False)  # uid and gid of the payload, as seen inside
     owner: tuple[int, int] | None = field(init=False)  # the same outside, unless it is the caller
 
@@ -162,6 +176,15 @@ def reopened_plan(spec: SandboxSpec, host: HostFeatures, omitted: tuple[str, ...
     )
 
 
+def completed_plan(plan: Plan) -> Plan:
+    """The same, also with what its template would be, by what the host is now. Raises what
+    :func:`compile_plan` does."""
+    whole = compile_plan(plan.spec, plan.host)
+    return replace(
+        plan, id=whole.id, data=whole.data, names=whole.names, overlays=whole.overlays, id_maps=whole.id_maps
+    )
+
+
 def updated_plan(plan: Plan, spec: SandboxSpec) -> Plan:
     """The commands' side of the plan of a sandbox whose limits have changed while it runs."""
     rlimits = _resource_limits(spec.limits, plan.host, plan.ids[0], "pids" in plan.controllers)
@@ -230,6 +253,15 @@ class _Compiler:
             return _around(self.uid), _around(self.gid), 0
         flags = _native.constant("PLAN_DENY_SETGROUPS") | _native.constant("PLAN_NO_ROOT_ID")
         return f"{self.uid} 0 1", f"{self.gid} 0 1", flags
+
+    def _overlays(self) -> Iterator[Overlay]:
+        for index, mount in enumerate(self.tree.mounts):
+            if mount.kind == "OVERLAY" and mount.writable:
+                nodes = tuple(self.tree.nodes) if mount is self.tree.root else ()
+                sources = tuple(lower.source for lower in mount.lowers)
+                targets = {other.target for other in self.tree.mounts if other is not mount}
+                covers = tuple(sorted(path for path in targets if below(path, mount.target)))
+                yield Overlay(index, mount.target, sources, nodes, covers)
 
     def _namespaces(self) -> tuple[str, ...]:
         return tuple(name for name in NAMESPACES if name != "net" or self.spec.network == "private")
@@ -358,7 +390,8 @@ class _Compiler:
             omitted=tuple(self.omitted),
             lines=tuple(self._describe()),
             watched=watched,
-            overlays=tuple(m.target for m in self.tree.mounts if m.kind == "OVERLAY" and m.writable),
+            overlays=tuple(self._overlays()),
+            id_maps=self._id_maps()[:2],
             controllers=self.controllers,
             group_limits=_group_limits(self.spec.limits, self.omitted),
         )

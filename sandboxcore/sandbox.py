@@ -27,6 +27,7 @@ from sandboxcore.errors import (
 from sandboxcore.files import Files, FileServer
 from sandboxcore.identity import pid_of
 from sandboxcore.journal import Journal
+from sandboxcore.layers import Layers
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
 from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Birth, Home, Link
 from sandboxcore.plan import compile_plan
@@ -41,7 +42,7 @@ from sandboxcore.request import (
     make_streams,
 )
 from sandboxcore.result import Decoder, make_result
-from sandboxcore.snapshots import Layers, Snapshot, Snapshots
+from sandboxcore.snapshots import Snapshot, Snapshots
 from sandboxcore.spawner import Spawner
 from sandboxcore.spec import Limits, SandboxSpec, parse_size
 
@@ -102,9 +103,13 @@ class Sandbox(Snapshots):
         return sandbox
 
     @classmethod
-    def from_snapshot(cls, snapshot: Snapshot, **about: Any) -> Self:
-        """Start one that has the files of a snapshot, and its spec. What it writes is its own."""
-        sandbox = cls(snapshot.spec, **about)
+    def from_snapshot(cls, snapshot: Snapshot, *, spec: SandboxSpec | None = None, **about: Any) -> Self:
+        """Start one that has the files of a snapshot. What it writes is its own.
+
+        spec: default that of the snapshot, with its environment and all; another one must have the same root
+        and overlays, or :class:`SpecError`.
+        """
+        sandbox = cls(snapshot.fitting(spec), **about)
         sandbox._layers = Layers(snapshot.layers)
         sandbox.start()
         return sandbox
@@ -113,15 +118,18 @@ class Sandbox(Snapshots):
         """Start ``n`` others that have the files of this one as they are now, and its spec; processes and
         what is in ``/tmp`` stay behind. All of them, or none. Raises what :meth:`snapshot` does."""
         children: list[Self] = []
-        with self.snapshot() as snapshot:
+        with self._moment() as snapshot:
             try:
                 for _ in range(n):
-                    children.append(type(self).from_snapshot(snapshot))
+                    children.append(self._begun(snapshot))
             except BaseException:
                 for child in children:
-                    child.close()
+                    child.destroy()
                 raise
         return children
+
+    def _begun(self, snapshot: Snapshot) -> Self:
+        return self.from_snapshot(snapshot)
 
     # --- states ---------------------------------------------------------------------------------
 

@@ -3,244 +3,33 @@ others with."""
 
 import contextlib
 import errno as E
-import itertools
 import os
-import select
-import socket
+import stat
+import tarfile
 import time
-import weakref
-from collections import deque
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Self
 
-from sandboxcore import _native
-from sandboxcore._native import LayersOrder
+from sandboxcore import _native, durable, host
+from sandboxcore.archive import Archive, Names, export
+from sandboxcore.changes import Base, FileChange, View, compare, described, may_be_same
+from sandboxcore.commit import Change, commit, finish_all
 from sandboxcore.errors import SandboxBusy, SandboxError, SpecError
 from sandboxcore.files import FileServer
+from sandboxcore.layers import Copy, Layer, Layers
 from sandboxcore.lifecycle import new_id
-from sandboxcore.link import ANSWER_PATIENCE, Link
+from sandboxcore.link import ANSWER_PATIENCE
+from sandboxcore.packing import Digest, Entry, Found, Item, merged
+from sandboxcore.plan import Overlay, Plan, compile_plan
+from sandboxcore.process import with_spawner
 from sandboxcore.resources import Resources
-from sandboxcore.spawner import Spawner, get_spawner
+from sandboxcore.spawner import get_spawner
 from sandboxcore.spec import SandboxSpec
+from sandboxcore.store import private_directory
+from sandboxcore.tree import Node, below
 
 _BUSY = {"launcher": "a command runs", "mount": "a file is open for writing"}
-
-
-class Layer:
-    """What was written up to some moment, and is never written to again. It is in memory; the spawner keeps
-    it as long as this object lives, and so does every sandbox that has it."""
-
-    _numbers = itertools.count(1)
-
-    def __init__(self, keeper: Spawner, weight: int = 1) -> None:
-        """``weight``: how many layers it was made of."""
-        self.keeper, self.number, self.weight = keeper, next(self._numbers), weight
-
-    def keep(self, fd: int) -> None:
-        """``fd``: as init lends it; closed here. Raises NativeFailure: it lasts as long as its sandbox."""
-        try:
-            self.keeper.shelve(self.number, fd)
-        finally:
-            os.close(fd)
-        forget = weakref.finalize(self, self.keeper.unshelve, self.number)
-        forget.atexit = False  # the spawner ends with us
-
-
-class Layers:
-    """What the overlays of one sandbox consist of now, on top of what its spec names.
-
-    Each has a number there, as what is written to (``upper``) has, that nothing else there ever had.
-
-    Deep stacks are folded meanwhile: eight layers of the same weight become one, so that a thousand snapshots
-    make a stack of some thirty, and everything is copied three times at most. The layers stay as long as some
-    snapshot has them.
-    """
-
-    RADIX, TOP = 8, 4  # so many are folded at once; of the topmost ones none
-
-    def __init__(self, base: tuple[Layer, ...] = ()) -> None:
-        """``base``: what it begins with, the topmost first."""
-        self.base = base
-
-    def begin(self, keeper: Spawner) -> list[int]:
-        """The sandbox starts: with what, by the numbers on the keeper's shelf. Raises SandboxError."""
-        if any(layer.keeper is not keeper for layer in self.base):
-            raise SandboxError(
-                "what the sandbox begins with is gone: its spawner has died, or is another process's"
-            )
-        self.stack: tuple[Layer, ...] = ()
-        self._numbers: weakref.WeakKeyDictionary[Layer, int] = weakref.WeakKeyDictionary()
-        self._dead: deque[int] = deque()  # numbers of those that nobody has any more
-        self._next = 1
-        self._fold: Fold | None = None
-        self._rest = 0  # seals for which nothing is folded, after a failure
-        self._go_on(self.base, {layer: self.take() for layer in self.base}, 0)
-        self._live: tuple[Layer, ...] = self.stack  # what it really has, and nobody may remove
-        return [layer.number for layer in self.base]
-
-    def seal(self, link: Link, keeper: Spawner) -> None:
-        """What was written until now becomes a layer. Raises what :meth:`Link.change_layers` does,
-        SandboxError where there are too many layers."""
-        most = _native.constant("MAX_LAYERS")
-        self._end_fold(Fold.PATIENCE if len(self.stack) > most - self.RADIX else 0)
-        if len(self.stack) + 1 > most:
-            raise SandboxError(f"snapshot: more than {most} layers, and they cannot be folded: limits.disk")
-        upper, drop = self.take(), self.droppable()
-        numbers = [(self.upper, -1), *((self._numbers[layer], -1) for layer in self.stack)]
-        fd = link.change_layers(LayersOrder(numbers, upper, seal=True, drop=drop))
-        layer = Layer(keeper)
-        self._dropped(drop)
-        self._go_on((layer, *self.stack), {layer: self.upper}, upper)
-        self._live = self.stack
-        layer.keep(fd)
-        self._begin_fold(link, keeper)
-
-    def change(self, link: Link, stack: tuple[Layer, ...]) -> None:
-        """What was written until now goes; on with others. Raises what :meth:`Link.change_layers` does."""
-        fresh = {layer: self.take() for layer in stack if layer not in self._numbers}
-        upper, drop = self.take(), self.droppable()
-        with contextlib.ExitStack() as borrowed:
-            numbers = []
-            for layer in stack:
-                fd = layer.keeper.borrow(layer.number) if layer in fresh else -1
-                if fd >= 0:
-                    borrowed.callback(os.close, fd)
-                numbers.append((fresh.get(layer) or self._numbers[layer], fd))
-            link.change_layers(LayersOrder(numbers, upper, drop=[self.upper, *drop]))
-        self._dropped(drop)
-        self._go_on(stack, fresh, upper)
-        self._live = self.stack
-
-    def end(self) -> None:
-        """The sandbox has ended."""
-        if fold := getattr(self, "_fold", None):
-            fold.answer.close()
-            self._fold = None
-
-    def _begin_fold(self, link: Link, keeper: Spawner) -> None:
-        self._rest = max(0, self._rest - 1)
-        if self._fold is None and not self._rest and (run := self._run()):
-            number = self.take()
-            numbers = [(self._numbers[layer], -1) for layer in run]
-            with contextlib.suppress(OSError):
-                self._fold = Fold(
-                    link.ask_layers(LayersOrder(numbers, number, copy=True)), number, run, keeper
-                )
-
-    def _run(self) -> tuple[Layer, ...]:
-        """The first layers that are to be folded."""
-        for start in range(self.TOP, len(self.stack) - self.RADIX + 1):
-            run = self.stack[start : start + self.RADIX]
-            if len({layer.weight for layer in run}) == 1:
-                return run
-        return ()
-
-    def _end_fold(self, patience: float) -> None:
-        """Take what was folded, if it is done. It is used from the next change on."""
-        fold = self._fold
-        if fold is None or not fold.done(patience):
-            return
-        self._fold = None
-        try:
-            with fold.answer:
-                layer = fold.take()
-        except (_native.NativeFailure, OSError):  # there is no room for it, say
-            self.failed(fold.number)
-            self._rest = 2 * self.RADIX
-            return
-        self._go_on(self.stack, {layer: fold.number}, self.upper)
-        starts = [i for i in range(len(self.stack)) if self.stack[i : i + len(fold.run)] == fold.run]
-        for start in starts:  # none after a restore, perhaps
-            self.stack = (*self.stack[:start], layer, *self.stack[start + len(fold.run) :])
-
-    def copied(self, layer: Layer, number: int, dropped: list[int]) -> None:
-        """It has one more, which it does not use: a copy of what is written to."""
-        self._dropped(dropped)
-        self._go_on(self.stack, {layer: number}, self.upper)
-
-    def failed(self, number: int) -> None:
-        """Nothing has come of what was to get this number; perhaps a part of it is there."""
-        self._dead.append(number)
-
-    def take(self) -> int:
-        """The next number."""
-        self._next += 1
-        return self._next - 1
-
-    def droppable(self) -> list[int]:
-        """Numbers of what may be removed the next time."""
-        return list(itertools.islice(self._dead, _native.constant("MAX_LAYERS") - 1))
-
-    def _dropped(self, numbers: list[int]) -> None:
-        for _ in numbers:
-            self._dead.popleft()
-
-    def _go_on(self, stack: tuple[Layer, ...], fresh: dict[Layer, int], upper: int) -> None:
-        for layer, number in fresh.items():
-            self._numbers[layer] = number
-            weakref.finalize(layer, self._dead.append, number).atexit = False
-        self.stack, self.upper = stack, upper
-
-
-class Fold:
-    """Layers that become one, meanwhile."""
-
-    PATIENCE = 60.0  # seconds, where there may be no more layers
-
-    def __init__(self, answer: socket.socket, number: int, run: tuple[Layer, ...], keeper: Spawner) -> None:
-        self.answer, self.number, self.run, self.keeper = answer, number, run, keeper
-
-    def done(self, patience: float) -> bool:
-        """Whether there is an answer, after so many seconds at most."""
-        poller = select.poll()
-        poller.register(self.answer, select.POLLIN)
-        return bool(poller.poll(patience * 1000))
-
-    def take(self) -> Layer:
-        """The layer. Raises NativeFailure, OSError."""
-        fd = Link.hear_layer(self.answer, 0)
-        layer = Layer(self.keeper, sum(part.weight for part in self.run))
-        layer.keep(fd)
-        return layer
-
-
-class Copy:
-    """A copy of what was written, while it is made: everything stands still, and no limit of time counts."""
-
-    PATIENCE = 600.0  # seconds
-
-    def __init__(self, layers: Layers, link: Link) -> None:
-        """Ask for it. The answer comes on ``answer``. Raises OSError."""
-        self._layers, self._link = layers, link
-        self._number: int | None = layers.take()
-        self._drop = layers.droppable()
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.__exit__)
-            if link.pause is not None:
-                link.pause.begin()
-            self.answer = link.ask_layers(LayersOrder((), self._number, drop=self._drop, copy=True))
-            undo.pop_all()
-
-    def take(self, keeper: Spawner) -> Layer:
-        """Wait for it, and take it. Raises NativeFailure, TimeoutError, OSError."""
-        assert self._number is not None
-        fd = self._link.hear_layer(self.answer, self.PATIENCE)
-        layer = Layer(keeper)
-        self._layers.copied(layer, self._number, self._drop)
-        self._number = None
-        layer.keep(fd)
-        return layer
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._link.pause is not None:
-            self._link.pause.end()
-        if self._number is not None:
-            self._layers.failed(self._number)
-        if hasattr(self, "answer"):
-            self.answer.close()
 
 
 class Snapshot:
@@ -256,8 +45,10 @@ class Snapshot:
     """
 
     def __init__(
-        self, name: str | None, sandbox: str, spec: SandboxSpec, layers: tuple[Layer, ...], *, copied: bool
+        self, name: str | None, sandbox: str, plan: Plan, layers: tuple[Layer, ...], *, copied: bool
     ) -> None:
+        spec = plan.spec
+        self.plan = plan
         self.id = new_id("snp")
         self.name = name or self.id
         self.sandbox, self.spec = sandbox, spec
@@ -272,6 +63,160 @@ class Snapshot:
             raise SandboxError(f"snapshot {self.name}: closed")
         return self._layers
 
+    def diff(self, old: Self | None = None) -> list[FileChange]:
+        """What differs from an older snapshot, or from the beginning, by path. It takes as long as there is
+        much in their layers.
+
+        A file counts as changed if its time of change or anything else is another. ``old`` may be of another
+        sandbox with the same overlays; else :class:`SpecError`.
+        """
+        if old is not None and not self.fits(old.spec):
+            raise SpecError(f"snapshot {old.name}: of a sandbox with other overlays or layers")
+        found = self._compared(() if old is None else old.layers)
+        changes = [described(overlay.target, *change) for overlay, change in found]
+        return sorted(changes, key=lambda change: change.path)
+
+    def commit(
+        self,
+        paths: Iterable[str | os.PathLike[str]] | None = None,
+        *,
+        dry_run: bool = False,
+        state_dir: str | os.PathLike[str] | None = None,
+    ) -> list[FileChange]:
+        """Put what differs from the beginning into the host's directories that the overlays show, and return
+        that. All of it or nothing, for each overlay, also if the machine stops meanwhile: what was begun then
+        is finished by the next commit or :func:`gc`.
+
+        What was written belongs to the owner of the directory, and has no set-id bits; sockets stay behind.
+        What the host has changed meanwhile is overwritten where the sandbox has changed it, too.
+
+        Parameters
+        ----------
+        paths: inside the sandbox; these, with what is below them, and nothing else. Default: everything in
+            overlays of one directory; nothing of the root.
+        dry_run: only return what would be done.
+        state_dir: where a note is kept meanwhile; default as for :class:`PersistentSandbox`.
+
+        Raises :class:`SpecError` for paths that lie in no directory of the host, :class:`CommitError`.
+        """
+        chosen = None if paths is None else [self._committable(os.fspath(path)) for path in paths]
+        if chosen is None and not any(map(_has_directory, self.plan.overlays)):
+            raise SpecError(f"snapshot {self.name}: no overlay of a directory; use export()")
+        notes = private_directory(state_dir) / "commits"
+        if not dry_run:
+            finish_all(notes)
+        done: list[FileChange] = []
+        changes: dict[Overlay, list[Change]] = {}
+        for overlay, change in self._compared(()):
+            said = described(overlay.target, *change)
+            if _has_directory(overlay) and said.type != "socket" and _is_chosen(said, chosen):
+                changes.setdefault(overlay, []).append(Change(*change))
+                done.append(said)
+        for overlay, some in changes.items() if not dry_run else ():
+            commit(overlay.sources[0], some, self._contents(overlay), notes)
+        return sorted(done, key=lambda change: change.path)
+
+    def export(self, file: str | os.PathLike[str] | BinaryIO) -> None:
+        """Write it to a tar file, for :meth:`load` on this host or on another one: below ``files/`` what was
+        written, with owners as inside, and as the last member ``manifest.json`` with a SHA-256 of each file
+        and with what was removed. Set-id bits and user attributes are in it, ACLs and sockets are not.
+
+        A file of a path is made whole, or not at all. Raises OSError.
+        """
+        if isinstance(file, str | os.PathLike):
+            path = Path(file)
+            with durable.temporary(path.parent) as (new, name):
+                self.export(new)
+                new.flush()
+                os.fsync(new.fileno())
+                os.rename(name, path)
+            return
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            write_archive(tar, self.layers, Names(self.plan.overlays, self.plan.id_maps))
+
+    @classmethod
+    def load(
+        cls,
+        file: str | os.PathLike[str] | BinaryIO,
+        spec: SandboxSpec | None = None,
+        *,
+        name: str | None = None,
+    ) -> Self:
+        """A snapshot from a tar file that :meth:`export` wrote. It may come from anybody: whatever is in it
+        can only be in the sandboxes made from it.
+
+        file: a path, or a file that can seek; not compressed. spec: as for the sandbox of which it was taken,
+        with the same overlays. Raises :class:`ArchiveError`, :class:`SpecError`, :class:`SetupError`,
+        OSError.
+        """
+        plan = compile_plan(spec or SandboxSpec(), host.features())
+        if isinstance(file, str | os.PathLike):
+            with open(file, "rb") as opened:
+                return cls(name, "", plan, (loaded(opened, plan),), copied=True)
+        return cls(name, "", plan, (loaded(file, plan),), copied=True)
+
+    def fits(self, spec: SandboxSpec) -> bool:
+        """Whether a sandbox of this spec can have its files."""
+        return _shape(spec) == _shape(self.spec)
+
+    def fitting(self, spec: SandboxSpec | None) -> SandboxSpec:
+        """The spec for a sandbox that begins with it: its own, or this one. Raises SpecError."""
+        if spec is not None and not self.fits(spec):
+            raise SpecError(f"snapshot {self.name}: of a sandbox with other overlays or layers")
+        return spec or self.spec
+
+    def _committable(self, path: str) -> str:
+        path = os.path.normpath(path)
+        inside = [overlay for overlay in self.plan.overlays if below(path, overlay.target)]
+        if not inside or not _has_directory(max(inside, key=lambda overlay: len(overlay.target))):
+            raise SpecError(f"commit: {path}: in no overlay of a directory")
+        return path
+
+    def _compared(
+        self, others: tuple[Layer, ...]
+    ) -> Iterator[tuple[Overlay, tuple[bytes, Found | None, Found | None]]]:
+        """What differs from some other layers, or from nothing."""
+        cache: dict[Layer, list[tuple[bytes, Entry]]] = {}
+        now, then = _merged(self.layers, cache), _merged(others, cache)
+        bases = {one.index: Base(one.sources, _entries(one.nodes)) for one in self.plan.overlays}
+        found = []
+        for overlay in self.plan.overlays:
+            covers = [os.fsencode(os.path.relpath(path, overlay.target)) for path in overlay.covers]
+            base = bases[overlay.index]
+            views = [View(_part(tree, overlay.index), base, covers) for tree in (then, now)]
+            found += [(overlay, change) for change in compare(*views)]
+        doubtful = {
+            (one.layer, b"u%d/" % overlay.index + path)
+            for overlay, (path, *pair) in found
+            for one in pair
+            if one is not None and may_be_same(*pair)
+        }
+        digests = _digests({*self.layers, *others}, doubtful)
+
+        def digest(overlay: Overlay, path: bytes, one: Found | None) -> str | None:
+            if one is None or not one.layer:
+                return bases[overlay.index].digest(path)
+            return digests[one.layer, b"u%d/" % overlay.index + path]
+
+        for overlay, (path, *pair) in found:
+            first, second = (digest(overlay, path, one) if may_be_same(*pair) else None for one in pair)
+            if first is None or first != second:
+                yield overlay, (path, pair[0], pair[1])
+
+    def _contents(self, overlay: Overlay) -> Iterator[tuple[int, Iterator[Item]]]:
+        """Everything in the layers of one overlay, with paths in it."""
+        prefix = f"u{overlay.index}/".encode()
+        for layer in self.layers:
+            items = layer.items(content=True)
+            yield (
+                layer.number,
+                (
+                    item._replace(path=item.path.removeprefix(prefix))
+                    for item in items
+                    if item.path.startswith(prefix)
+                ),
+            )
+
     def close(self) -> None:
         """Let go of it. Sandboxes made from it live on. Idempotent."""
         self._layers = None
@@ -284,6 +229,70 @@ class Snapshot:
 
     def __repr__(self) -> str:
         return f"<Snapshot {self.name} of {self.sandbox}>"
+
+
+def _has_directory(overlay: Overlay) -> bool:
+    return overlay.target != "/" and len(overlay.sources) == 1
+
+
+def _is_chosen(change: FileChange, paths: list[str] | None) -> bool:
+    """Whether it is wanted, or a directory that has to be made for what is."""
+    if paths is None or any(below(change.path, path) for path in paths):
+        return True
+    made = change.kind == "added" or (change.kind == "changed" and change.type != change.old_type)
+    return made and change.type == "dir" and any(below(path, change.path) for path in paths)
+
+
+def _merged(layers: tuple[Layer, ...], cache: dict[Layer, list[tuple[bytes, Entry]]]) -> dict[bytes, Found]:
+    for layer in layers:
+        if layer not in cache:
+            cache[layer] = [(item.path, item.entry) for item in layer.items(content=False)]
+    return merged([(layer.number, cache[layer]) for layer in layers])
+
+
+def write_archive(tar: tarfile.TarFile, layers: tuple[Layer, ...], names: Names) -> None:
+    """Some layers, together."""
+    contents = ((layer.number, layer.items(content=True)) for layer in layers)
+    export(tar, _merged(layers, {}), contents, names)
+
+
+def loaded(file: BinaryIO, plan: Plan) -> Layer:
+    """What an archive has, as a layer."""
+    if not plan.overlays:
+        raise SpecError("load: the spec has nothing to write to; writable=True, or an overlay")
+    archive = Archive(file, Names(plan.overlays, plan.id_maps))
+    return with_spawner(plan, None, lambda keeper: Layer.made(keeper, archive.room, archive.write))
+
+
+def _digests(layers: Iterable[Layer], wanted: set[tuple[int, bytes]]) -> dict[tuple[int, bytes], str]:
+    """Of files in some layers, by the layers' numbers and paths there."""
+    found = {}
+    for layer in layers:
+        if any(number == layer.number for number, _ in wanted):
+            for path, entry, content in layer.items(content=True):
+                if (layer.number, path) in wanted:
+                    digest = Digest()
+                    for extent in content:
+                        digest.add(extent)
+                    found[layer.number, path] = digest.hexdigest(entry.size)
+    return found
+
+
+def _part(tree: dict[bytes, Found], index: int) -> dict[bytes, Found]:
+    """Of one overlay, with paths in it."""
+    top = f"u{index}".encode()
+    prefix = top + b"/"
+    return {
+        path[len(prefix) :]: found for path, found in tree.items() if path == top or path.startswith(prefix)
+    }
+
+
+def _entries(nodes: tuple[Node, ...]) -> dict[bytes, Entry]:
+    kinds = {"DIR": stat.S_IFDIR, "FILE": stat.S_IFREG, "SYMLINK": stat.S_IFLNK}
+    return {
+        os.fsencode(node.path[1:]): Entry(kinds[node.kind] | node.mode, 0, 0, size=len(node.data))
+        for node in nodes
+    }
 
 
 class Snapshots(Resources):
@@ -323,7 +332,31 @@ class Snapshots(Resources):
 
     def _snapshot(self, name: str | None, copied: Layer | None) -> Snapshot:
         layers = self._layers.stack if copied is None else (copied, *self._layers.stack)
-        return Snapshot(name, self.id, self.spec, layers, copied=copied is not None)
+        return Snapshot(name, self.id, self._plan, layers, copied=copied is not None)
+
+    @contextlib.contextmanager
+    def _moment(self) -> Iterator[Snapshot]:
+        """A snapshot that nobody else wants."""
+        with self.snapshot() as now:
+            yield now
+
+    def diff(self, since: Snapshot | None = None) -> list[FileChange]:
+        """What differs now from a snapshot, or from the beginning: :meth:`Snapshot.diff` of a snapshot that
+        is taken for it. Raises what :meth:`snapshot` does."""
+        with self._moment() as now:
+            return now.diff(since)
+
+    def commit(
+        self,
+        paths: Iterable[str | os.PathLike[str]] | None = None,
+        *,
+        dry_run: bool = False,
+        state_dir: str | os.PathLike[str] | None = None,
+    ) -> list[FileChange]:
+        """Put what was written into the host's directories: :meth:`Snapshot.commit` of a snapshot that is
+        taken for it, on which the sandbox goes on as before. Raises what :meth:`snapshot` does."""
+        with self._moment() as now:
+            return now.commit(paths, dry_run=dry_run, state_dir=state_dir)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, of this sandbox or of another one with the same overlays. What was written
@@ -332,7 +365,7 @@ class Snapshots(Resources):
         Raises :class:`SandboxBusy` while a command runs, :class:`SpecError` for one that does not fit.
         """
         with self._lock, self._quiet("restore"):
-            if _shape(snapshot.spec) != _shape(self.spec):
+            if not snapshot.fits(self.spec):
                 raise SpecError(f"snapshot {snapshot.name}: of a sandbox with other overlays or layers")
             self._layers.change(self._link_now(), snapshot.layers)
 

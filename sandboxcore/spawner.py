@@ -108,13 +108,18 @@ class Spawner:
         with contextlib.suppress(_native.NativeFailure):
             self._say("UNSHELVE", number, []).close()
 
-    def _say(self, kind: str, number: int, fds: Sequence[int]) -> socket.socket:
+    def stream(self, kind: str, number: int, fd: int, flags: int) -> socket.socket:
+        """PACK or UNPACK a layer to or from a pipe; the answer comes on this socket: :meth:`concluded`.
+        Raises NativeFailure."""
+        return self._say(kind, number, [fd], flags)
+
+    def _say(self, kind: str, number: int, fds: Sequence[int], flags: int = 0) -> socket.socket:
         if not self.close.alive:  # the number of its descriptor may be another's: a fork's, of this process
             raise _native.NativeFailure.of("spawner", 14, E.EBADF)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                _native.send(self.fd, kind, fds=[theirs.fileno(), *fds], plan=number)
+                _native.send(self.fd, kind, fds=[theirs.fileno(), *fds], plan=number, flags=flags)
         except OSError as error:
             ours.close()
             raise _native.NativeFailure.of("spawner", 14, error.errno or E.EIO) from error
@@ -122,13 +127,18 @@ class Spawner:
 
     def _converse(self, kind: str, number: int, fds: Sequence[int] = ()) -> _native.Record:
         with self._say(kind, number, fds) as answer:
-            poller = select.poll()
-            poller.register(answer, select.POLLIN)
-            poller.poll(PATIENCE * 1000)
-            try:
-                record = _native.receive(answer.fileno())
-            except OSError as error:
-                raise _native.NativeFailure.of("spawner", 15, error.errno or E.EIO) from error
+            return self.concluded(answer)
+
+    @staticmethod
+    def concluded(answer: socket.socket) -> _native.Record:
+        """Wait for an answer, and take it. Raises NativeFailure."""
+        poller = select.poll()
+        poller.register(answer, select.POLLIN)
+        poller.poll(PATIENCE * 1000)
+        try:
+            record = _native.receive(answer.fileno())
+        except OSError as error:
+            raise _native.NativeFailure.of("spawner", 15, error.errno or E.EIO) from error
         if record is None:
             raise _native.NativeFailure.of("spawner", 15, E.EPIPE)
         if record.error:

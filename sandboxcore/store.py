@@ -90,12 +90,27 @@ def default_state_dir() -> Path:
     return Path(base) / "sandboxcore"
 
 
+def private_directory(state_dir: str | os.PathLike[str] | None) -> Path:
+    """The state directory, made if need be; nobody else may write to it. Raises :class:`SandboxError`."""
+    path = Path(os.path.abspath(state_dir if state_dir is not None else default_state_dir()))
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = path.stat()
+    except OSError as error:
+        raise SandboxError(f"{path}: {error}") from error
+    if about.st_uid != os.geteuid():
+        raise SandboxError(f"{path}: belongs to uid {about.st_uid}; use another state directory")
+    if about.st_mode & 0o022:  # not made private: it might be /tmp
+        raise SandboxError(f"{path}: others may write to it; use another state directory")
+    return path
+
+
 class Store:
     """The state directory. Any thread may use it, and a forked child. Raises :class:`SandboxError` where it
     cannot be used."""
 
     def __init__(self, state_dir: str | os.PathLike[str] | None = None) -> None:
-        self.path = Path(os.path.abspath(state_dir if state_dir is not None else default_state_dir()))
+        self.path = private_directory(state_dir)
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
         _stores.add(self)
@@ -104,12 +119,6 @@ class Store:
             self._connection()
 
     def _prepare(self) -> None:
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = self.path.stat()
-        if about.st_uid != os.geteuid():
-            raise SandboxError(f"{self.path}: belongs to uid {about.st_uid}; use another state directory")
-        if about.st_mode & 0o022:  # not made private: it might be /tmp
-            raise SandboxError(f"{self.path}: others may write to it; use another state directory")
         (self.path / "sandboxes").mkdir(mode=0o700, exist_ok=True)
         database = self.path / DATABASE
         if not database.exists():
@@ -247,7 +256,7 @@ class Store:
 
     def orphans(self, sandbox: str) -> list[str]:
         """Files in a sandbox's directory that are nobody's. The caller holds its lock."""
-        known = {"keeper", "work", "pause", "group"}
+        known = {"keeper", "work", "pause", "group", "layers"}
         for command in self.commands(sandbox):
             known |= {command.id, f"{command.id}.journal"}
         return sorted(set(os.listdir(self.home(sandbox).path)) - known)

@@ -417,8 +417,9 @@ def marked() -> Sandbox:
 @pytest.mark.slow
 @pytest.mark.usefixtures("overlays")
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("code", [errno.EUCLEAN, errno.ENOMEM])
-@pytest.mark.parametrize("way", CHANGES)
+@pytest.mark.parametrize(
+    ("way", "code"), [*((way, errno.EUCLEAN) for way in CHANGES), ("seal", errno.ENOMEM)]
+)
 def test_every_call_of_a_change_of_layers(
     faulty: list[_native.NativeFailure], monkeypatch: pytest.MonkeyPatch, way: str, code: int
 ) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from resources import meanwhile
 from support import IS_ROOT, PYTHON, Spec, host_program, leaves_nothing, snapshot, wait_until
+from trees import FILL, filled, manifest, ok
 
 from sandboxcore import (
     PIPE,
     InvalidTransition,
     Limits,
-    PersistentSandbox,
     Sandbox,
     SandboxBusy,
     SandboxError,
@@ -55,67 +55,6 @@ def spec(request: pytest.FixtureRequest, source: Path) -> Any:
         return Spec(writable=True, tmpfs=["/data/t:1M"], ro=[(source, "/opt/ro")])
     mounts = {"overlay": [(source, "/data")], "tmpfs": ["/data/t:1M"], "ro": [(source / "dir", "/data/ro")]}
     return Spec(writable=request.param == "both", **mounts)
-
-
-# Everything that can be said of what is in some directories.
-MANIFEST = f"""
-exec {PYTHON} -I -S - "$@" <<'EOF'
-import hashlib, json, os, stat, sys
-found, names = {{}}, {{}}
-def look(path):
-    if os.path.ismount(path) and path != top:
-        return
-    st = os.lstat(path)
-    kind = stat.S_IFMT(st.st_mode)
-    about = [st.st_mode, st.st_uid, st.st_gid, st.st_nlink if kind != stat.S_IFDIR else 0, st.st_mtime_ns]
-    about += [hashlib.sha256(open(path, "rb").read()).hexdigest() if kind == stat.S_IFREG else ""]
-    about += [os.readlink(path) if kind == stat.S_IFLNK else ""]
-    about += [names.setdefault((st.st_dev, st.st_ino), path)]
-    if kind != stat.S_IFLNK:
-        about += [sorted((n, os.getxattr(path, n).hex()) for n in os.listxattr(path))]
-    found[path] = about
-    if kind == stat.S_IFDIR:
-        for name in sorted(os.listdir(path)):
-            look(os.path.join(path, name))
-for top in sys.argv[1:]:
-    look(top)
-print(json.dumps(found))
-EOF
-"""
-
-FILL = """
-set -e
-cd /data
-mkdir -p a/b "odd name" many && echo one > a/one && echo two > a/b/two && : > empty
-ln -s a/one link && ln -s /nowhere dangling && ln a/one a/hard && mkfifo fifo
-chmod 600 a/one && chmod 1777 a/b && chmod 711 .
-touch -d @1000000000.5 a/one empty . && touch -h -d @7 link
-for i in $(seq 200); do echo $i > many/$i; done
-head -c 3000000 /dev/urandom > random && truncate -s 1G sparse
-"""
-XATTR = f"""{PYTHON} -I -S -c '
-import os
-os.setxattr("/data/a/one", "user.note", b"x")
-os.setxattr("/data", "user.top", b"y")
-'"""
-
-
-def ok(sandbox: Sandbox, script: str) -> bytes:
-    done = sandbox.shell(script, timeout=PATIENCE)
-    assert done.ok, done
-    return done.stdout
-
-
-def manifest(sandbox: Sandbox, *paths: str) -> bytes:
-    done = sandbox.exec(["sh", "-c", MANIFEST, "sh", *(paths or ("/data",))], timeout=PATIENCE)
-    assert done.ok, done
-    return done.stdout
-
-
-def filled(sandbox: Sandbox) -> bytes:
-    ok(sandbox, FILL)
-    ok(sandbox, XATTR)
-    return manifest(sandbox)
 
 
 # --- everything is kept -----------------------------------------------------------------------------
@@ -249,7 +188,7 @@ def test_no_room_for_folding(spec: Any) -> None:
 
 
 def test_more_layers_than_may_be(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sandboxcore.snapshots.Layers._begin_fold", lambda *_: None)
+    monkeypatch.setattr("sandboxcore.layers.Layers._begin_fold", lambda *_: None)
     with Sandbox(spec) as sandbox:
         ok(sandbox, "echo 1 > /data/one")
         for _ in range(64):
@@ -488,6 +427,7 @@ def test_who_was_stopped_stays_so(spec: Any) -> None:
     """And a parent does not hear that its child was."""
     script = """
     sleep 100 & one=$!; kill -STOP $one
+    until [ "$(cut -d' ' -f3 /proc/$one/stat)" = T ]; do :; done
     sleep 101 & two=$!
     echo $one $two; read line
     cut -d' ' -f3 /proc/$one/stat /proc/$two/stat
@@ -621,13 +561,6 @@ def test_closed_and_not_running(spec: Any) -> None:
         with pytest.raises(InvalidTransition):
             sandbox.snapshot()
     assert sandbox.state is SandboxState.DESTROYED
-
-
-def test_persistent_ones(spec: Any, tmp_path: Path) -> None:
-    with PersistentSandbox(spec, name="x", state_dir=tmp_path / "state") as sandbox:
-        with pytest.raises(SpecError, match="persistent"):
-            sandbox.snapshot()
-        sandbox.destroy()
 
 
 def test_no_room(spec: Any) -> None:

@@ -11,10 +11,10 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 # What runs between clone3 and exec, or as PID 1.
 AFTER_CLONE = (
-    *("path", "mount", "overlay", "layers", "layer", "copy", "root", "idmap", "session", "fds", "rlimit"),
-    *("cred", "file", "landlock", "seccomp", "record", "child", "init", "inbox", "message", "resident"),
-    *("pool", "launcher", "command", "stdio", "pump", "pty", "proc", "files", "remove", "group", "meter"),
-    "watch",
+    *("path", "mount", "overlay", "layers", "layer", "copy", "pack", "unpack", "root", "idmap", "session"),
+    *("fds", "rlimit", "cred", "file", "landlock", "seccomp", "record", "child", "init", "inbox", "message"),
+    *("resident", "pool", "launcher", "command", "stdio", "pump", "pty", "proc", "files", "remove", "group"),
+    *("meter", "watch"),
 )
 HOST = ("plan", "error", "wire", "client", "stream", "ask", "run")
 HELPER_ONLY = ("template", "shelf", "net", "spawn", "spawner", "probe")

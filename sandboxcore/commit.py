@@ -1,0 +1,304 @@
+"""What a sandbox wrote above a directory of the host, put into that directory: all of it, or nothing.
+
+What is new is made in a directory beside it all, ``.sandboxcore-commit-ID``. When that is complete, a list of
+what is to be done is put there, and from then on the commit has happened: after a crash it is finished, by
+whoever looks, for each step may be done twice. A note in the state directory says where to look.
+"""
+
+import contextlib
+import errno as E
+import fcntl
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sandboxcore import durable
+from sandboxcore.errors import CommitError
+from sandboxcore.lifecycle import new_id
+from sandboxcore.packing import Entry, Found, Item
+
+STAGE, LIST = ".sandboxcore-commit-", "list"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_KEPT_BITS = 0o1777  # what has set-id bits in a sandbox must not have them outside
+
+
+class Change(NamedTuple):
+    """A path in the directory, what it was and what it is to be."""
+
+    path: bytes
+    was: Found | None
+    now: Found | None
+
+
+def commit(
+    source: str, changes: list[Change], layers: Iterable[tuple[int, Iterator[Item]]], notes: Path
+) -> None:
+    """Do it. ``source``: the directory. ``layers``: by their numbers, what is in them. ``notes``: the
+    directory for notes. Raises CommitError; then nothing has happened, or :func:`finish_all` goes on."""
+    identity = new_id("cmt")
+    notes.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _said(source), _note(notes, identity, source), _opened(source) as top:
+        name = STAGE + identity
+        os.mkdir(name, 0o700, dir_fd=top)
+        try:
+            with _opened(name, top) as stage:
+                _check(top, changes)
+                staged = _Stage(stage, os.fstat(top)).fill(changes, layers)
+                _write_list(stage, _steps(changes, staged))
+        except BaseException:
+            shutil.rmtree(name, dir_fd=top)
+            raise
+        _finish(top, name)
+
+
+def finish_all(notes: Path) -> list[str]:
+    """Finish what was interrupted, or take back what had not begun; the directories. What goes on just now is
+    left alone. Raises CommitError."""
+    found = []
+    for path in sorted(notes.glob("cmt-*")) if notes.is_dir() else ():
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), _held(path) as text:
+            source = json.loads(text)["source"] if text else None
+            if source is not None and os.path.isdir(source):
+                with _said(source), _opened(source) as top:
+                    _finish(top, STAGE + path.name)
+                found.append(source)
+            path.unlink()
+    return found
+
+
+# --- before: nothing has changed ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _said(source: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, CommitError):
+            raise
+        name = os.fsdecode(error.filename) if error.filename is not None else ""
+        raise CommitError(error.errno, f"commit to {source}: {error.strerror}", name) from error
+
+
+@contextlib.contextmanager
+def _note(notes: Path, identity: str, source: str) -> Iterator[None]:
+    """A note that there is something to finish or to take back, as long as there is."""
+    path = notes / identity
+    with durable.temporary(notes) as (file, name):
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps({"source": source}).encode())
+        file.flush()
+        os.fsync(file.fileno())
+        os.rename(name, path)
+        durable.sync_directory(notes)
+        try:
+            yield
+        finally:
+            if not os.path.lexists(os.path.join(source, STAGE + identity)):
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _held(note: Path) -> Iterator[bytes]:
+    """A note that is nobody else's. Raises BlockingIOError, FileNotFoundError."""
+    with open(note, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.exists(note):
+            raise FileNotFoundError
+        yield file.read()
+
+
+@contextlib.contextmanager
+def _opened(path: str | bytes, at: int | None = None) -> Iterator[int]:
+    fd = os.open(path, _FOLDER if at is not None else _FOLDER & ~os.O_NOFOLLOW, dir_fd=at)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _parent(top: int, path: bytes) -> Iterator[tuple[int, bytes]]:
+    """The directory in which a path is, and its name there. No link is followed."""
+    *folders, name = path.split(b"/")
+    fd = os.dup(top)
+    try:
+        for folder in folders:
+            deeper = os.open(folder, _FOLDER, dir_fd=fd)
+            os.close(fd)
+            fd = deeper
+        yield fd, name
+    finally:
+        os.close(fd)
+
+
+def _check(top: int, changes: list[Change]) -> None:
+    """Every directory that is not ours to make is there."""
+    made = {change.path for change in changes if change.now is not None and change.now.entry.is_dir}
+    for path in sorted({change.path.rpartition(b"/")[0] for change in changes} - made - {b""}):
+        with _parent(top, path + b"/x"):
+            pass
+
+
+class _Stage:
+    """New files, by number, in a directory of their own."""
+
+    def __init__(self, at: int, owner: os.stat_result) -> None:
+        self._at, self._owner = at, owner
+        self._next = 0
+        self._first: dict[tuple[int, int], str] = {}  # of what has several names
+
+    def fill(self, changes: list[Change], layers: Iterable[tuple[int, Iterator[Item]]]) -> dict[bytes, str]:
+        """Make all that is to be; the names by paths."""
+        wanted = {
+            (change.now.layer, change.path): change.now.entry
+            for change in changes
+            if change.now is not None and not change.now.entry.is_dir
+        }
+        names: dict[bytes, str] = {}
+        for number, items in layers:
+            for path, _, content in items:
+                if (entry := wanted.pop((number, path), None)) is not None:
+                    names[path] = self._make(number, entry, content)
+        if wanted:
+            raise CommitError(E.ESTALE, "not in its layer", os.fsdecode(min(wanted)[1]))
+        return names
+
+    def _make(self, layer: int, entry: Entry, content: Iterator[Any]) -> str:
+        self._next += 1
+        name = str(self._next)
+        if entry.number:
+            first = self._first.setdefault((layer, entry.number), name)
+            if first != name:
+                os.link(first, name, src_dir_fd=self._at, dst_dir_fd=self._at, follow_symlinks=False)
+                return name
+        if entry.is_file:
+            self._make_file(name, entry, content)
+            return name
+        if stat.S_ISLNK(entry.mode):
+            os.symlink(entry.target, name, dir_fd=self._at)
+        else:
+            os.mkfifo(name, 0o600, dir_fd=self._at)
+        os.chown(name, self._owner.st_uid, self._owner.st_gid, dir_fd=self._at, follow_symlinks=False)
+        if not stat.S_ISLNK(entry.mode):
+            os.chmod(name, entry.mode & _KEPT_BITS, dir_fd=self._at)
+        os.utime(name, ns=(entry.mtime, entry.mtime), dir_fd=self._at, follow_symlinks=False)
+        return name
+
+    def _make_file(self, name: str, entry: Entry, content: Iterator[Any]) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with open(os.open(name, flags, 0o600, dir_fd=self._at), "wb", buffering=0) as file:
+            for offset, data in content:
+                os.pwrite(file.fileno(), data, offset)
+            os.truncate(file.fileno(), entry.size)
+            _set_status(file.fileno(), entry, self._owner)
+
+
+def _set_status(fd: int, entry: Entry, owner: os.stat_result) -> None:
+    """Owner, mode, attributes and times of what is open."""
+    os.fchown(fd, owner.st_uid, owner.st_gid)
+    os.fchmod(fd, entry.mode & _KEPT_BITS)
+    for key, value in entry.user_xattrs().items():
+        os.setxattr(fd, key, value)
+    os.utime(fd, ns=(entry.mtime, entry.mtime))
+
+
+# --- the list, which makes it happen ------------------------------------------------------------------
+
+
+def _steps(changes: list[Change], staged: Mapping[bytes, str]) -> list[dict[str, Any]]:
+    """What is to be done, in this order. Each may be done again."""
+    changes = sorted(changes, key=lambda change: change.path)
+    folders = [c for c in changes if c.now is not None and c.now.entry.is_dir]
+    gone = [c for c in changes if c.was is not None and (c.now is None or _of_another_kind(c))]
+    steps: list[dict[str, Any]] = [
+        {"do": "remove", "path": c.path, "name": f"gone-{n}"} for n, c in enumerate(gone)
+    ]
+    steps += [{"do": "mkdir", "path": c.path} for c in folders if c.was is None or c in gone]
+    steps += [{"do": "place", "path": path, "name": name} for path, name in sorted(staged.items())]
+    steps += [
+        {"do": "status", "path": c.path, "mode": c.now.entry.mode, "mtime": c.now.entry.mtime,
+         "xattrs": {key.decode("latin1"): value.hex() for key, value in c.now.entry.user_xattrs().items()}}
+        for c in reversed(folders) if c.now is not None
+    ]  # fmt: skip
+    return [{**step, "path": step["path"].decode("latin1")} for step in steps]
+
+
+def _of_another_kind(change: Change) -> bool:
+    """A directory cannot be renamed over."""
+    return (
+        change.was is not None
+        and change.now is not None
+        and change.was.entry.is_dir != change.now.entry.is_dir
+    )
+
+
+def _write_list(stage: int, steps: list[dict[str, Any]]) -> None:
+    durable.sync(stage)
+    fd = os.open(LIST + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=stage)
+    with open(fd, "w", encoding="ascii") as file:
+        json.dump(steps, file)
+        file.flush()
+        os.fsync(fd)
+    os.rename(LIST + ".new", LIST, src_dir_fd=stage, dst_dir_fd=stage)
+    os.fsync(stage)
+
+
+# --- after: it has happened, and may be finished by anybody -------------------------------------------
+
+
+def _finish(top: int, name: str) -> None:
+    """Do what is on the list, if there is one; then remove it."""
+    try:
+        with _opened(name, top) as stage:
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(LIST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=stage)
+                with open(fd, encoding="ascii") as file:
+                    steps = json.load(file)
+                for step in steps:
+                    _do(top, stage, step)
+                durable.sync(top)
+                os.unlink(LIST, dir_fd=stage)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(name, dir_fd=top)
+
+
+def _do(top: int, stage: int, step: Mapping[str, Any]) -> None:
+    path = step["path"].encode("latin1")
+    with _parent(top, path) as (at, name):
+        match step["do"]:
+            case "remove":
+                if not _exists(step["name"], stage):  # done before; what is there now has come in its place
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(name, step["name"], src_dir_fd=at, dst_dir_fd=stage)
+            case "mkdir":
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=at)
+                owner = os.fstat(top)
+                os.chown(name, owner.st_uid, owner.st_gid, dir_fd=at, follow_symlinks=False)
+            case "place":
+                with contextlib.suppress(FileNotFoundError):  # done before
+                    os.rename(step["name"], name, src_dir_fd=stage, dst_dir_fd=at)
+            case "status":
+                with _opened(name, at) as fd:
+                    _set_folder(fd, step)
+
+
+def _exists(name: str, at: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(name, dir_fd=at, follow_symlinks=False)
+        return True
+    return False
+
+
+def _set_folder(fd: int, step: Mapping[str, Any]) -> None:
+    xattrs = {key.encode("latin1"): bytes.fromhex(value) for key, value in step["xattrs"].items()}
+    about = os.fstat(fd)
+    _set_status(fd, Entry(step["mode"], 0, 0, mtime=step["mtime"], xattrs=xattrs), about)
+    if about.st_mode & 0o6000:  # the host's own
+        os.fchmod(fd, step["mode"] & _KEPT_BITS | about.st_mode & 0o6000)

@@ -1,0 +1,190 @@
+"""The files of a persistent sandbox at earlier moments. They outlive everybody, so they are kept on the disk:
+what was written since the last restore is copied each time, and what lies below it is there already."""
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from sandboxcore import _native, durable
+from sandboxcore._native import LayersOrder
+from sandboxcore.archive import Names
+from sandboxcore.errors import SandboxError, SpecError
+from sandboxcore.layers import Copy, Layers
+from sandboxcore.link import START_PATIENCE
+from sandboxcore.plan import completed_plan
+from sandboxcore.process import with_spawner
+from sandboxcore.sandbox import Sandbox
+from sandboxcore.saved import SnapshotStore
+from sandboxcore.snapshots import Snapshot
+from sandboxcore.store import Store
+
+
+class _Anybodys(Layers):
+    """Layers of a sandbox that other processes change, too: a number that nobody takes is a random one."""
+
+    def take(self) -> int:
+        return 1024 + int.from_bytes(os.urandom(8)) % (_native.constant("LAYER_NEW") - 1024)
+
+    def droppable(self) -> list[int]:
+        return []
+
+    def copied(self, *_: object) -> None:
+        """It is about to go."""
+
+    def failed(self, number: int) -> None:
+        """Nothing to remember: init has removed it."""
+
+
+class PersistentFiles(Sandbox):
+    """The part of :class:`PersistentSandbox` that has to do with its files at earlier moments."""
+
+    _store: Store
+
+    @functools.cached_property
+    def snapshots(self) -> SnapshotStore:
+        """Where its snapshots are: those of all sandboxes in its state directory."""
+        return SnapshotStore(self._store.path)
+
+    def snapshot(self, name: str | None = None, *, copy: bool | None = None) -> Snapshot:
+        """Keep everything as it is now, on the disk and under a name, and go on.
+
+        Everything stands still while what was written since the last restore is copied. name: default a new
+        id; :class:`SpecError` if it is taken. copy: not False, for it always is one. Else as
+        :meth:`Sandbox.snapshot`.
+        """
+        if copy is False:
+            raise SpecError(f"sandbox {self.name}: snapshots of a persistent one are copies")
+        with self._moment(name) as snapshot:
+            self.snapshots.save(snapshot)
+        return snapshot
+
+    @contextlib.contextmanager
+    def _moment(self, name: str | None = None) -> Iterator[Snapshot]:
+        """Its layers are on the disk, as long as the block has not ended."""
+        store = self.snapshots
+        try:
+            with store.holding(), self._lock, self._store.locked(self.id), self._quiet("snapshot"):
+                below = self._written_layers()
+                digest = self._copied(store)
+                layers = tuple(store.layer(one, self._plan) for one in (digest, *below))
+                yield Snapshot(name, self.id, self._plan, layers, copied=True)
+        finally:
+            store.gc()
+
+    def _copied(self, store: SnapshotStore) -> str:
+        """What was written, as a layer on the disk; the sandbox is without the copy again."""
+        link, layers = self._link_now(), _Anybodys()
+        keeper = with_spawner(
+            self._plan, None, lambda connection: connection
+        )  # it has a template from here on
+        with Copy(layers, link) as made:
+            layer = made.take(keeper)
+            number = made.number
+        try:
+            return store.keep(layer, Names(self._plan.overlays, self._plan.id_maps), forget=True)
+        finally:
+            del layer
+            with link.ask_layers(LayersOrder((), 0, drop=[number], copy=True)) as answer:
+                link.hear_layer(answer, START_PATIENCE)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot, of this sandbox or of another one with the same overlays: also to one that
+        is in memory only, which is put on the disk then. As :meth:`Sandbox.restore`."""
+        store = self.snapshots
+        with store.holding(), self._lock, self._store.locked(self.id), self._quiet("restore"):
+            if not snapshot.fits(self.spec):
+                raise SpecError(f"snapshot {snapshot.name}: of a sandbox with other overlays or layers")
+            names = Names(self._plan.overlays, self._plan.id_maps)
+            digests = [store.keep(layer, names) for layer in snapshot.layers]
+            before = self._layers_file()
+            self._write_layers(before["base"], None)  # until it is known
+            try:
+                self._change(snapshot)
+            except BaseException as error:
+                if isinstance(error, _native.NativeFailure):  # nothing has changed
+                    self._write_layers(before["base"], before["now"])
+                raise
+            self._write_layers(before["base"], digests)
+
+    def _change(self, snapshot: Snapshot) -> None:
+        numbers = _Anybodys()
+        with contextlib.ExitStack() as borrowed:
+            layers = []
+            for layer in snapshot.layers:
+                fd = layer.keeper.borrow(layer.number)
+                borrowed.callback(os.close, fd)
+                layers.append((numbers.take(), fd))
+            self._link_now().change_layers(LayersOrder(layers, numbers.take(), drop=None))
+
+    def discard(self) -> None:
+        """Go back to what was restored last, or to the beginning. Raises :class:`SandboxBusy`."""
+        store = self.snapshots
+        with store.holding(), self._lock, self._quiet("discard"):
+            layers = tuple(store.layer(digest, self._plan) for digest in self._written_layers())
+            self.restore(Snapshot(None, self.id, self._plan, layers, copied=True))
+
+    @classmethod
+    def _from(cls, snapshot: Snapshot, **about: Any) -> Self:
+        """One that is on record and begins with a snapshot; not started."""
+        sandbox = cls(**about)
+        try:
+            store = sandbox.snapshots
+            names = Names(snapshot.plan.overlays, snapshot.plan.id_maps)
+            with store.holding():
+                digests = [store.keep(layer, names) for layer in snapshot.layers]
+                sandbox._write_layers(digests, digests)
+        except BaseException:
+            sandbox.destroy()
+            raise
+        return sandbox
+
+    @contextlib.contextmanager
+    def _quiet(self, wanted: str) -> Iterator[None]:
+        if not self._plan.data:
+            self._plan = completed_plan(self._plan)
+        with super()._quiet(wanted):
+            yield
+
+    def _may_start(self) -> None:
+        super()._may_start()
+        if self._plan.overlays:
+            store, base = self.snapshots, self._layers_file()["base"]
+            with store.holding():
+                self._layers = Layers(tuple(store.layer(digest, self._plan) for digest in base))
+                self._write_layers(base, base)
+
+    # --- which layers it has, on the disk ---------------------------------------------------------
+
+    def _layers_path(self) -> Path:
+        return self._store.home(self.id).path / "layers"
+
+    def _layers_file(self) -> dict[str, Any]:
+        """``base``: what it begins with; ``now``: what lies below what it writes, the topmost first; None
+        where nobody knows, because a restore has not ended; ``overlays``: their numbers by where they are."""
+        try:
+            found: dict[str, Any] = json.loads(self._layers_path().read_text())
+        except FileNotFoundError:
+            return {"base": [], "now": []}
+        return found
+
+    def _written_layers(self) -> list[str]:
+        found = self._layers_file()
+        now: list[str] | None = found["now"]
+        if now is None:
+            raise SandboxError(f"sandbox {self.name}: a restore was interrupted; restore again, or stop it")
+        if found["overlays"] != self._overlays():
+            raise SandboxError(
+                f"sandbox {self.name}: what its spec names has changed on the host since it started"
+            )
+        return now
+
+    def _write_layers(self, base: list[str], now: list[str] | None) -> None:
+        data = {"base": base, "now": now, "overlays": self._overlays()}
+        durable.write(self._layers_path(), json.dumps(data).encode())
+
+    def _overlays(self) -> dict[str, int]:
+        return {overlay.target: overlay.index for overlay in self._plan.overlays}

@@ -1,0 +1,156 @@
+"""Snapshots of a sandbox that outlives everybody: on the disk, and good for whoever comes later."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Spec, host_program
+from trees import filled, make_source, manifest, ok
+
+from sandboxcore import (
+    PersistentSandbox,
+    Sandbox,
+    SandboxBusy,
+    SandboxError,
+    SnapshotStore,
+    SpecError,
+    gc,
+    list_sandboxes,
+)
+
+pytestmark = pytest.mark.usefixtures("overlays")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_source(tmp_path / "source")
+
+
+@pytest.fixture
+def state_dir(tmp_path: Path) -> Any:
+    path = tmp_path / "state"
+    yield path
+    for record in list_sandboxes(path):
+        PersistentSandbox.connect(record.id, state_dir=path).destroy()
+
+
+@pytest.fixture
+def box(source: Path, state_dir: Path) -> PersistentSandbox:
+    spec = Spec(writable=True, overlay=[(source, "/data")], tmpfs=["/data/t:1M"])
+    return PersistentSandbox.create(spec, name="box", state_dir=state_dir)
+
+
+def again(state_dir: Path, script: str) -> str:
+    """By another process, which knows names only."""
+    program = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent.parent)]!r}
+from trees import manifest, ok
+from sandboxcore import PersistentSandbox, SnapshotStore
+store = SnapshotStore({str(state_dir)!r})
+box = PersistentSandbox.connect("box", state_dir={str(state_dir)!r})
+{script}
+"""
+    done = host_program(program, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_life_in_several_processes(box: PersistentSandbox, state_dir: Path) -> None:
+    filled(box)
+    first = manifest(box)
+    one = box.snapshot("one")
+    assert one.copied
+    again(state_dir, 'ok(box, "rm -r /data/many; echo 2 > /two"); box.snapshot("two")')
+    second = manifest(box, "/data", "/two")
+    again(state_dir, 'box.restore(store.load("one")); ok(box, "test ! -e /two")')
+    assert manifest(box) == first
+    ok(box, "echo 3 > /three")
+    box.snapshot("three")
+    box.restore(box.snapshots.load("two"))
+    assert manifest(box, "/data", "/two") == second
+    ok(box, "test ! -e /three")
+    again(state_dir, 'ok(box, "echo 4 > /four"); box.discard()')
+    assert manifest(box, "/data", "/two") == second
+    changes = again(state_dir, 'print([c.path for c in box.diff(store.load("one")) if c.path != "/data"])')
+    assert changes == "['/data/many', '/two']\n"
+    assert [saved.name for saved in box.snapshots.list()] == ["one", "two", "three"]
+    assert gc(state_dir).removed == ()
+    assert box.snapshots.gc() == ()
+    used = box.shell("df -k --output=used /tmp | tail -1").stdout
+    for _ in range(3):
+        box.fork()[0].destroy()
+    assert int(box.shell("df -k --output=used /tmp | tail -1").stdout) <= int(used) + 64, "no copy stays"
+    box.snapshots.gc()
+    assert len(list((state_dir / "snapshots/layers").iterdir())) == 3
+
+
+def test_others_begin_with_it(box: PersistentSandbox, state_dir: Path) -> None:
+    filled(box)
+    child = box.fork()[0]
+    assert child.name != box.name
+    ok(child, "echo child > /data/who; rm -r /data/many")
+    ok(box, "echo parent > /data/who")
+    script = f"""
+child = PersistentSandbox.connect({child.name!r}, state_dir=store.path.parent)
+child.stop()
+child.start()
+print(ok(child, "ls /data/many | wc -l; ls /data/who 2>&1 | wc -l"))
+box.snapshots.gc()
+child.snapshot("of child")
+""".replace('"of child"', '"child"')
+    box.destroy()
+    with pytest.raises(AssertionError, match="box"):
+        again(state_dir, script)
+    PersistentSandbox.create(child.spec, name="box", state_dir=state_dir)
+    assert again(state_dir, script) == "b'200\\n1\\n'\n"
+    with Sandbox.from_snapshot(SnapshotStore(state_dir).load("child")) as living:
+        assert ok(living, "ls /data/many | wc -l") == b"200\n"
+    with Sandbox(child.spec) as living:
+        ok(living, "echo x > /data/memory")
+        kept = living.snapshot()
+    child.restore(kept)
+    assert ok(child, "cat /data/memory") == b"x\n"
+    made = PersistentSandbox.from_snapshot(kept, name="made", state_dir=state_dir)
+    made.stop()
+    kept.close()
+    SnapshotStore(state_dir).gc()
+    made.start()
+    assert ok(made, "cat /data/memory") == b"x\n"
+
+
+def test_what_is_refused(box: PersistentSandbox, state_dir: Path) -> None:
+    kept = box.snapshot("one")
+    with pytest.raises(SpecError, match="'one' is the name"):
+        box.snapshot("one")
+    with pytest.raises(SpecError, match="are copies"):
+        box.snapshot(copy=False)
+    with box.popen(["sleep", "100"]) as process:
+        assert box.snapshot().copied
+        with pytest.raises(SandboxBusy, match="a command runs"):
+            box.restore(kept)
+        process.kill()
+    assert box.snapshot().copied, "that refusal has changed nothing"
+    with PersistentSandbox.create(Spec(), name="plain", state_dir=state_dir) as plain:
+        with pytest.raises(SpecError, match="writable=True"):
+            plain.snapshot()
+        with pytest.raises(SpecError, match="other overlays"):
+            PersistentSandbox.from_snapshot(kept, spec=plain.spec, state_dir=state_dir)
+
+
+def test_interrupted_restore(box: PersistentSandbox) -> None:
+    """Whoever comes later does not believe what is not certain."""
+    ok(box, "echo 1 > /data/one")
+    kept = box.snapshot("one")
+    before = box._layers_file()
+    box._write_layers(before["base"], None)
+    with pytest.raises(SandboxError, match="a restore was interrupted"):
+        box.snapshot("two")
+    box.restore(kept)
+    assert ok(box, "cat /data/one") == b"1\n"
+    box.snapshot("two")
+    box._write_layers(before["base"], None)
+    box.stop()
+    box.start()
+    assert ok(box, "ls /data/one 2>&1 | wc -l; ls /data").startswith(b"1\n")
+    box.snapshot("three")
