@@ -255,7 +255,7 @@ class Archive:
     def room(self) -> int:
         """So many bytes of memory are enough for it."""
         files = (member.size for member in self._tar.getmembers() if not member.issparse())
-        return sum(-(-size // PAGE) * PAGE for size in files) + os.fstat(self._file.fileno()).st_size
+        return sum(-(-size // PAGE) * PAGE for size in files) + self._file.seek(0, os.SEEK_END)
 
     def write(self, writer: Writer) -> None:
         """Put it to a writer, depth first; whichever name of a file comes first has the content. Raises
@@ -333,6 +333,8 @@ class Archive:
             target=os.fsencode(member.linkname) if member.issym() else b"",
             xattrs=_xattrs(member),
         )
+        if wrong := _wrong(os.fsencode(member.name), place.entry):
+            raise ArchiveError(f"{member.name!r}: {wrong}")
         return place
 
 
@@ -347,10 +349,11 @@ def _manifest(tar: tarfile.TarFile, members: list[tarfile.TarInfo]) -> dict[str,
             raise ArchiveError(
                 f"format {manifest['format']} {manifest['version']}: only {FORMAT} {VERSION} is known"
             )
-        lists = all(isinstance(manifest[key], list) for key in ("overlays", "removed", "opaque"))
-        if not lists or not isinstance(manifest["sha256"], dict):
+        texts = [text for key in ("overlays", "removed", "opaque") for text in [*manifest[key]]]
+        texts += [text for item in manifest["sha256"].items() for text in item]
+        if not all(isinstance(text, str) for text in texts):
             raise TypeError
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ArchiveError):
             raise
         raise ArchiveError(f"{MANIFEST} is broken") from error
@@ -368,6 +371,26 @@ def _checked(name: str) -> str:
 def _nanoseconds(member: tarfile.TarInfo) -> int:
     whole, _, part = str(member.pax_headers.get("mtime", int(member.mtime))).partition(".")
     return int(whole) * 10**9 + int((part + "000000000")[:9])
+
+
+def _wrong(name: bytes, entry: Entry) -> str:
+    """What no file system takes, or no message of ours."""
+    pairs = entry.xattrs.items()
+    return next(
+        (
+            what
+            for what, wrong in (
+                ("a name of more than 255 bytes", len(name.rpartition(b"/")[2]) > 255),
+                ("a link to more than 4095 bytes", len(entry.target) > 4095),
+                ("no size", not 0 <= entry.size < 1 << 62),
+                ("no time", not -(1 << 62) < entry.mtime < 1 << 62),
+                ("large attributes", sum(len(key) + len(value) + 8 for key, value in pairs) > 1 << 16),
+                ("the name of an attribute", any(len(key) > 255 or b"\0" in key for key, _ in pairs)),
+            )
+            if wrong
+        ),
+        "",
+    )
 
 
 def _xattrs(member: tarfile.TarInfo) -> dict[bytes, bytes]:

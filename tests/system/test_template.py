@@ -64,6 +64,7 @@ with template(store=SnapshotStore({str(tmp_path / "state")!r})).sandbox() as san
 
 def test_failure_leaves_nothing(tmp_path: Path) -> None:
     store = SnapshotStore(tmp_path / "state")
+    template().snapshot().close()  # a spawner, and its shelf
     broken = Template(Spec(writable=True), "echo so far; echo why >&2; false; echo no", store=store)
     with leaves_nothing(), pytest.raises(CommandFailed) as failed:
         broken.snapshot()
