@@ -26,6 +26,7 @@ from typing import Any, Self
 
 from sandboxcore.errors import SandboxError, SandboxNotFound, SpecError
 from sandboxcore.link import Home
+from sandboxcore.statedir import default_state_dir, make_private
 
 SCHEMA = 1
 DATABASE = "state.db"
@@ -82,14 +83,6 @@ _JSON = {"spec", "labels", "metadata", "omitted", "args"}
 Record = SandboxRecord | CommandRecord
 
 
-def default_state_dir() -> Path:
-    """``$SANDBOXCORE_STATE_DIR``; else ``sandboxcore`` in ``$XDG_STATE_HOME``, default ``~/.local/state``."""
-    if own := os.environ.get("SANDBOXCORE_STATE_DIR"):
-        return Path(own)
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "sandboxcore"
-
-
 class Store:
     """The state directory. Any thread may use it, and a forked child. Raises :class:`SandboxError` where it
     cannot be used."""
@@ -104,12 +97,7 @@ class Store:
             self._connection()
 
     def _prepare(self) -> None:
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = self.path.stat()
-        if about.st_uid != os.geteuid():
-            raise SandboxError(f"{self.path}: belongs to uid {about.st_uid}; use another state directory")
-        if about.st_mode & 0o022:  # not made private: it might be /tmp
-            raise SandboxError(f"{self.path}: others may write to it; use another state directory")
+        make_private(self.path)
         (self.path / "sandboxes").mkdir(mode=0o700, exist_ok=True)
         database = self.path / DATABASE
         if not database.exists():
