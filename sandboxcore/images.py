@@ -1,13 +1,13 @@
 """Root file systems that are not directories: tar archives, and OCI image layouts on disk.
 
-``SandboxSpec(rootfs=)`` takes them; here is what it does not do: :func:`describe` tells what an image says about
-itself (none of it is applied by itself), :func:`load` unpacks ahead of use, or with other bounds, and
+``SandboxSpec(rootfs=)`` takes them; here is what it does not do: :func:`describe` tells what an image says
+about itself (none of it is applied by itself), :func:`load` unpacks ahead of use, or with other bounds, and
 :func:`collect` removes what nobody uses.
 
-An archive may be compressed with gzip, bzip2, xz or zstd. Of an OCI layout, ``DIRECTORY`` or ``DIRECTORY:TAG``,
-everything is checked against the digests and sizes that lead to it, before any of it is used. Layers are unpacked
-once (:mod:`sandboxcore.layerstore`); set-ID bits, devices, fifos and extended attributes but those of users are
-left out.
+An archive may be compressed with gzip, bzip2, xz or zstd. Of an OCI layout, ``DIRECTORY`` or
+``DIRECTORY:TAG``, everything is checked against the digests and sizes that lead to it, before any of it is
+used. Layers are unpacked once (:mod:`sandboxcore.layerstore`); set-ID bits, devices, fifos and extended
+attributes but those of users are left out.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from sandboxcore.errors import SandboxError, SpecError
 from sandboxcore.layerstore import Layer, LayerStore, StatePath, collect
 from sandboxcore.spec import parse_size
 from sandboxcore.tarstream import Hashed, TarStream
-from sandboxcore.unpack import Bounds, Contents, unpack
+from sandboxcore.unpack import MAX_BYTES, MAX_ENTRIES, Bounds, Contents, unpack
 
 __all__ = ["Image", "ImageInfo", "Layer", "StatePath", "collect", "describe", "load"]
 
@@ -80,8 +80,8 @@ class ImageInfo:
 def load(
     path: str | os.PathLike[str],
     *,
-    max_bytes: int | str = Bounds.bytes,
-    max_entries: int = Bounds.entries,
+    max_bytes: int | str = MAX_BYTES,
+    max_entries: int = MAX_ENTRIES,
     owners: bool | None = None,
 ) -> Image:
     """Unpack what is not unpacked yet, and hold it. ``rootfs=`` does the same with the default bounds, which
@@ -199,7 +199,7 @@ class _Layout:
 
     def describe(self) -> ImageInfo:
         """Its configuration."""
-        manifest, config, descriptor = self._image()
+        _, config, descriptor = self._image()
         about = _object(config.get("config"))
         env = (text.partition("=") for text in _texts(about.get("Env")))
         return ImageInfo(

@@ -2,10 +2,11 @@
 
 The name says what was unpacked, so a layer never changes, and everybody of this user shares it. It comes into
 being by a rename of what is complete and on disk; a crash leaves no more than a ``tmp-...``, which
-:func:`collect` removes. A layer's directory has ``tree``, the layer, and ``manifest.json``, what is known of it.
+:func:`collect` removes. A layer's directory has ``tree``, the layer, and ``manifest.json``, what is known of
+it.
 
-Whoever uses a layer holds a shared lock on its directory. What outlives its maker, a persistent sandbox, has it
-mounted, as ``/proc/PID/mountinfo`` tells.
+Whoever uses a layer holds a shared lock on its directory. What outlives its maker, a persistent sandbox, has
+it mounted, as ``/proc/PID/mountinfo`` tells.
 """
 
 import contextlib
@@ -152,8 +153,8 @@ class LayerStore:
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[tuple[str, int]]:
-        """A new directory and its descriptor, locked, so that nobody takes it for a crash's. What it is called
-        at the end may be gone."""
+        """A new directory and its descriptor, locked, so that nobody takes it for a crash's. What it is
+        called at the end may be gone."""
         while True:
             place = tempfile.mkdtemp(prefix="tmp-", dir=self.path)
             with contextlib.suppress(FileNotFoundError):
@@ -254,31 +255,29 @@ def _sync(path: Path) -> None:
 def collect(
     state_dir: StatePath = None, *, unused_for: float | None = None, dry_run: bool = False
 ) -> tuple[str, ...]:
-    """Remove what crashes have left of layers and, with ``unused_for``, the layers that nobody has used for so
-    many seconds; never one that a process of this host uses or has mounted. Returns their names.
+    """Remove what crashes have left of layers and, with ``unused_for``, the layers that nobody has used for
+    so many seconds; never one that a process of this host uses or has mounted. Returns their names.
 
     What is removed is unpacked again when it is needed."""
+    return tuple(collecting(state_dir, unused_for=unused_for, dry_run=dry_run))
+
+
+def collecting(
+    state_dir: StatePath = None, *, unused_for: float | None = None, dry_run: bool = False
+) -> Iterator[str]:
+    """The same, one after the other."""
     state = Path(os.path.abspath(state_dir if state_dir is not None else default_state_dir()))
-    removed: list[str] = []
-    try:
-        names = sorted(os.listdir(state / "layers"))
-    except FileNotFoundError:
-        return ()
-    mounted = None
+    layers = state / "layers"
+    names = sorted(os.listdir(layers)) if layers.is_dir() else []
+    mounted = _mounted() if unused_for is not None else set()
     for name in names:
-        if name.startswith("tmp-"):
-            pass
-        elif unused_for is not None and _NAME.fullmatch(name):
-            mounted = _mounted() if mounted is None else mounted
-            if name in mounted:
-                continue
-        else:
+        left = name.startswith("tmp-")
+        if not left and (unused_for is None or name in mounted or not _NAME.fullmatch(name)):
             continue
-        if _take(state / "layers", name, unused_for or 0.0, dry_run=dry_run):
-            removed.append(name)
-    if removed and not dry_run:
-        _forget_archives(state / "layers")
-    return tuple(removed)
+        if _take(layers, name, 0.0 if left or unused_for is None else unused_for, dry_run=dry_run):
+            yield name
+    if names and not dry_run:
+        _forget_archives(layers)
 
 
 def _mounted() -> set[str]:
@@ -299,8 +298,7 @@ def _take(layers: Path, name: str, unused_for: float, *, dry_run: bool) -> bool:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        idle = name.startswith("tmp-") or time.time() - os.fstat(fd).st_mtime >= unused_for
-        if not idle or not _is(fd, layers / name):
+        if time.time() - os.fstat(fd).st_mtime < unused_for or not _is(fd, layers / name):
             return False
         if not dry_run:
             if not name.startswith("tmp-"):  # from now on it is nobody's

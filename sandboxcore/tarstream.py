@@ -17,12 +17,13 @@ from sandboxcore.errors import SpecError, UnsupportedHost
 CHUNK = 1 << 20
 MAX_HEADERS = 1 << 20  # bytes of all headers of one member: tarfile has them in memory
 MAX_WINDOW = 128 << 20  # bytes that a decompressor may need for itself; zstd's own default
+FULL = "that is the limit, or all that is free"
 ZEROS = bytes(tarfile.BLOCKSIZE)
 
 
 class Hashed(io.RawIOBase):
-    """A file, read once, and not much further than ``most`` bytes: ``digest`` and ``size`` are of what was read so
-    far."""
+    """A file, read once, and not much further than ``most`` bytes: ``digest`` and ``size`` are of what was
+    read so far."""
 
     def __init__(self, fd: int, most: int = 1 << 62) -> None:
         super().__init__()
@@ -43,7 +44,8 @@ class Hashed(io.RawIOBase):
 
 
 def _decompressed(packed: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
-    """Streams one behind the other; ``make`` gives a decompressor such as those of bz2, lzma, compression.zstd."""
+    """Streams one behind the other; ``make`` gives a decompressor such as those of bz2, lzma,
+    compression.zstd."""
     data = packed.read(CHUNK)
     while data:
         stream = make()
@@ -75,7 +77,7 @@ def _of_zstd(packed: BinaryIO) -> Iterator[bytes]:
     return iter(lambda: reader.read(CHUNK), b"")
 
 
-def _pieces(packed: io.BufferedReader) -> Iterator[bytes]:
+def _pieces(packed: "io.BufferedReader[Hashed]") -> Iterator[bytes]:
     """What is in a file that may be compressed, as its first bytes tell."""
     magic = packed.peek(8)[:6]
     if magic.startswith(b"\x1f\x8b"):
@@ -97,10 +99,11 @@ def _pieces(packed: io.BufferedReader) -> Iterator[bytes]:
 
 
 class TarStream:
-    """An archive's members and what is in them. ``what`` names it in errors; ``most`` is how many bytes it may
-    have, uncompressed. Raises :class:`SpecError` for everything that is wrong with it."""
+    """An archive's members and what is in them. ``what`` names it in errors; ``most`` is how many bytes it
+    may have, uncompressed. Raises :class:`SpecError` for everything that is wrong with it."""
 
     def __init__(self, file: Hashed, what: str, most: int) -> None:
+        self._file: "io.BufferedReader[Hashed]"
         self._file, self.what, self._most = io.BufferedReader(file, CHUNK), what, most
         self.size, self.digest = 0, hashlib.sha256()
         self._pieces = _pieces(self._file)
@@ -165,7 +168,7 @@ class TarStream:
             if pieces:
                 self.seek(member.offset_data)
             yield member, pieces
-            tar.members.clear()  # type: ignore[attr-defined]  # a million of them are too many
+            tar.members.clear()  # a million of them are too many
         if self._last != ZEROS:  # tarfile takes whatever is no header for the end
             raise self.refuse("damaged or cut off: no end of archive where one should be")
         while self.take(CHUNK):  # padding: the digest is of all

@@ -140,8 +140,8 @@ def _matching(pattern: str) -> list[str]:
 
 class Tree:
     """Collects the nodes and mounts of one spec on one host. ``watched`` are the host paths whose
-    replacement would make a template stale; ``held`` what must stay as long as the plan. ``root`` is the overlay that is the root, if it is one: then it
-    is the first mount."""
+    replacement would make a template stale; ``held`` must stay as long as the plan. ``root`` is the overlay
+    that is the root, if it is one: then it is the first mount."""
 
     def __init__(self, spec: SandboxSpec, host: HostFeatures) -> None:
         """Everything in turn; parents come first in the result."""

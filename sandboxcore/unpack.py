@@ -1,7 +1,7 @@
 """Unpacks a tar archive that nobody vouches for into an empty directory, as a layer for overlayfs.
 
-Every name is walked from the directory's descriptor, part by part, and no link is ever followed; every file is
-made anew. So nothing in an archive can lead out of the directory, whatever it was made for.
+Every name is walked from the directory's descriptor, part by part, and no link is ever followed; every file
+is made anew. So nothing in an archive can lead out of the directory, whatever it was made for.
 """
 
 import contextlib
@@ -12,10 +12,11 @@ import tarfile
 from dataclasses import dataclass, field
 
 from sandboxcore.errors import SandboxError, SpecError, UnsupportedHost
-from sandboxcore.tarstream import TarStream
+from sandboxcore.tarstream import FULL, TarStream
 
 Parts = tuple[bytes, ...]
 
+MAX_BYTES, MAX_ENTRIES = 16 << 30, 1_000_000  # usual bounds
 MAX_DEPTH = 256
 MAX_PATH = 4095
 MAX_ID = 65535  # as many as are mapped
@@ -31,14 +32,14 @@ class Bounds:
     """How much an archive may become: bytes, of the archive unpacked and of its files with their holes;
     entries, with the directories that only a path mentions."""
 
-    bytes: int = 16 << 30
-    entries: int = 1_000_000
+    bytes: int = MAX_BYTES
+    entries: int = MAX_ENTRIES
 
 
 @dataclass(slots=True)
 class Contents:
-    """What was unpacked. ``opaque``: nothing of the layers below is to be seen. ``skipped``: what was left out,
-    and why; the first hundred of ``skips``."""
+    """What was unpacked. ``opaque``: nothing of the layers below is to be seen. ``skipped``: what was left
+    out, and why; the first hundred of ``skips``."""
 
     diff_id: str = ""
     entries: int = 0
@@ -61,7 +62,8 @@ def unpack(stream: TarStream, root: int, bounds: Bounds, *, owners: bool) -> Con
     archive says, else to the caller.
 
     Raises :class:`SpecError` for what is wrong with the archive, :class:`UnsupportedHost` for what the file
-    system cannot hold, :class:`SandboxError` where it fails. What is in the directory then is to be removed."""
+    system cannot hold, :class:`SandboxError` where it fails. What is in the directory then is to be
+    removed."""
     unpacker = _Unpacker(stream, root, bounds, owners=owners)
     try:
         for member, pieces in stream.members():
@@ -339,13 +341,9 @@ class _Unpacker:
         self.contents.entries += 1
         self.contents.bytes += size
         if self.contents.entries > self.bounds.entries:
-            raise self._refuse(
-                f"more than {self.bounds.entries} files and directories: that is the limit, or all that is free"
-            )
+            raise self._refuse(f"more than {self.bounds.entries} files and directories: {FULL}")
         if self.contents.bytes > self.bounds.bytes:
-            raise self._refuse(
-                f"more than {self.bounds.bytes} bytes unpacked: that is the limit, or all that is free"
-            )
+            raise self._refuse(f"more than {self.bounds.bytes} bytes unpacked: {FULL}")
 
     def _skip(self, what: str) -> None:
         self.contents.skips += 1
