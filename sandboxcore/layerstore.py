@@ -269,7 +269,7 @@ def collecting(
     state = Path(os.path.abspath(state_dir if state_dir is not None else default_state_dir()))
     layers = state / "layers"
     names = sorted(os.listdir(layers)) if layers.is_dir() else []
-    mounted = _mounted() if unused_for is not None else set()
+    mounted = _mounted(layers) if unused_for is not None and names else set()
     for name in names:
         left = name.startswith("tmp-")
         if not left and (unused_for is None or name in mounted or not _NAME.fullmatch(name)):
@@ -280,14 +280,32 @@ def collecting(
         _forget_archives(layers)
 
 
-def _mounted() -> set[str]:
+def _mounted(layers: Path) -> set[str]:
     """The layers that are mounted somewhere, whoever has done it."""
+    pattern = re.compile(_in_mountinfo(layers) + rb"/(sha256-[0-9a-f]{64}(?:\.own)?)/tree[ /]")
     found: set[str] = set()
     for path in glob.glob("/proc/[0-9]*/mountinfo"):
         with contextlib.suppress(OSError):
-            for name in re.findall(rb"/(sha256-[0-9a-f]{64}(?:\.own)?)/tree", Path(path).read_bytes()):
-                found.add(name.decode())
+            found |= {name.decode() for name in pattern.findall(Path(path).read_bytes())}
     return found
+
+
+def _in_mountinfo(directory: Path) -> bytes:
+    """How a directory begins, as source of a mount: device and path in the file system. Where that cannot be
+    told, any will do."""
+    fd = os.open(directory, DIRECTORY)
+    try:
+        real = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))
+        number = re.search(rb"mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{fd}").read_bytes())
+    finally:
+        os.close(fd)
+    path = re.sub(rb"[ \t\n\\]", lambda match: b"\\%03o" % match[0][0], real)
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        mount, _, device, root, point, *_ = line.split()
+        if number is not None and mount == number[1] and path.startswith(point.rstrip(b"/") + b"/"):
+            inside = root.rstrip(b"/") + path[len(point.rstrip(b"/")) :]
+            return re.escape(b" %s %s" % (device, inside))
+    return b""
 
 
 def _take(layers: Path, name: str, unused_for: float, *, dry_run: bool) -> bool:

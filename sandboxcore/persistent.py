@@ -402,7 +402,8 @@ def _drop_group(store: Store, sandbox_id: str) -> None:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collected:
     """What :func:`gc` did: ids of sandboxes found dead; what no record knew: directories, and files in
-    them as "sandbox/file", and layers of root file systems as "layers/name"; control groups in which nothing can run any more, as absolute paths."""
+    them as "sandbox/file", and layers of images as "layers/name"; control groups in which nothing can run any
+    more, as absolute paths."""
 
     ended: tuple[str, ...]
     removed: tuple[str, ...]

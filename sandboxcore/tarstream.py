@@ -103,7 +103,7 @@ class TarStream:
     may have, uncompressed. Raises :class:`SpecError` for everything that is wrong with it."""
 
     def __init__(self, file: Hashed, what: str, most: int) -> None:
-        self._file: "io.BufferedReader[Hashed]"
+        self._file: io.BufferedReader[Hashed]
         self._file, self.what, self._most = io.BufferedReader(file, CHUNK), what, most
         self.size, self.digest = 0, hashlib.sha256()
         self._pieces = _pieces(self._file)
@@ -191,7 +191,7 @@ class TarStream:
     def _check_pieces(self, member: tarfile.TarInfo, stored: int) -> list[tuple[int, int]]:
         """A file's pieces, which fit into each other's gaps and into what the archive has of it."""
         sparse: list[tuple[int, int]] | None = getattr(member, "sparse", None)
-        pieces = [(0, member.size)] if sparse is None else sparse
+        pieces = [(0, member.size)] if sparse is None else [piece for piece in sparse if piece[1]]
         end = total = 0
         for offset, size in pieces:
             if size < 0 or offset < end:
