@@ -85,7 +85,8 @@ def load(
     owners: bool | None = None,
 ) -> Image:
     """Unpack what is not unpacked yet, and hold it. ``rootfs=`` does the same with the default bounds, which
-    hold for each layer: 16 GiB unpacked, holes included, and a million files and directories.
+    hold for each layer: 16 GiB unpacked, holes included, and a million files and directories. That takes its
+    time: who must not wait when a sandbox is made (asyncio) does this before, in a thread.
 
     Raises :class:`SpecError` for what is wrong with it, :class:`UnsupportedHost` for what this host cannot
     hold, :class:`SandboxError` where it fails; then nothing is left of the layer that failed. ``owners`` is

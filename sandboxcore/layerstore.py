@@ -66,6 +66,11 @@ class Layer:
 _held: weakref.WeakValueDictionary[str, Layer] = weakref.WeakValueDictionary()
 
 
+def _real(state_dir: StatePath) -> Path:
+    """Without links: a mount's source has none."""
+    return Path(os.path.realpath(state_dir if state_dir is not None else default_state_dir()))
+
+
 class LayerStore:
     """The layers of one state directory. ``owners``: with the owners of their files, which only root can give
     them; others have layers of their own, in which everything is the caller's.
@@ -73,7 +78,7 @@ class LayerStore:
     Raises :class:`SandboxError` where the directory cannot be used."""
 
     def __init__(self, state_dir: StatePath = None, *, owners: bool) -> None:
-        state = Path(os.path.abspath(state_dir if state_dir is not None else default_state_dir()))
+        state = _real(state_dir)
         self.path, self.owners, self._suffix = state / "layers", owners, "" if owners else ".own"
         try:
             for directory in (state, self.path, self.path / "archives"):
@@ -200,9 +205,10 @@ class LayerStore:
         return self.get(diff_id) if DIFF_ID.fullmatch(diff_id) else None
 
     def remember(self, about: os.stat_result, diff_id: str, since: float) -> None:
-        """What an archive was, looked at ``since`` then (time.time). Not of one that changed just before: its
-        next change may have the same time stamp."""
-        if about.st_ctime < since - 2:
+        """What an archive was, looked at ``since`` then (time.time). Not of one that had changed just before:
+        its next change may have had the same time stamp, which on some file systems is of whole seconds."""
+        tick = 0.1 if about.st_ctime_ns % 10**9 else 2.0
+        if about.st_ctime < since - tick:
             with contextlib.suppress(FileExistsError):
                 os.symlink(diff_id, self.path / "archives" / _identity(about))
 
@@ -266,7 +272,7 @@ def collecting(
     state_dir: StatePath = None, *, unused_for: float | None = None, dry_run: bool = False
 ) -> Iterator[str]:
     """The same, one after the other."""
-    state = Path(os.path.abspath(state_dir if state_dir is not None else default_state_dir()))
+    state = _real(state_dir)
     layers = state / "layers"
     names = sorted(os.listdir(layers)) if layers.is_dir() else []
     mounted = _mounted(layers) if unused_for is not None and names else set()

@@ -4,17 +4,20 @@ Every name is walked from the directory's descriptor, part by part, and no link 
 is made anew. So nothing in an archive can lead out of the directory, whatever it was made for.
 """
 
-import contextlib
 import errno as E
+import itertools
 import os
 import stat
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from sandboxcore.errors import SandboxError, SpecError, UnsupportedHost
 from sandboxcore.tarstream import FULL, TarStream
 
 Parts = tuple[bytes, ...]
+T = TypeVar("T")
 
 MAX_BYTES, MAX_ENTRIES = 16 << 30, 1_000_000  # usual bounds
 MAX_DEPTH = 256
@@ -82,15 +85,18 @@ class _Unpacker:
         self.stream, self.bounds, self.owners = stream, bounds, owners
         self.contents = Contents()
         self.now = "unpacking"
-        self._root = root
         self._at: Parts = ()
-        self._fd = os.dup(root)
+        self._fds = [root]  # of the directories on the way to the one that is worked in
         self._directories: dict[Parts, _Attributes] = {(): _Attributes()}
         self._whiteouts: dict[Parts, None] = {}
 
     def close(self) -> None:
-        """Let go of the directory last used."""
-        os.close(self._fd)
+        """Let go of the directories last used."""
+        self._leave(0)
+
+    @property
+    def _fd(self) -> int:
+        return self._fds[-1]
 
     def add(self, member: tarfile.TarInfo, pieces: list[tuple[int, int]]) -> None:
         """One member. The later of two with one name replaces the other."""
@@ -148,49 +154,52 @@ class _Unpacker:
         """Make a directory the one that is worked in, with those above it."""
         if path == self._at:
             return
-        fd = os.dup(self._root)
-        try:
-            for depth, name in enumerate(path, 1):
-                below = self._step(fd, path[:depth], name, make=make)
-                os.close(fd)
-                fd = below
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(self._fd)
-        self._at, self._fd = path, fd
+        pairs = zip(path, self._at, strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self._leave(common)
+        for depth in range(common, len(path)):
+            self._fds.append(self._step(path[: depth + 1], make=make))
+            self._at = path[: depth + 1]
 
-    def _step(self, fd: int, path: Parts, name: bytes, *, make: bool) -> int:
+    def _leave(self, depth: int) -> None:
+        while len(self._at) > depth:
+            self._at = self._at[:-1]
+            os.close(self._fds.pop())
+
+    def _step(self, path: Parts, *, make: bool) -> int:
+        name = path[-1]
         if make and path not in self._directories:
             self._count(0)
             try:
-                os.mkdir(name, 0o700, dir_fd=fd)
+                os.mkdir(name, 0o700, dir_fd=self._fd)
             except FileExistsError:
                 raise self._refuse(f"{os.fsdecode(name)!r} is no directory") from None
             self._directories[path] = _Attributes()
         how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            return os.open(name, how, dir_fd=fd)
+            return os.open(name, how, dir_fd=self._fd)
         except OSError as error:
             if error.errno not in (E.ENOENT, E.ENOTDIR, E.ELOOP):
                 raise
             raise self._refuse(f"{os.fsdecode(name)!r} is no directory") from None
 
-    def _free(self, path: Parts) -> bytes:
-        """Enter the directory of what is to be made, and remove what has the name. Returns the name."""
+    def _make(self, path: Parts, make: Callable[[bytes, int], T]) -> T:
+        """Have something made, by name and the directory's descriptor, in place of what has the name."""
         if path in self._directories:
             raise self._refuse("a directory of that name came before")
         self._enter(path[:-1])
-        with contextlib.suppress(FileNotFoundError):
+        try:
+            return make(path[-1], self._fd)
+        except FileExistsError:
             os.unlink(path[-1], dir_fd=self._fd)
-        return path[-1]
+            return make(path[-1], self._fd)
 
     # --- one of each kind -------------------------------------------------------------------------
 
     def _make_file(self, path: Parts, member: tarfile.TarInfo, pieces: list[tuple[int, int]]) -> None:
         attributes = self._attributes(member)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(self._free(path), flags, 0o600, dir_fd=self._fd)
+        fd = self._make(path, lambda name, at: os.open(name, flags, 0o600, dir_fd=at))
         try:
             for offset, size in pieces:
                 self._fill(fd, offset, size)
@@ -214,8 +223,8 @@ class _Unpacker:
         target = member.linkname.encode("utf-8", "surrogateescape")
         if not target or b"\0" in target or len(target) > MAX_PATH:
             raise self._refuse("a symbolic link to nothing, or to too long a path")
-        attributes, name = self._attributes(member), self._free(path)
-        os.symlink(target, name, dir_fd=self._fd)
+        attributes, name = self._attributes(member), path[-1]
+        self._make(path, lambda name, at: os.symlink(target, name, dir_fd=at))
         if self.owners:
             os.chown(name, *attributes.owner, dir_fd=self._fd, follow_symlinks=False)
         if attributes.mtime is not None:
@@ -229,8 +238,12 @@ class _Unpacker:
         self._enter(target[:-1], make=False)
         above = os.dup(self._fd)
         try:
-            name = self._free(path)
-            os.link(target[-1], name, src_dir_fd=above, dst_dir_fd=self._fd, follow_symlinks=False)
+            self._make(
+                path,
+                lambda name, at: os.link(
+                    target[-1], name, src_dir_fd=above, dst_dir_fd=at, follow_symlinks=False
+                ),
+            )
         except FileNotFoundError:
             raise self._refuse("a hard link to what is not in the archive before it") from None
         finally:
@@ -283,7 +296,7 @@ class _Unpacker:
         finally:
             os.close(fd)
         if len(path) == 1:
-            self._set_xattr(self._root, "user.overlay.opaque", b"x")
+            self._set_xattr(self._fds[0], "user.overlay.opaque", b"x")
         else:
             self._directories[path[:-1]].xattrs.setdefault("user.overlay.opaque", b"x")
 

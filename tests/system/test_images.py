@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from archives import ARCHITECTURE, PACK, Layout, digest, hard, link, member, tar
-from support import PYTHON, Spec, host_environment, host_process, host_program, wait_until
+from support import PYTHON, Spec, host_environment, host_process, host_program, snapshot, wait_until
 
 import sandboxcore
 from sandboxcore import (
@@ -108,7 +108,7 @@ BASE = tar(
     hard("data/again", "data/file"),
     link("data/link", "file", mtime=WHEN),
     link("data/away", "/etc/../../passwd", mtime=WHEN),
-    member("./data//sub/../sub/file".replace("sub/../", ""), b"x" * 3_000_000, mtime=WHEN),
+    member("./data//sub/./file", b"x" * 3_000_000, mtime=WHEN),
     member(
         "data/attributes", b"y", mode=0o444, mtime=WHEN, pax_headers={"SCHILY.xattr.user.note": "text\né"}
     ),
@@ -171,6 +171,35 @@ def test_sparse_files(tmp_path: Path) -> None:
         copy = Path(layer.path, "sparse")
         assert copy.read_bytes() == source.read_bytes()
         assert copy.stat().st_blocks < 1000
+
+
+def test_archives_of_tar(tmp_path: Path) -> None:
+    """In all its formats, with names as long as each can have."""
+    tree = tmp_path / "tree"
+    for depth, name in (("a", "file"), ("d" * 90, "n" * 60), ("long/" * 40, "n" * 200)):
+        (tree / depth).mkdir(parents=True)
+        (tree / depth / name).write_text(name)
+        (tree / depth / "link").symlink_to("t" * 90)
+        os.link(tree / depth / name, tree / depth / "hard")
+        expected = snapshot(tree)
+        for kind in ("v7", "ustar", "gnu", "pax") if depth == "a" else ("gnu", "pax"):
+            archive = tmp_path / f"{kind}{len(depth)}"
+            options = ["tar", f"--format={kind}", "-cf", archive, "-C", tree, "."]
+            subprocess.run(options, check=True, timeout=60)
+            found = snapshot(Path(images.load(archive).layers[0].path))
+            assert found.keys() == expected.keys()
+            for path in found.keys() - {"."}:
+                assert (found[path][0], found[path][4:]) == (expected[path][0], expected[path][4:])
+
+
+def test_denied_paths_in_an_archive(tmp_path: Path, state: Path) -> None:
+    """Also where the state directory is behind a link."""
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    state.symlink_to("elsewhere")
+    spec = Spec(rootfs=write(tmp_path / "root", BASE), ro=["/usr"], deny=["/data/file", "/data/none"], user=0)
+    assert sandboxcore.run(["cat", "/data/file"], spec=spec, timeout=60).stdout == b""
+    assert sandboxcore.run(["cat", "/data/link"], spec=spec, timeout=60).stdout == b""
+    assert sandboxcore.run(["cat", "/data/closed/file"], spec=spec, timeout=60).stdout == b"deep"
 
 
 def test_an_archive_of_a_whole_root(tmp_path: Path, toolbox: str) -> None:
@@ -276,9 +305,7 @@ def test_a_full_file_system(tmp_path: Path, state: Path) -> None:
     except SandboxError as error:
         print(error)
     """
-    assert "'data/sub/file': File too large" in host_program(code, str(archive)).stdout.replace(
-        ".//", "/"
-    ).replace("./", "").replace("//", "/")
+    assert "sub/./file': File too large" in host_program(code, str(archive)).stdout
     assert stored(state) == []
 
 
