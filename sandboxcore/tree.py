@@ -1,6 +1,7 @@
 """What a sandbox's inside consists of: the nodes of its root and every mount, in order.
 
-The host is looked at (which of its directories exist, who owns a source) and never changed.
+The host is looked at (which of its directories exist, who owns a source) and never changed, but for the state
+directory, where the layers of images are unpacked.
 """
 
 import fnmatch
