@@ -11,7 +11,6 @@ it mounted, as ``/proc/PID/mountinfo`` tells.
 
 import contextlib
 import dataclasses
-import errno as E
 import fcntl
 import glob
 import hashlib
@@ -83,6 +82,7 @@ class LayerStore:
         try:
             for directory in (state, self.path, self.path / "archives"):
                 make_private(directory)
+            self.path.chmod(0o700)  # files in it may belong to any user of this host
         except OSError as error:
             raise SandboxError(f"{self.path}: {error.strerror}") from error
 
@@ -92,6 +92,7 @@ class LayerStore:
         place = self.path / name
         held = _held.get(str(place))
         if held is not None and _is(held._fd, place):
+            os.utime(held._fd)
             return held
         try:
             fd = os.open(place, DIRECTORY)
@@ -127,7 +128,8 @@ class LayerStore:
         try:
             if (layer := find()) is not None:
                 return layer
-            with self._locked(key):
+            few = hashlib.sha256(key.encode()).hexdigest()[0]
+            with self._locked(f"lock-{few}"):
                 return find() or self._make(fill)  # somebody else may have been faster
         except OSError as error:
             raise SandboxError(f"{self.path}: {error.strerror or error}") from error
@@ -143,18 +145,21 @@ class LayerStore:
                 os.close(tree)
             about = json.dumps({"version": VERSION, **dataclasses.asdict(contents)})
             _write(fd, "manifest.json", about.encode())
-            name = contents.diff_id.replace(":", "-") + self._suffix
-            while (layer := self.get(contents.diff_id)) is None:
-                try:
-                    os.rename(place, self.path / name)
-                except OSError as error:
-                    if error.errno not in (E.ENOTEMPTY, E.EEXIST):
-                        raise
-                    _remove(self.path, name)  # it has no manifest: somebody else's hand
-                    continue
-                _sync(self.path)
-                fcntl.flock(fd, fcntl.LOCK_UN)  # or we would wait for ourselves
-            return layer
+            # Another archive may have become the same layer.
+            with self._locked("lock-new"):
+                if (layer := self.get(contents.diff_id)) is None:
+                    self._publish(place, contents.diff_id.replace(":", "-") + self._suffix)
+                    fcntl.flock(fd, fcntl.LOCK_UN)  # or we would wait for ourselves
+                    layer = self.get(contents.diff_id)
+        if layer is None:
+            raise SandboxError(f"{self.path}: a layer was removed as soon as it was there; try again")
+        return layer
+
+    def _publish(self, place: str, name: str) -> None:
+        if (self.path / name).exists():  # without a manifest: somebody else's hand
+            _remove(self.path, name)
+        os.rename(place, self.path / name)
+        _sync(self.path)
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[tuple[str, int]]:
@@ -177,10 +182,8 @@ class LayerStore:
             os.close(fd)
 
     @contextlib.contextmanager
-    def _locked(self, key: str) -> Iterator[None]:
-        """One of a few locks, as the key says."""
-        number = hashlib.sha256(key.encode()).hexdigest()[0]
-        fd = os.open(self.path / f"lock-{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _locked(self, name: str) -> Iterator[None]:
+        fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
@@ -318,7 +321,7 @@ def _take(layers: Path, name: str, unused_for: float, *, dry_run: bool) -> bool:
     """Remove one of them, if nobody has it."""
     try:
         fd = os.open(layers / name, DIRECTORY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -338,10 +341,12 @@ def _take(layers: Path, name: str, unused_for: float, *, dry_run: bool) -> bool:
 
 
 def _forget_archives(layers: Path) -> None:
-    for entry in os.scandir(layers / "archives"):
-        name = os.readlink(entry.path).replace(":", "-")
-        if not any((layers / f"{name}{suffix}").is_dir() for suffix in ("", ".own")):
-            os.unlink(entry.path)
+    """What is known of archives whose layer is gone."""
+    for path in layers.glob("archives/*"):
+        with contextlib.suppress(FileNotFoundError):  # somebody else does the same
+            name = os.readlink(path).replace(":", "-")
+            if not any((layers / f"{name}{suffix}").is_dir() for suffix in ("", ".own")):
+                path.unlink()
 
 
 def _remove(parent: int | Path, name: str) -> None:
