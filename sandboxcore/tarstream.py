@@ -93,7 +93,7 @@ def _pieces(packed: "io.BufferedReader[Hashed]") -> Iterator[bytes]:
         import lzma
 
         return _decompressed(packed, lambda: lzma.LZMADecompressor(memlimit=MAX_WINDOW))
-    if magic.startswith(b"\x28\xb5\x2f\xfd"):
+    if magic.startswith(b"\x28\xb5\x2f\xfd") or magic[1:4] == b"\x2a\x4d\x18":  # a frame, or one to skip
         return _of_zstd(packed)
     return iter(lambda: packed.read(CHUNK), b"")
 

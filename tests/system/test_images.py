@@ -149,6 +149,16 @@ def test_archives(tmp_path: Path, state: Path, pack: str) -> None:
     assert (state / "layers").stat().st_mode & 0o777 == 0o700
 
 
+def test_streams_in_pieces(tmp_path: Path) -> None:
+    """As programs make them that compress on several processors, or want to find single files again."""
+    half = len(BASE) // 2
+    note = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # of zstd: a frame to skip
+    for pack, extra in (("gzip", b""), ("bzip2", b""), ("xz", b""), ("xz", bytes(8)), ("zstd", note)):
+        halves = [PACK[pack](BASE[:half]), PACK[pack](BASE[half:])]
+        archive = write(tmp_path / "root", extra * (pack == "zstd") + extra.join(halves) + extra)
+        assert images.load(archive).layers[0].diff_id == digest(BASE)
+
+
 def test_what_was_left_out_is_on_record(tmp_path: Path) -> None:
     layer = images.load(write(tmp_path / "root", BASE)).layers[0]
     assert layer.skipped == ("data/null: device", "data/fifo: fifo")
