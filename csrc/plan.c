@@ -64,7 +64,7 @@ static bool options_ok(const struct arena *a, uint32_t off)
 {
 	if (off == 0)
 		return true;
-	for (int i = 0; i < 64; i++) {
+	for (int i = 0; i < 512; i++) { /* a pair for each layer of a root file system */
 		if (!string_ok(a, off))
 			return false;
 		if (i % 2 == 0 && a->base[off] == '\0')

@@ -111,6 +111,9 @@ const char *sbx_stage_name(int stage);
 
 /* The kernel's Landlock ABI, or 0. */
 int sbx_landlock_abi(void);
+
+/* libc's: Python has only sync(2), which waits for everybody. */
+int syncfs(int fd);
 /* cdef-end */
 
 /* wire.c: shared by client.c and run.c */

@@ -161,6 +161,12 @@ def landlock_abi() -> int:
     return cast(int, lib.sbx_landlock_abi())
 
 
+def syncfs(fd: int) -> None:
+    """Have a file system on disk, syncfs(2). Raises OSError."""
+    if lib.syncfs(fd) < 0:
+        raise OSError(ffi.errno, os.strerror(ffi.errno))
+
+
 def check_plan(plan: bytes) -> None:
     """Raise :class:`NativeFailure` unless C would accept this plan."""
     error = ffi.new("struct sbx_error *")

@@ -237,13 +237,18 @@ async def list_sandboxes(
     return found
 
 
-async def gc(state_dir: StatePath = None, *, dry_run: bool = False) -> Collected:
+async def gc(
+    state_dir: StatePath = None, *, dry_run: bool = False, unused_layers: float | None = None
+) -> Collected:
     """:func:`sandboxcore.persistent.gc`."""
     ended: list[str] = []
     removed: list[str] = []
     groups: list[str] = []
     with Store(state_dir) as store:
-        for _ in persistent._collect(store, ended, removed, groups, dry_run=dry_run):
+        steps = persistent._collect(
+            store, ended, removed, groups, dry_run=dry_run, unused_layers=unused_layers
+        )
+        for _ in steps:
             await asyncio.sleep(0)
     layers, commits = await asyncio.to_thread(persistent._collect_files, state_dir, dry_run=dry_run)
     return Collected(tuple(ended), tuple(removed), tuple(groups), layers, commits)

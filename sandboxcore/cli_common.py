@@ -110,8 +110,9 @@ def spec_options(command: Verb) -> Verb:
         click.option(
             "--rootfs",
             multiple=True,
-            metavar="DIR",
-            help="Directory that becomes the read-only root; several are its layers, the lowest first.",
+            metavar="PATH",
+            help="What becomes the read-only root: a directory, a tar archive, or an OCI image layout"
+            " (DIRECTORY:TAG). Several are its layers, the lowest first.",
         ),
         click.option(
             "--writable", is_flag=True, default=None, help="A root to write to; that ends with the sandbox."

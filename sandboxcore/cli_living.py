@@ -123,17 +123,24 @@ def _remove(name: str, force: bool, state_dir: str | None) -> None:
 
 @verb("gc")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option(
+    "--unused-layers",
+    type=click.FloatRange(min=0),
+    metavar="DAYS",
+    help="Also remove unpacked layers of images that nobody has used for so many days.",
+)
 @json_option
-def gc(dry_run: bool, as_json: bool, state_dir: str | None) -> None:
+def gc(dry_run: bool, unused_layers: float | None, as_json: bool, state_dir: str | None) -> None:
     """Set the records right after crashes.
 
     Sandboxes that are gone are put down as stopped; what no record knows is removed; so are the control
-    groups of sandboxes and of processes that are gone, and layers of no snapshot. Commits that were
-    interrupted are finished.
+    groups of sandboxes and of processes that are gone, layers of no snapshot, and images half
+    unpacked. Commits that were interrupted are finished.
     """
     from sandboxcore.persistent import gc as collect
 
-    done = collect(state_dir, dry_run=dry_run)
+    seconds = None if unused_layers is None else unused_layers * 86400
+    done = collect(state_dir, dry_run=dry_run, unused_layers=seconds)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(done), indent=2))
         return

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sandboxcore import durable
+from sandboxcore import _native, durable
 from sandboxcore.errors import CommitError
 from sandboxcore.lifecycle import new_id
 from sandboxcore.packing import Entry, Found, Item
@@ -238,7 +238,7 @@ def _of_another_kind(change: Change) -> bool:
 
 
 def _write_list(stage: int, steps: list[dict[str, Any]]) -> None:
-    durable.sync(stage)
+    _native.syncfs(stage)
     fd = os.open(LIST + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=stage)
     with open(fd, "w", encoding="ascii") as file:
         json.dump(steps, file)
@@ -261,7 +261,7 @@ def _finish(top: int, name: str) -> None:
                     steps = json.load(file)
                 for step in steps:
                     _do(top, stage, step)
-                durable.sync(top)
+                _native.syncfs(top)
                 os.unlink(LIST, dir_fd=stage)
     except FileNotFoundError:
         return

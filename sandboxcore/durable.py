@@ -1,22 +1,13 @@
 """What is to survive a crash at any moment: made whole beside its place, and then put there at once."""
 
 import contextlib
-import ctypes
 import io
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-_libc = ctypes.CDLL(None, use_errno=True)
 TEMPORARY = ".new-"  # what such a name begins with is nobody's, unless its maker still holds it
-
-
-def sync(fd: int) -> None:
-    """syncfs(2): everything on the file system of a descriptor is on the disk. Raises OSError."""
-    if _libc.syncfs(fd) < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
 
 
 def sync_directory(path: Path) -> None:

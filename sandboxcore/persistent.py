@@ -20,6 +20,7 @@ from sandboxcore.groups import remove_later
 from sandboxcore.identity import boot_id, pid_of, start_ticks
 from sandboxcore.journal import Journal
 from sandboxcore.layers import Layers
+from sandboxcore.layerstore import collecting
 from sandboxcore.lifecycle import SandboxState, check_move, check_name, new_id
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link
 from sandboxcore.persistent_files import PersistentFiles
@@ -391,8 +392,9 @@ def _drop_group(store: Store, sandbox_id: str) -> None:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collected:
     """What :func:`gc` did: ids of sandboxes found dead; what no record knew: directories, and files in
-    them as "sandbox/file"; control groups in which nothing can run any more, as absolute paths; layers that
-    no snapshot has, as absolute paths; directories into which a commit was finished."""
+    them as "sandbox/file", and layers of images as "layers/name"; control groups in which nothing can run any
+    more, as absolute paths; layers that no snapshot has, likewise; directories into which a commit was
+    finished."""
 
     ended: tuple[str, ...]
     removed: tuple[str, ...]
@@ -401,18 +403,21 @@ class Collected:
     commits: tuple[str, ...] = ()
 
 
-def gc(state_dir: StatePath = None, *, dry_run: bool = False) -> Collected:
+def gc(
+    state_dir: StatePath = None, *, dry_run: bool = False, unused_layers: float | None = None
+) -> Collected:
     """Set the records right after crashes: sandboxes whose processes are gone are put down as stopped, and
     what no record knows is removed (what may still run there is ended first). What somebody works on
     just now is left alone.
 
     The control groups of such sandboxes go, and those of all processes on this host that are gone: also of
-    those that had no state directory, or another one."""
+    those that had no state directory, or another one. With ``unused_layers``, so do the layers of images that
+    nobody has used for so many seconds: see :func:`sandboxcore.images.collect`."""
     ended: list[str] = []
     removed: list[str] = []
     groups: list[str] = []
     with Store(state_dir) as store:
-        for _ in _collect(store, ended, removed, groups, dry_run=dry_run):
+        for _ in _collect(store, ended, removed, groups, dry_run=dry_run, unused_layers=unused_layers):
             pass
     layers, commits = _collect_files(state_dir, dry_run=dry_run)
     return Collected(tuple(ended), tuple(removed), tuple(groups), layers, commits)
@@ -426,9 +431,15 @@ def _collect_files(state_dir: StatePath, *, dry_run: bool) -> tuple[tuple[str, .
 
 
 def _collect(
-    store: Store, ended: list[str], removed: list[str], groups: list[str] | None = None, *, dry_run: bool
+    store: Store,
+    ended: list[str],
+    removed: list[str],
+    groups: list[str] | None = None,
+    *,
+    dry_run: bool,
+    unused_layers: float | None = None,
 ) -> Iterator[None]:
-    """A step for each sandbox; no lock is held between them."""
+    """A step for each sandbox or layer; no lock is held between them."""
     found = [] if groups is None else groups
     for record in store.all():
         if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not _runs(store, record):
@@ -450,6 +461,9 @@ def _collect(
                     store.remove(stray)
         yield
     found += cgroup.collect(dry_run=dry_run)
+    for layer in collecting(store.path, unused_for=unused_layers, dry_run=dry_run):
+        removed.append(f"layers/{layer}")
+        yield
 
 
 def _may_run(store: Store, record: SandboxRecord) -> bool:

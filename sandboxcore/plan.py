@@ -16,7 +16,7 @@ from sandboxcore.cgroup_values import LIMITS
 from sandboxcore.errors import SetupError, SpecError, UnsupportedHost
 from sandboxcore.host import ID_RANGE, HostFeatures
 from sandboxcore.seccomp import compile_filter, hosts_launcher, resolve, without_set_id
-from sandboxcore.spec import Limits, SandboxSpec
+from sandboxcore.spec import MAX_LAYERS, Limits, SandboxSpec
 from sandboxcore.tree import Mount, Node, Tree, below, identity
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -98,6 +98,7 @@ class Plan:
     controllers: tuple[str, ...] = ()  # of control groups; none: it needs no group
     group_limits: Limits = _NONE  # what is written there
     overlays: tuple[Overlay, ...] = ()  # that are written to
+    held: tuple[object, ...] = field(default=(), repr=False, compare=False)  # layers, unpacked for it
     restated: bool = False  # the template knows other rlimits: a request brings them
     id_maps: tuple[str, str] = ("", "")  # uid_map and gid_map
     ids: tuple[int, int] = field(init=False)  # uid and gid of the payload, as seen inside
@@ -392,6 +393,7 @@ class _Compiler:
             watched=watched,
             overlays=tuple(self._overlays()),
             id_maps=self._id_maps()[:2],
+            held=self.tree.held,
             controllers=self.controllers,
             group_limits=_group_limits(self.spec.limits, self.omitted),
         )
@@ -533,12 +535,10 @@ def _options(pairs: Iterable[str]) -> bytes:
 def _overlay_options(mount: Mount, index: int) -> tuple[str, ...]:
     """Those of an overlay that nobody writes to, with the names that ``csrc/overlay.c`` gives."""
     root = ("nodes",) if mount.target == "/" else ()
-    return (
-        "lowerdir",
-        ":".join((*root, *(f"{index}.{k}" for k in range(len(mount.lowers))))),
-        "userxattr",
-        "",
-    )
+    names = (*root, *(f"{index}.{k}" for k in range(len(mount.lowers))))
+    if len(mount.lowers) <= MAX_LAYERS:
+        return ("lowerdir", ":".join(names), "userxattr", "")
+    return (*(text for name in names for text in ("lowerdir+", name)), "userxattr", "")  # Linux 6.5
 
 
 def _time_offsets(offsets: Mapping[str, float]) -> bytes:

@@ -29,7 +29,7 @@ from sandboxcore.lifecycle import check_name
 from sandboxcore.plan import Plan, compile_plan
 from sandboxcore.snapshots import Snapshot, loaded, write_archive
 from sandboxcore.spec import SandboxSpec
-from sandboxcore.store import private_directory
+from sandboxcore.statedir import private_directory
 
 VERSION = 1
 

@@ -26,7 +26,7 @@ from sandboxcore.process import with_spawner
 from sandboxcore.resources import Resources
 from sandboxcore.spawner import get_spawner
 from sandboxcore.spec import SandboxSpec
-from sandboxcore.store import private_directory
+from sandboxcore.statedir import private_directory
 from sandboxcore.tree import Node, below
 
 _BUSY = {"launcher": "a command runs", "mount": "a file is open for writing"}

@@ -246,8 +246,11 @@ class SandboxSpec:
     ----------
     profile: ``"minimal"``, ``"standard"`` or ``"full"``: the defaults of ``seccomp`` and ``proc``.
     rootfs: directory that becomes the read-only root; default: the host's ``/usr`` and a minimal
-        ``/etc``. Or several, layers of one file system, the lowest first, as overlayfs takes them: a
-        file in a later one hides that of the same name in those before.
+        ``/etc``. Or a tar archive of one (plain, gzip, bzip2, xz, zstd), or an image: the directory of an OCI
+        image layout, with ``:TAG`` where it has several. Archives and images are unpacked once, into the
+        state directory: see :mod:`sandboxcore.images`. Or several of all these, layers of one file system,
+        the lowest first, as overlayfs takes them: a file in a later one hides that of the same name in those
+        before.
     writable: the whole root is copy-on-write, ``/workspace`` included: what is written stays in the sandbox
         and ends with it. What the host's directories bring is read-only still. Needs Linux 6.6.
     mounts: typed mounts; ``ro``, ``rw``, ``overlay`` and ``tmpfs`` are short forms.

@@ -26,6 +26,7 @@ from typing import Any, Self
 
 from sandboxcore.errors import SandboxError, SandboxNotFound, SpecError
 from sandboxcore.link import Home
+from sandboxcore.statedir import private_directory
 
 SCHEMA = 1
 DATABASE = "state.db"
@@ -80,29 +81,6 @@ class CommandRecord:
 
 _JSON = {"spec", "labels", "metadata", "omitted", "args"}
 Record = SandboxRecord | CommandRecord
-
-
-def default_state_dir() -> Path:
-    """``$SANDBOXCORE_STATE_DIR``; else ``sandboxcore`` in ``$XDG_STATE_HOME``, default ``~/.local/state``."""
-    if own := os.environ.get("SANDBOXCORE_STATE_DIR"):
-        return Path(own)
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "sandboxcore"
-
-
-def private_directory(state_dir: str | os.PathLike[str] | None) -> Path:
-    """The state directory, made if need be; nobody else may write to it. Raises :class:`SandboxError`."""
-    path = Path(os.path.abspath(state_dir if state_dir is not None else default_state_dir()))
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = path.stat()
-    except OSError as error:
-        raise SandboxError(f"{path}: {error}") from error
-    if about.st_uid != os.geteuid():
-        raise SandboxError(f"{path}: belongs to uid {about.st_uid}; use another state directory")
-    if about.st_mode & 0o022:  # not made private: it might be /tmp
-        raise SandboxError(f"{path}: others may write to it; use another state directory")
-    return path
 
 
 class Store:

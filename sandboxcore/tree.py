@@ -1,6 +1,7 @@
 """What a sandbox's inside consists of: the nodes of its root and every mount, in order.
 
-The host is looked at (which of its directories exist, who owns a source) and never changed.
+The host is looked at (which of its directories exist, who owns a source) and never changed, but for the state
+directory, where the layers of images are unpacked.
 """
 
 import fnmatch
@@ -39,6 +40,9 @@ ETC_COPIES = (
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 DEV_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1",
              "stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx"}  # fmt: skip
+
+
+MAX_IMAGE_LAYERS = 128  # overlayfs takes 500; an image has 127 at most by custom
 
 
 @dataclass(slots=True)
@@ -93,6 +97,10 @@ def identity(path: str) -> tuple[int, ...]:
         return (error.errno or -1,)
     if stat.S_ISDIR(st.st_mode) and not path.endswith("/"):
         return (st.st_dev, st.st_ino, st.st_uid, st.st_gid)
+    return _identity_of(st)
+
+
+def _identity_of(st: os.stat_result) -> tuple[int, ...]:
     return (st.st_dev, st.st_ino, st.st_mtime_ns, st.st_size)
 
 
@@ -113,6 +121,13 @@ def _host_root() -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def _is_image(rootfs: str) -> bool:
+    """Whether it is an archive, an OCI image layout, or DIRECTORY:TAG of one."""
+    if os.path.isdir(rootfs):
+        return os.path.isfile(os.path.join(rootfs, "oci-layout"))
+    return os.path.isfile(rootfs) or (":" in rootfs and not os.path.lexists(rootfs))
+
+
 def _matching(pattern: str) -> list[str]:
     """The paths whose last part matches; unlike glob, no error but "no such directory" is an answer."""
     directory, name = os.path.split(pattern)
@@ -126,8 +141,8 @@ def _matching(pattern: str) -> list[str]:
 
 class Tree:
     """Collects the nodes and mounts of one spec on one host. ``watched`` are the host paths whose
-    replacement would make a template stale. ``root`` is the overlay that is the root, if it is one: then it
-    is the first mount."""
+    replacement would make a template stale; ``held`` must stay as long as the plan. ``root`` is the overlay
+    that is the root, if it is one: then it is the first mount."""
 
     def __init__(self, spec: SandboxSpec, host: HostFeatures) -> None:
         """Everything in turn; parents come first in the result."""
@@ -136,6 +151,8 @@ class Tree:
         self.nodes: list[Node] = []
         self.mounts: list[Mount] = []
         self.watched: list[str] = []
+        self._seen: dict[str, tuple[int, ...]] = {}
+        self.held: tuple[object, ...] = ()
         self._layers: tuple[Lower, ...] = ()
         self.root = self._add_root()
         self._add_dev()
@@ -148,8 +165,8 @@ class Tree:
             self.mounts.insert(0, self.root)
 
     def identities(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """What every watched path is right now."""
-        return tuple((path, identity(path)) for path in dict.fromkeys(self.watched))
+        """What every watched path is right now, or was when it was read."""
+        return tuple((path, self._seen.get(path) or identity(path)) for path in dict.fromkeys(self.watched))
 
     def _dir(self, path: str, mode: int = 0o755) -> None:
         known = next((node for node in self.nodes if node.path == path), None)
@@ -181,7 +198,7 @@ class Tree:
         if rootfs is None:
             self._add_host_programs()
             self._add_etc()
-        elif isinstance(rootfs, str) and not self.spec.writable:
+        elif isinstance(rootfs, str) and not self.spec.writable and not _is_image(rootfs):
             self._add_rootfs(rootfs)
         else:
             self._add_layers((rootfs,) if isinstance(rootfs, str) else rootfs)
@@ -192,12 +209,15 @@ class Tree:
         root.lowers = self._layers
         return root
 
-    def _add_layers(self, directories: Sequence[str]) -> None:
+    def _add_layers(self, roots: Sequence[str]) -> None:
         """Their files belong to whom they belong in an image, so as root the ids of this file system count
         from 0."""
         everybody = f"0 {self.host.id_base} {ID_RANGE}"
         maps = (everybody, everybody) if self.host.mode == "root" else None
-        for rootfs in directories:
+        for rootfs in roots:
+            if _is_image(rootfs):
+                self._add_image(rootfs, maps)
+                continue
             root = os.path.realpath(rootfs)
             if not os.path.isdir(root):
                 raise SpecError(f"rootfs: {rootfs}: not a directory")
@@ -205,6 +225,24 @@ class Tree:
                 raise SpecError("rootfs: '/' is no image: all of it would be the payload's; leave rootfs out")
             self.watched += [rootfs, root]
             self._layers = (Lower(root, maps), *self._layers)
+        if len(self._layers) > MAX_IMAGE_LAYERS:
+            raise SpecError(f"rootfs: {len(self._layers)} layers, but {MAX_IMAGE_LAYERS} are the most")
+
+    def _add_image(self, rootfs: str, maps: tuple[str, str] | None) -> None:
+        """An archive, or an image's layers, unpacked in the state directory."""
+        from sandboxcore import images
+
+        image = images.load(rootfs, owners=self.host.mode == "root")
+        for path, about in image.sources.items():
+            self.watched.append(path)
+            self._seen[path] = _identity_of(about)
+        for layer in image.layers:
+            lower = Lower(layer.path, maps)
+            # overlayfs takes a directory once; below itself it would make no difference.
+            below_it = () if layer.opaque else (known for known in self._layers if known != lower)
+            self._layers = (lower, *below_it)
+            self.watched.append(layer.path)
+        self.held += image.layers
 
     def _add_host_programs(self) -> None:
         for name, link in _host_root():
