@@ -25,7 +25,7 @@ from sandboxcore.request import Request
 from sandboxcore.resources import LimitChange
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.snapshots import Layers, Snapshot
-from sandboxcore.spec import SandboxSpec
+from sandboxcore.spec import SandboxSpec, StrPath
 from sandboxcore.store import CommandRecord, SandboxRecord, Store
 
 StatePath = str | os.PathLike[str] | None
@@ -114,6 +114,7 @@ class PersistentSandbox(Sandbox):
         self._detached = {}
         self._file_server = FileServer()
         self._layers = Layers()
+        self._binds = {}
         self._pid = os.getpid()
         self._adopt(record)
         self._look()
@@ -306,6 +307,16 @@ class PersistentSandbox(Sandbox):
     def discard(self) -> None:
         """See :meth:`snapshot`."""
         self.snapshot()
+
+    def bind(self, source: StrPath, target: StrPath, *, read_only: bool = True) -> None:
+        """Not of a persistent sandbox: whoever finds it again would not know. Raises :class:`SpecError`."""
+        raise SpecError(
+            f"sandbox {self.name}: it is persistent; name what it is to see in its spec, ro= or rw="
+        )
+
+    def unbind(self, target: StrPath, *, lazy: bool = False) -> None:
+        """See :meth:`bind`."""
+        raise SpecError(f"sandbox {self.name}: it is persistent, and nothing was bound while it ran")
 
     @classmethod
     def from_snapshot(cls, snapshot: Snapshot, **about: Any) -> Self:

@@ -85,6 +85,9 @@ class Plan:
     controllers: tuple[str, ...] = ()  # of control groups; none: it needs no group
     group_limits: Limits = _NONE  # what is written there
     overlays: tuple[str, ...] = ()  # targets of those that are written to
+    mounted: tuple[
+        tuple[str, bool], ...
+    ] = ()  # every target, and whether it is the sandbox's own to write to
     restated: bool = False  # the template knows other rlimits: a request brings them
     ids: tuple[int, int] = field(init=False)  # uid and gid of the payload, as seen inside
     owner: tuple[int, int] | None = field(init=False)  # the same outside, unless it is the caller
@@ -97,6 +100,11 @@ class Plan:
     def host_network(self) -> bool:
         """Whether the sandbox stays in the host's network namespace."""
         return self.spec.network == "host"
+
+    @property
+    def live_binds(self) -> str | None:
+        """Which binds may come while it runs: ``"ro"``, also ``"rw"``, or None."""
+        return self.spec.live_binds or ("ro" if self.overlays else None)
 
     def outside(self, ids: tuple[int, int]) -> tuple[int, int] | None:
         """A payload's ids outside, where they are not the caller's own."""
@@ -194,7 +202,7 @@ class _Compiler:
         self.rlimits = _resource_limits(self.spec.limits, self.host, self.uid, "pids" in self.controllers)
         self.landlock_fs, self.landlock_scoped, self.rules = self._landlock()
         self.policy = resolve(self.spec.seccomp or "standard")
-        if any(mount.origin == "spec rw" for mount in self.tree.mounts):
+        if self.spec.live_binds == "rw" or any(mount.origin == "spec rw" for mount in self.tree.mounts):
             self.policy = without_set_id(self.policy)
         self.filter = compile_filter(self.policy)
         return self._plan(self._write())
@@ -212,7 +220,8 @@ class _Compiler:
         anything = handled & ~LL_MAKE_DEVICES
         on_file = LL_READ & ~(1 << 3) | LL_WRITE_FILE | LL_TRUNCATE | LL_IOCTL
         in_place = handled & (LL_READ | LL_WRITE_FILE | LL_TRUNCATE | LL_IOCTL)
-        whole = anything if self.spec.writable else LL_READ
+        # a rule is about a directory that is there; what comes later falls under those above it
+        whole = anything if self.spec.writable or self.spec.live_binds == "rw" else LL_READ
         rules = [("/", whole), ("/dev", in_place), ("/proc", in_place)]
         rules += [
             (mount.target, anything if mount.directory else handled & on_file)
@@ -287,6 +296,8 @@ class _Compiler:
         head.flags = flags | once | (_native.constant(net) if net else 0)
         if any(mount.kind == "OVERLAY" and mount.writable for mount in self.tree.mounts):
             head.flags |= _native.constant("PLAN_LAYERS")
+        if spec.live_binds is not None:
+            head.flags |= _native.constant("PLAN_BINDS")
         if self.tree.root is not None:
             head.flags |= _native.constant("PLAN_OVERLAY_ROOT")
             head.flags |= _native.constant("PLAN_WRITABLE_ROOT") if self.spec.writable else 0
@@ -359,6 +370,7 @@ class _Compiler:
             lines=tuple(self._describe()),
             watched=watched,
             overlays=tuple(m.target for m in self.tree.mounts if m.kind == "OVERLAY" and m.writable),
+            mounted=tuple((m.target, m.writable and m.kind != "BIND") for m in self.tree.mounts),
             controllers=self.controllers,
             group_limits=_group_limits(self.spec.limits, self.omitted),
         )
@@ -387,6 +399,8 @@ class _Compiler:
         yield f"landlock: {rights}"
         yield f"seccomp: {self.policy.name}, {len(self.filter) // 8} instructions"
         yield "capabilities: none; no_new_privs; new session and keyring; no further namespaces"
+        if self.spec.live_binds:
+            yield f"live binds: {self.spec.live_binds}; init keeps its capabilities, over its own namespaces"
         if self.controllers:
             yield f"control group: {' '.join(self.controllers)}"
         yield from (f"left out: {name}" for name in self.omitted)

@@ -15,11 +15,10 @@ from typing import Any, Self
 
 from sandboxcore import _native
 from sandboxcore._native import LayersOrder
+from sandboxcore.binds import LiveBinds
 from sandboxcore.errors import SandboxBusy, SandboxError, SpecError
-from sandboxcore.files import FileServer
 from sandboxcore.lifecycle import new_id
 from sandboxcore.link import ANSWER_PATIENCE, Link
-from sandboxcore.resources import Resources
 from sandboxcore.spawner import Spawner, get_spawner
 from sandboxcore.spec import SandboxSpec
 
@@ -286,12 +285,11 @@ class Snapshot:
         return f"<Snapshot {self.name} of {self.sandbox}>"
 
 
-class Snapshots(Resources):
+class Snapshots(LiveBinds):
     """The part of :class:`Sandbox` that has to do with its files at earlier moments."""
 
     id: str
     _layers: Layers
-    _file_server: FileServer
 
     def snapshot(self, name: str | None = None, *, copy: bool | None = None) -> Snapshot:
         """Keep everything as it is now, and go on.
@@ -327,7 +325,8 @@ class Snapshots(Resources):
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, of this sandbox or of another one with the same overlays. What was written
-        since is lost, if no other snapshot has it. Takes the same time however much there is.
+        since is lost, if no other snapshot has it. Takes the same time however much there is. What was bound
+        while it runs (:meth:`bind`) stays.
 
         Raises :class:`SandboxBusy` while a command runs, :class:`SpecError` for one that does not fit.
         """

@@ -254,6 +254,9 @@ class SandboxSpec:
     ro, rw: ``"SRC"``, ``"SRC:DST"`` or ``(src, dst)`` host paths. ``rw`` is really writable, and
         what the payload makes there belongs to the directory's owner.
     overlay: likewise, copy-on-write: see :class:`Mount`. Needs Linux 6.6.
+    live_binds: ``"ro"`` or ``"rw"``: host paths may come and go while a living sandbox runs, read-only or also
+        writable: :meth:`Sandbox.bind`. A sandbox with overlays, or ``writable``, has ``"ro"`` in any case.
+        ``"rw"`` lets Landlock allow writing everywhere, so that what is read-only is so by its mount alone.
     deny: absolute paths inside that become empty and unreadable. Never creates anything.
     tmpfs: ``"DST"`` or ``"DST:SIZE"``.
     network: ``"none"`` a namespace with only loopback; ``"private"`` the same, owned by the sandbox's
@@ -298,6 +301,7 @@ class SandboxSpec:
     time_offsets: Mapping[str, float] | None = None
     proc: Literal["full", "pid"] | None = None
     accounting: bool = False
+    live_binds: Literal["ro", "rw"] | None = None
     fingerprint: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
@@ -333,6 +337,8 @@ class SandboxSpec:
             raise SpecError(f"network: {self.network!r} is not none, private or host")
         if not isinstance(self.writable, bool):
             raise SpecError(f"writable: {self.writable!r} is not True or False")
+        if self.live_binds not in (None, "ro", "rw"):
+            raise SpecError(f"live_binds: {self.live_binds!r} is not 'ro', 'rw' or None")
         if self.proc not in ("full", "pid"):
             raise SpecError(f"proc: {self.proc!r} is not full or pid")
         if self.landlock not in (True, False, "required"):

@@ -33,6 +33,7 @@ LAYERS = (
     ("files",),
     ("execution",),
     ("resources",),
+    ("binds",),
     ("snapshots",),
     ("sandbox",),
     ("persistent", "aio_loop", "aio_streams"),
