@@ -27,7 +27,7 @@ from sandboxcore.aio_loop import (
     writable,
 )
 from sandboxcore.aio_process import Process, start_process
-from sandboxcore.binds import MissingTarget, Wait
+from sandboxcore.binds import MissingTarget, Wait, refused_as_set_up
 from sandboxcore.capabilities import SandboxCapabilities
 from sandboxcore.cgroup import GroupUsage
 from sandboxcore.detached import DEFAULT_KEEP
@@ -276,16 +276,17 @@ class Sandbox:
         return self._own.binds
 
     async def bind(self, source: StrPath, target: StrPath, *, read_only: bool = True) -> None:
-        """:meth:`sandboxcore.Sandbox.bind`. If it is cancelled while init works, it is among :attr:`binds`."""
+        """:meth:`sandboxcore.Sandbox.bind`. When cancelled while init works, it is among :attr:`binds`."""
         async with self._changing():
             wanted = self._own._bindable(source, target, read_only=read_only)
             try:
                 await self._waited(self._own._binding(wanted))
             except MissingTarget as missing:
-                if missing.directory:
-                    await self.files.mkdir(wanted.target, parents=True, exist_ok=True)
-                else:
-                    await self.files.write(wanted.target, b"", append=True)
+                with refused_as_set_up(wanted):
+                    if missing.directory:
+                        await self.files.mkdir(wanted.target, parents=True, exist_ok=True)
+                    else:
+                        await self.files.write(wanted.target, b"", append=True)
                 await self._waited(self._own._binding(wanted, made=True))
 
     async def unbind(self, target: StrPath, *, lazy: bool = False) -> None:

@@ -6,10 +6,12 @@ import errno as E
 import os
 import select
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 from sandboxcore import _native
+from sandboxcore.capabilities import SandboxCapabilities
 from sandboxcore.errors import SandboxBusy, SandboxError, SetupError, SpecError
 from sandboxcore.files import Files, FileServer
 from sandboxcore.host import HostFeatures
@@ -22,6 +24,9 @@ from sandboxcore.spec import Mount, StrPath, check_source, clean_path, path_text
 from sandboxcore.tree import Mount as TreeMount
 from sandboxcore.tree import below, granted, owner_maps
 
+if TYPE_CHECKING:
+    from sandboxcore.sandbox import Sandbox
+
 # For the fault walk: the number of the spawner's call that fails, and how. That of init's is request.FAULT.
 FAULT = (0, 0)
 
@@ -31,8 +36,10 @@ Steps = Generator[Wait, None, None]
 _FIRST = _native.constant("BIND_FIRST")
 _MOST = _native.constant("MAX_BINDS")
 _HINTS = {
-    E.ENOENT: "nothing can be made there, for it is read-only or the host's: choose a target below /workspace or"
-    " /tmp, or one that exists",
+    E.ENOENT: "nothing can be made there, for it is read-only or the host's: choose a target below /workspace"
+    " or /tmp, or one that exists",
+    E.EACCES: "the payload may not make anything there: choose a target below /workspace or /tmp, or one that"
+    " exists",
     E.ENOTDIR: "source and target have to be directories, or neither of them",
     E.EISDIR: "source and target have to be directories, or neither of them",
     E.ELOOP: "the target is, or lies behind, a symbolic link",
@@ -54,6 +61,7 @@ class LiveBinds(Resources):
 
     _binds: dict[int, Mount]
     _file_server: FileServer
+    _capabilities: SandboxCapabilities | None
 
     @property
     def binds(self) -> tuple[Mount, ...]:
@@ -61,17 +69,17 @@ class LiveBinds(Resources):
         return tuple(self._binds.values())
 
     def bind(self, source: StrPath, target: StrPath, *, read_only: bool = True) -> None:
-        """Show a directory or file of the host at ``target``, also to commands that run: as ``ro=`` and ``rw=``
-        of the spec do from the start, until :meth:`unbind` or the sandbox's end.
+        """Show a directory or file of the host at ``target``, also to commands that run, as ``ro=`` and
+        ``rw=`` of the spec do from the start, until :meth:`unbind` or the sandbox's end.
 
         source: path on the host; symbolic links in it are followed once, now.
-        target: absolute path inside, without symbolic links, on which nothing is mounted yet. If it is missing,
-            it is made where the sandbox has something private to write to, as the payload; it stays then.
+        target: absolute path inside, without symbolic links, on which nothing is mounted yet. If it is
+            missing, it is made where the sandbox has something private to write to, as the payload; it stays.
         read_only: False for what is really writable; what the payload makes there is the owner's.
 
-        The spec has to allow it: ``live_binds="ro"``, or overlays, or ``writable``; and ``live_binds="rw"`` for
-        ``read_only=False``. At most 64. They stay through :meth:`snapshot`, :meth:`restore` and
-        :meth:`discard`, and are not part of a snapshot.
+        The spec has to allow it: ``live_binds="ro"``, or overlays, or ``writable``; and ``live_binds="rw"``
+        for ``read_only=False``. At most 64. They stay through :meth:`snapshot`, :meth:`restore` and
+        :meth:`discard`, and are not part of a snapshot. Not of a persistent sandbox.
 
         Raises :class:`SpecError` for what cannot be, :class:`UnsupportedHost` for ``read_only=False`` as root
         where the file system has no id-mapped mounts, :class:`SetupError` where the kernel refuses. Then
@@ -82,11 +90,12 @@ class LiveBinds(Resources):
             try:
                 _waited(self._binding(wanted))
             except MissingTarget as missing:
-                files = Files(self, self._file_server)
-                if missing.directory:
-                    files.mkdir(wanted.target, parents=True, exist_ok=True)
-                else:
-                    files.write(wanted.target, b"", append=True)
+                files = Files(cast("Sandbox", self), self._file_server)
+                with refused_as_set_up(wanted):
+                    if missing.directory:
+                        files.mkdir(wanted.target, parents=True, exist_ok=True)
+                    else:
+                        files.write(wanted.target, b"", append=True)
                 _waited(self._binding(wanted, made=True))
 
     def unbind(self, target: StrPath, *, lazy: bool = False) -> None:
@@ -111,9 +120,7 @@ class LiveBinds(Resources):
         allowed = self._plan.live_binds
         if allowed is None or (allowed == "ro" and not read_only):
             access = "ro" if read_only else "rw"
-            raise SpecError(
-                f'bind: sandbox {self.name} was not started for it: live_binds="{access}" in its spec'
-            )
+            raise SpecError(f'bind: sandbox {self.name}: start it with live_binds="{access}" in its spec')
         for other in (*(target for target, _ in self._plan.mounted), *(bind.target for bind in self.binds)):
             if other == wanted.target or below(other, wanted.target):
                 raise SpecError(f"bind: {wanted.target!r} would hide {other!r}, where something is mounted")
@@ -145,10 +152,10 @@ class LiveBinds(Resources):
             with self._through(lambda link: link.ask_bind(number, wanted.target, lent)) as answer:
                 self._binds[number] = wanted  # whoever is interrupted here cannot know; but can take it away
                 yield answer, ANSWER_PATIENCE
-                self._heard(link, answer)
+                link.hear_bind(answer)
         except _native.NativeFailure as failure:
             error = self._rendered(None, failure, link)
-            del self._binds[number]
+            self._binds.pop(number, None)
             if failure.errno == E.ENOENT and not made and self._is_private(wanted.target):
                 raise MissingTarget(directory=mount.directory) from None
             raise error from None
@@ -182,31 +189,43 @@ class LiveBinds(Resources):
         if len(inside) > 1 and not lazy:
             raise SandboxBusy(f"sandbox {self.name}: unbind {path!r}: something else was bound below it")
         for number in sorted(inside, key=lambda number: self._binds[number].target, reverse=True):
-            link = self._link_now()
-            try:
-                with self._through(lambda link, n=number: link.ask_bind(n, None, lazy=lazy)) as answer:  # type: ignore[misc]
-                    yield answer, ANSWER_PATIENCE
-                    self._heard(link, answer)
-            except _native.NativeFailure as failure:
-                if failure.errno == E.EBUSY:
-                    why = "something of it is in use, or mounted on; lazy=True takes it away all the same"
-                    raise SandboxBusy(f"sandbox {self.name}: unbind {path!r}: {why}") from None
-                raise self._rendered(None, failure, link) from None
-            del self._binds[number]
-        self._capabilities = None
+            yield from self._unbinding_one(number, lazy=lazy)
+            self._binds.pop(number, None)
+            self._capabilities = None
 
-    @staticmethod
-    def _heard(link: Link, answer: socket.socket) -> None:
-        link.hear_bind(answer)
+    def _unbinding_one(self, number: int, *, lazy: bool) -> Steps:
+        link, path = self._link_now(), self._binds[number].target
+        try:
+            with self._through(lambda link: link.ask_bind(number, None, lazy=lazy)) as answer:
+                yield answer, ANSWER_PATIENCE
+                link.hear_bind(answer)
+        except _native.NativeFailure as failure:
+            if failure.errno == E.EBUSY:
+                why = "something of it is in use, or mounted on; lazy=True takes it away all the same"
+                raise SandboxBusy(f"sandbox {self.name}: unbind {path!r}: {why}") from None
+            raise self._rendered(None, failure, link) from None
 
     def _rendered(
         self, req: Request | None, failure: _native.NativeFailure, link: Link | None = None
     ) -> Exception:
         bind = self._binds.get(failure.index - _FIRST) if failure.stage == "mount" else None
-        if bind is None:
-            return super()._rendered(req, failure, link)
-        subject = f"{bind.source} on {bind.target} ({'ro' if bind.read_only else 'rw'}, live)"
-        return SetupError("mount", failure.errno, subject=subject, hint=_HINTS.get(failure.errno, ""))
+        return super()._rendered(req, failure, link) if bind is None else _refused(bind, failure.errno)
+
+
+def _refused(bind: Mount, errno: int) -> SetupError:
+    subject = f"{bind.source} on {bind.target} (live {'ro' if bind.read_only else 'rw'})"
+    return SetupError("mount", errno, subject=subject, hint=_HINTS.get(errno, ""))
+
+
+@contextlib.contextmanager
+def refused_as_set_up(wanted: Mount) -> Iterator[None]:
+    """What keeps the payload from making a target is why it cannot be bound."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, SandboxError):
+            raise
+        raise _refused(wanted, error.errno or E.EIO) from None
 
 
 def _opened(wanted: Mount, host: HostFeatures, ids: tuple[int, int]) -> tuple[TreeMount, int]:

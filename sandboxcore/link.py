@@ -277,7 +277,9 @@ class Link:
 
     @classmethod
     def hear_bind(cls, answer: socket.socket) -> None:
-        """Take the answer that has come. Raises NativeFailure."""
+        """Take the answer that has come. Raises NativeFailure, TimeoutError."""
+        if not _poll(answer.fileno(), 0):
+            raise TimeoutError(f"init does not answer within {ANSWER_PATIENCE} s")
         if (record := cls._hear(answer, 0)).error:
             raise record.error
 

@@ -25,7 +25,7 @@ from sandboxcore.request import Request
 from sandboxcore.resources import LimitChange
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.snapshots import Layers, Snapshot
-from sandboxcore.spec import SandboxSpec, StrPath
+from sandboxcore.spec import Mount, SandboxSpec, StrPath
 from sandboxcore.store import CommandRecord, SandboxRecord, Store
 
 StatePath = str | os.PathLike[str] | None
@@ -308,15 +308,9 @@ class PersistentSandbox(Sandbox):
         """See :meth:`snapshot`."""
         self.snapshot()
 
-    def bind(self, source: StrPath, target: StrPath, *, read_only: bool = True) -> None:
-        """Not of a persistent sandbox: whoever finds it again would not know. Raises :class:`SpecError`."""
-        raise SpecError(
-            f"sandbox {self.name}: it is persistent; name what it is to see in its spec, ro= or rw="
-        )
-
-    def unbind(self, target: StrPath, *, lazy: bool = False) -> None:
-        """See :meth:`bind`."""
-        raise SpecError(f"sandbox {self.name}: it is persistent, and nothing was bound while it ran")
+    def _bindable(self, source: StrPath, target: StrPath, *, read_only: bool) -> Mount:
+        """Whoever finds it again would not know of it."""
+        raise SpecError(f"sandbox {self.name}: it is persistent: what it is to see has to be in its spec")
 
     @classmethod
     def from_snapshot(cls, snapshot: Snapshot, **about: Any) -> Self:

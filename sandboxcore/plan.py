@@ -85,9 +85,7 @@ class Plan:
     controllers: tuple[str, ...] = ()  # of control groups; none: it needs no group
     group_limits: Limits = _NONE  # what is written there
     overlays: tuple[str, ...] = ()  # targets of those that are written to
-    mounted: tuple[
-        tuple[str, bool], ...
-    ] = ()  # every target, and whether it is the sandbox's own to write to
+    mounted: tuple[tuple[str, bool], ...] = ()  # targets, and whether what is there is private and writable
     restated: bool = False  # the template knows other rlimits: a request brings them
     ids: tuple[int, int] = field(init=False)  # uid and gid of the payload, as seen inside
     owner: tuple[int, int] | None = field(init=False)  # the same outside, unless it is the caller

@@ -254,8 +254,8 @@ class SandboxSpec:
     ro, rw: ``"SRC"``, ``"SRC:DST"`` or ``(src, dst)`` host paths. ``rw`` is really writable, and
         what the payload makes there belongs to the directory's owner.
     overlay: likewise, copy-on-write: see :class:`Mount`. Needs Linux 6.6.
-    live_binds: ``"ro"`` or ``"rw"``: host paths may come and go while a living sandbox runs, read-only or also
-        writable: :meth:`Sandbox.bind`. A sandbox with overlays, or ``writable``, has ``"ro"`` in any case.
+    live_binds: ``"ro"`` or ``"rw"``: host paths may come and go while a living sandbox runs, read-only or
+        also writable: :meth:`Sandbox.bind`. A sandbox with overlays, or ``writable``, has ``"ro"`` in any case.
         ``"rw"`` lets Landlock allow writing everywhere, so that what is read-only is so by its mount alone.
     deny: absolute paths inside that become empty and unreadable. Never creates anything.
     tmpfs: ``"DST"`` or ``"DST:SIZE"``.
@@ -333,12 +333,13 @@ class SandboxSpec:
         put(self, "fingerprint", digest.hexdigest())
 
     def _check_values(self) -> None:
-        if self.network not in ("none", "private", "host"):
-            raise SpecError(f"network: {self.network!r} is not none, private or host")
+        choices = {"network": ("none", "private", "host"), "live_binds": ("ro", "rw", None)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                others = ", ".join(str(choice) for choice in known[:-1])
+                raise SpecError(f"{name}: {getattr(self, name)!r} is not {others} or {known[-1]}")
         if not isinstance(self.writable, bool):
             raise SpecError(f"writable: {self.writable!r} is not True or False")
-        if self.live_binds not in (None, "ro", "rw"):
-            raise SpecError(f"live_binds: {self.live_binds!r} is not 'ro', 'rw' or None")
         if self.proc not in ("full", "pid"):
             raise SpecError(f"proc: {self.proc!r} is not full or pid")
         if self.landlock not in (True, False, "required"):
