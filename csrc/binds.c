@@ -12,6 +12,8 @@
 
 #include <sys/mount.h>
 
+enum { MOMENT = 30 /* ms */ };
+
 #define EACH(binds, e) \
 	for (struct sbx_bound *e = (binds) ? (binds)->each : NULL; e && e < (binds)->each + SBX_MAX_BINDS; e++)
 
@@ -125,11 +127,22 @@ int sbx_bind_add(struct sbx_binds *binds, const struct sbx_bind *b, int tree, st
 	return 0;
 }
 
+/* Whoever has just let go of it, a launcher that has sent a descriptor say, may not have closed it yet. */
+static long take_away(const char *name, int how)
+{
+	long ret = sbx_sys(SYS_umount2, name, UMOUNT_NOFOLLOW | how);
+
+	for (int i = 0; ret == -EBUSY && i < MOMENT; i++) {
+		sbx_nap(1000000);
+		ret = sbx_sys(SYS_umount2, name, UMOUNT_NOFOLLOW | how);
+	}
+	return ret;
+}
+
 /* One that is not there any more is none: whoever removes its place from outside, by another mount, takes it along. */
 int sbx_bind_remove(struct sbx_binds *binds, const struct sbx_bind *b, struct sbx_error *err)
 {
 	struct sbx_bound *e = &binds->each[b->number];
-	const int how = UMOUNT_NOFOLLOW | (b->lazy ? MNT_DETACH : 0);
 	uint64_t there;
 
 	if (e->at < 0)
@@ -138,7 +151,7 @@ int sbx_bind_remove(struct sbx_binds *binds, const struct sbx_bind *b, struct sb
 	if (ret >= 0 && there == e->id) {
 		ret = sbx_sys(SYS_fchdir, e->at);
 		if (ret >= 0)
-			ret = sbx_sys(SYS_umount2, e->name, how);
+			ret = take_away(e->name, b->lazy ? MNT_DETACH : 0);
 		(void)syscall(SYS_chdir, "/"); /* which nothing can refuse */
 	}
 	if (ret < 0)

@@ -115,18 +115,20 @@ class LiveBinds(Resources):
     def _bindable(self, source: StrPath, target: StrPath, *, read_only: bool) -> Mount:
         """What is asked for, if it can be. Raises SpecError, InvalidTransition, SandboxError."""
         path = path_text(source, "bind: source")
-        wanted = Mount(kind="bind", source=path, target=os.fspath(target), read_only=read_only)
+        wanted = Mount(
+            kind="bind", source=path, target=path_text(target, "bind: target"), read_only=read_only
+        )
         self._ready("bind")
         allowed = self._plan.live_binds
         if allowed is None or (allowed == "ro" and not read_only):
             access = "ro" if read_only else "rw"
             raise SpecError(f'bind: sandbox {self.name}: start it with live_binds="{access}" in its spec')
-        for other in (*(target for target, _ in self._plan.mounted), *(bind.target for bind in self.binds)):
-            if other == wanted.target or below(other, wanted.target):
-                raise SpecError(f"bind: {wanted.target!r} would hide {other!r}, where something is mounted")
         for denied in self.spec.deny:
             if below(denied, wanted.target) or below(wanted.target, denied):
                 raise SpecError(f"bind: {wanted.target!r} would bring back {denied!r}, which the spec denies")
+        for other in (*(target for target, _ in self._plan.mounted), *(bind.target for bind in self.binds)):
+            if other == wanted.target or below(other, wanted.target):
+                raise SpecError(f"bind: {wanted.target!r} would hide {other!r}, where something is mounted")
         if len(self._binds) >= _MOST:
             raise SandboxError(f"bind: sandbox {self.name} has {_MOST} already")
         return wanted
@@ -175,9 +177,12 @@ class LiveBinds(Resources):
             except _native.NativeFailure as failure:
                 if failure.errno == E.EAGAIN and failure.stage == "spawner":
                     raise SetupError("source", E.ETIMEDOUT, subject=str(mount)) from None
-                if failure.stage == "source":
+                if failure.stage != "spawner":
                     raise render(plan, None, failure) from None
-                help_spawner(plan, None, connection, failure, last=attempt == ATTEMPTS - 1)
+                again = _native.NativeFailure.of(
+                    "spawner", 14, failure.errno
+                )  # a mount that nobody got is none
+                help_spawner(plan, None, connection, again, last=attempt == ATTEMPTS - 1)
         raise AssertionError("unreachable")
 
     def _unbinding(self, target: StrPath, *, lazy: bool) -> Steps:
