@@ -3,8 +3,8 @@
  *
  * init attaches what the spawner has cloned, while payloads rename and link as they like. So the target is found from
  * the root without following a link, what was mounted is looked for where it should be, and from then on it is known by
- * the directory it lies in: that may be renamed, but not what is mounted on (rename(2), EBUSY). To take it away no path
- * is looked up again.
+ * the directory it lies in: that may be renamed, but inside not what is mounted on (rename(2), EBUSY). To take it away no
+ * path is looked up again; but for one on a directory of the host, where somebody outside may have renamed it, too.
  *
  * Nothing is made here but on an overlay of other layers, in its private part. The host had the payload make the target.
  */
@@ -24,15 +24,15 @@ static int failed(const struct sbx_binds *binds, const struct sbx_bound *e, long
 
 void sbx_binds_init(struct sbx_binds *binds)
 {
-	EACH(binds, e)
-	e->at = e->overlay = e->tree = e->place = -1;
+	EACH (binds, e)
+		e->at = e->overlay = e->tree = e->place = -1;
 }
 
 /* In a child: it must not hold what init wants to take away. */
 void sbx_binds_forget(struct sbx_binds *binds)
 {
-	EACH(binds, e)
-	sbx_close(sbx_steal_fd(&e->at));
+	EACH (binds, e)
+		sbx_close(sbx_steal_fd(&e->at));
 }
 
 static long look(int fd, struct statx *st)
@@ -139,16 +139,41 @@ static long take_away(const char *name, int how)
 	return ret;
 }
 
-/* One that is not there any more is none: whoever removes its place from outside, by another mount, takes it along. */
+/*
+ * See that it is where we know it, or find where it is. Returns 1, 0 where it is no more, or -errno. Whoever removes its
+ * place from outside, by another mount, takes it along.
+ */
+static long find(struct sbx_bound *e)
+{
+	uint64_t there;
+
+	for (int i = 0; i < MOMENT; i++) {
+		long ret = mount_there(e->at, e->name, &there);
+		if (ret < 0 || there == e->id)
+			return ret < 0 ? ret : 1;
+		ret = sbx_mountinfo_find(e->id, e->path);
+		if (ret <= 0)
+			return ret;
+		_cleanup_fd_ int root = open_root();
+		int at = root < 0 ? root : sbx_path_parent(root, e->path, false, e->name);
+		if (at >= 0) {
+			sbx_close(e->at);
+			e->at = at;
+		} else if (at != -ENOENT && at != -ELOOP) {
+			return at;
+		}
+	}
+	return -ESTALE;
+}
+
 int sbx_bind_remove(struct sbx_binds *binds, const struct sbx_bind *b, struct sbx_error *err)
 {
 	struct sbx_bound *e = &binds->each[b->number];
-	uint64_t there;
 
 	if (e->at < 0)
 		return 0;
-	long ret = mount_there(e->at, e->name, &there);
-	if (ret >= 0 && there == e->id) {
+	long ret = find(e);
+	if (ret > 0) {
 		ret = sbx_sys(SYS_fchdir, e->at);
 		if (ret >= 0)
 			ret = take_away(e->name, b->lazy ? MNT_DETACH : 0);
@@ -162,33 +187,25 @@ int sbx_bind_remove(struct sbx_binds *binds, const struct sbx_bind *b, struct sb
 
 /* --- all of them, when overlays are made anew ------------------------------------------------------- */
 
-/* Their paths as they are now. Nobody renames anything meanwhile. */
+/* Their paths as they are now. Nobody inside renames anything meanwhile. */
 int sbx_binds_locate(struct sbx_binds *binds, struct sbx_error *err)
 {
-	char link[40];
-
-	EACH(binds, e)
-	{
-		if (e->at < 0)
-			continue;
-		sbx_format_path(link, "/proc/self/fd/", (unsigned)e->at, "");
-		long len = sbx_sys(SYS_readlinkat, AT_FDCWD, link, e->path, sizeof e->path - SBX_NAME_MAX);
-		if (len >= (long)(sizeof e->path - SBX_NAME_MAX) - 1)
-			len = -ENAMETOOLONG;
-		if (len < 0)
-			return failed(binds, e, len, err);
-		e->path[len] = '/';
-		memcpy(e->path + len + 1, e->name, strlen(e->name) + 1);
+	EACH (binds, e) {
+		int ret = e->at < 0 ? 1 : sbx_mountinfo_find(e->id, e->path);
+		if (ret < 0)
+			return failed(binds, e, ret, err);
+		if (ret == 0) /* as in find() */
+			sbx_close(sbx_steal_fd(&e->at));
 	}
 	return 0;
 }
 
 /* Where it goes on the new overlay: made there, if those layers lack it. */
-static int make_place(int over, const char *path, const char *name, bool dir)
+static int make_place(int over, const char *path, bool dir)
 {
-	char last[SBX_NAME_MAX];
+	char name[SBX_NAME_MAX];
 
-	_cleanup_fd_ int at = sbx_path_parent(over, path, true, last);
+	_cleanup_fd_ int at = sbx_path_parent(over, path, true, name);
 	if (at < 0)
 		return at;
 	int place = open_place(at, name, dir);
@@ -203,8 +220,7 @@ int sbx_binds_prepare(struct sbx_binds *binds, int old, int over, size_t prefix,
 {
 	struct statx overlay, st;
 
-	EACH(binds, e)
-	{
+	EACH (binds, e) {
 		if (e->at < 0)
 			continue;
 		long ret = look(old, &overlay);
@@ -217,7 +233,7 @@ int sbx_binds_prepare(struct sbx_binds *binds, int old, int over, size_t prefix,
 		if (ret >= 0)
 			ret = look(e->tree, &st);
 		if (ret >= 0)
-			ret = e->place = make_place(over, e->path + prefix, e->name, S_ISDIR(st.stx_mode));
+			ret = e->place = make_place(over, e->path + prefix, S_ISDIR(st.stx_mode));
 		if (ret < 0)
 			return failed(binds, e, ret, err);
 		e->overlay = old;
@@ -227,8 +243,7 @@ int sbx_binds_prepare(struct sbx_binds *binds, int old, int over, size_t prefix,
 
 int sbx_binds_attach(struct sbx_binds *binds, int old, struct sbx_error *err)
 {
-	EACH(binds, e)
-	{
+	EACH (binds, e) {
 		long ret = e->overlay == old ? sbx_move_mount(e->tree, e->place) : 0;
 		if (ret < 0)
 			return failed(binds, e, ret, err);
@@ -241,8 +256,7 @@ int sbx_binds_reopen(struct sbx_binds *binds, struct sbx_error *err)
 {
 	_cleanup_fd_ int root = binds ? open_root() : -1;
 
-	EACH(binds, e)
-	{
+	EACH (binds, e) {
 		if (e->at < 0)
 			continue;
 		int at = root < 0 ? root : sbx_path_parent(root, e->path, false, e->name);
@@ -259,8 +273,7 @@ int sbx_binds_reopen(struct sbx_binds *binds, struct sbx_error *err)
 
 void sbx_binds_release(struct sbx_binds *binds)
 {
-	EACH(binds, e)
-	{
+	EACH (binds, e) {
 		sbx_close(sbx_steal_fd(&e->tree));
 		sbx_close(sbx_steal_fd(&e->place));
 		e->overlay = -1;

@@ -278,8 +278,11 @@ int sbx_layers_change(struct sbx_box *box, const struct sbx_layers *l, const int
 		      struct sbx_error *err);
 
 /* path.c */
-enum { SBX_NAME_MAX = 256 };
+enum { SBX_NAME_MAX = 256, SBX_PATH_MAX = 4096 };
 int sbx_path_parent(int root, const char *path, bool make, char name[SBX_NAME_MAX]);
+
+/* mountinfo.c */
+int sbx_mountinfo_find(uint64_t id, char path[SBX_PATH_MAX]);
 
 /* binds.c: those that come while a sandbox runs, and init's list of them */
 struct sbx_bound {
@@ -288,7 +291,7 @@ struct sbx_bound {
 	uint64_t id; /* of the mount */
 	/* while overlays are made anew: on which it lies, its clone, where that goes; or -1 */
 	int overlay, tree, place;
-	char path[4096 + SBX_NAME_MAX];
+	char path[SBX_PATH_MAX];
 };
 struct sbx_binds {
 	struct sbx_bound each[SBX_MAX_BINDS];
