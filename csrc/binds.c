@@ -127,18 +127,6 @@ int sbx_bind_add(struct sbx_binds *binds, const struct sbx_bind *b, int tree, st
 	return 0;
 }
 
-/* Whoever has just let go of it, a launcher that has sent a descriptor say, may not have closed it yet. */
-static long take_away(const char *name, int how)
-{
-	long ret = sbx_sys(SYS_umount2, name, UMOUNT_NOFOLLOW | how);
-
-	for (int i = 0; ret == -EBUSY && i < MOMENT; i++) {
-		sbx_nap(1000000);
-		ret = sbx_sys(SYS_umount2, name, UMOUNT_NOFOLLOW | how);
-	}
-	return ret;
-}
-
 /*
  * See that it is where we know it, or find where it is. Returns 1, 0 where it is no more, or -errno. Whoever removes its
  * place from outside, by another mount, takes it along.
@@ -166,19 +154,36 @@ static long find(struct sbx_bound *e)
 	return -ESTALE;
 }
 
+/*
+ * Until it is gone. Whoever has just let go of it, a launcher that has sent a descriptor say, may not have closed it yet. And
+ * where somebody outside renames its place meanwhile, it is not under that name any more, or something else is.
+ */
+static long take_away(struct sbx_bound *e, bool lazy)
+{
+	const int how = UMOUNT_NOFOLLOW | (lazy ? MNT_DETACH : 0);
+	long there = find(e), ret = there;
+
+	for (int i = 0; there > 0 && i < MOMENT; i++) {
+		if (i > 0)
+			sbx_nap(1000000);
+		ret = sbx_sys(SYS_fchdir, e->at);
+		if (ret >= 0)
+			ret = sbx_sys(SYS_umount2, e->name, how);
+		(void)syscall(SYS_chdir, "/"); /* which nothing can refuse */
+		if (ret < 0 && ret != -EBUSY && ret != -EINVAL && ret != -ENOENT)
+			return ret;
+		there = find(e);
+	}
+	if (there > 0)
+		return ret < 0 ? ret : -ESTALE;
+	return ret < 0 && there < 0 ? there : 0;
+}
+
 int sbx_bind_remove(struct sbx_binds *binds, const struct sbx_bind *b, struct sbx_error *err)
 {
 	struct sbx_bound *e = &binds->each[b->number];
 
-	if (e->at < 0)
-		return 0;
-	long ret = find(e);
-	if (ret > 0) {
-		ret = sbx_sys(SYS_fchdir, e->at);
-		if (ret >= 0)
-			ret = take_away(e->name, b->lazy ? MNT_DETACH : 0);
-		(void)syscall(SYS_chdir, "/"); /* which nothing can refuse */
-	}
+	long ret = e->at < 0 ? 0 : take_away(e, b->lazy);
 	if (ret < 0)
 		return failed(binds, e, ret, err);
 	sbx_close(sbx_steal_fd(&e->at));

@@ -153,6 +153,7 @@ class LiveBinds(Resources):
         try:
             with self._through(lambda link: link.ask_bind(number, wanted.target, lent)) as answer:
                 self._binds[number] = wanted  # whoever is interrupted here cannot know; but can take it away
+                self._capabilities = None
                 yield answer, ANSWER_PATIENCE
                 link.hear_bind(answer)
         except _native.NativeFailure as failure:
@@ -163,7 +164,6 @@ class LiveBinds(Resources):
             raise error from None
         finally:
             os.close(lent)
-        self._capabilities = None
 
     def _lent(self, mount: TreeMount, there: int) -> Generator[Wait, None, int]:
         """A mount of the source, a descriptor."""
@@ -194,9 +194,9 @@ class LiveBinds(Resources):
         if len(inside) > 1 and not lazy:
             raise SandboxBusy(f"sandbox {self.name}: unbind {path!r}: something else was bound below it")
         for number in sorted(inside, key=lambda number: self._binds[number].target, reverse=True):
+            self._capabilities = None
             yield from self._unbinding_one(number, lazy=lazy)
             self._binds.pop(number, None)
-            self._capabilities = None
 
     def _unbinding_one(self, number: int, *, lazy: bool) -> Steps:
         link, path = self._link_now(), self._binds[number].target
