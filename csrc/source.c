@@ -34,13 +34,11 @@ static int open_source(const struct sbx_spawner *s, struct sbx_source *source, i
 	return tree < 0 ? sbx_fail(err, SBX_STAGE_SOURCE, 0, tree) : tree;
 }
 
-static _Noreturn void lender(const struct sbx_spawner *s, const struct sbx_source_of *of, struct sbx_source *source,
-			     const int *fds)
+static _Noreturn void lender(const struct sbx_spawner *s, struct sbx_source *source, const int *fds)
 {
 	const struct sbx_record done = { .kind = SBX_RECORD_DONE };
 	struct sbx_error err;
 
-	SBX_FAULT_ARM(of->fault_at, of->fault_errno);
 	int tree = open_source(s, source, fds[1], &err);
 	SBX_FAULT_ARM(0, 0);
 	if (tree < 0)
@@ -74,7 +72,9 @@ int sbx_source_lend(const struct sbx_spawner *s, const struct sbx_source_of *of,
 		.dir = of->dir,
 	};
 	long pid = sbx_sys(SYS_clone3, &args, sizeof args);
-	if (pid == 0)
-		lender(s, of, &source, fds);
+	if (pid == 0) {
+		SBX_FAULT_ARM(of->fault_at, of->fault_errno);
+		lender(s, &source, fds);
+	}
 	return pid < 0 ? sbx_fail(err, SBX_STAGE_TEMPLATE, 8, pid) : 0;
 }

@@ -179,9 +179,8 @@ class LiveBinds(Resources):
                     raise SetupError("source", E.ETIMEDOUT, subject=str(mount)) from None
                 if failure.stage != "spawner":
                     raise render(plan, None, failure) from None
-                again = _native.NativeFailure.of(
-                    "spawner", 14, failure.errno
-                )  # a mount that nobody got is none
+                # a mount that nobody got is none: another attempt does no harm
+                again = _native.NativeFailure.of("spawner", 14, failure.errno)
                 help_spawner(plan, None, connection, again, last=attempt == ATTEMPTS - 1)
         raise AssertionError("unreachable")
 
@@ -234,13 +233,15 @@ def refused_as_set_up(wanted: Mount) -> Iterator[None]:
 
 
 def _opened(wanted: Mount, host: HostFeatures, ids: tuple[int, int]) -> tuple[TreeMount, int]:
-    """The bind, and a descriptor of its source. Raises SpecError."""
+    """The bind, and a descriptor of its source. Raises SpecError, SetupError."""
     assert wanted.source is not None
     real = os.path.realpath(wanted.source)
     check_source(wanted.source, real)
     try:
         there = os.open(real, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in (E.EMFILE, E.ENFILE, E.ENOMEM):
+            raise SetupError("host", error.errno) from error
         raise SpecError(f"bind: source {wanted.source!r}: {error.strerror}") from error
     st = os.fstat(there)
     return granted(wanted, real, st, owner_maps(st, host, ids), "live"), there
