@@ -256,6 +256,32 @@ def test_renamed_meanwhile(box: Sandbox, source: Path) -> None:
     assert ok(box, "ls -A /data/two/x") == b""
 
 
+@pytest.mark.usefixtures("overlays")
+def test_odd_names(source: Path) -> None:
+    """mountinfo writes some of their characters otherwise."""
+    odd = [
+        "a b",
+        "a\\040b",
+        "tab\there",
+        "line\nfeed",
+        "#x",
+        "ä€",
+        "\udcff",
+        "(deleted)",
+        "x" * 255,
+        "-",
+        "\\",
+    ]
+    with Sandbox(Spec(live_binds="ro", writable=True)) as sandbox:
+        for name in odd:
+            sandbox.bind(source, f"/workspace/{name}/{name}")
+        sandbox.snapshot()
+        assert ok(sandbox, "cat /workspace/*/*/file | uniq -c").split() == [b"11", b"host"]
+        for name in odd:
+            sandbox.unbind(f"/workspace/{name}/{name}")
+        assert sandbox.shell("cat /workspace/*/*/file").stdout == b""
+
+
 def test_removed_from_outside(plain: Sandbox, source: Path) -> None:
     """The target lay in a host directory, and somebody there has removed it: the kernel has taken it away."""
     plain.bind(source, "/tmp/rw", read_only=False)
@@ -441,7 +467,10 @@ def test_targets(source: Path) -> None:
         assert snapshot(source) == outside
         sandbox.bind(source / "file", "/tmp/plain")
         sandbox.bind(source, "/data/x")
-        assert len(sandbox.binds) == 3
+        sandbox.bind(source / "dir", "/opt/ro/dir")
+        assert len(sandbox.binds) == 4
+        assert ok(sandbox, "cat /opt/ro/dir/deep; grep -c /opt/ro/dir /proc/self/mountinfo") == b"deep\n1\n"
+        sandbox.unbind("/opt/ro/dir")
 
 
 def test_sources(plain: Sandbox, source: Path, tmp_path: Path) -> None:
