@@ -13,6 +13,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 
 /* A plan the spawner knows, mapped from the sealed memfd it came in, and its template. */
@@ -71,9 +72,10 @@ struct sbx_box {
 	/* overlays: layers.c */
 	struct sbx_layers layers; /* what they consist of */
 	int layer_fds[SBX_MAX_LAYERS];
-	int void_fd; /* where they are made: kept by the init of a living sandbox that has some, else -1 */
-	int later;   /* detached: what comes after the start */
-	int journal; /* detached */
+	int void_fd;		 /* where they are made: kept by the init of a living sandbox that has some, else -1 */
+	struct sbx_binds *binds; /* of an init that may mount, else NULL */
+	int later;		 /* detached: what comes after the start */
+	int journal;		 /* detached */
 };
 
 /* The groups that a launcher and its commands have to themselves. */
@@ -88,6 +90,9 @@ struct sbx_slot {
 	int procs[SBX_MAX_GROUPS];
 	unsigned count; /* of procs: version 1, where it goes by itself */
 };
+
+/* Where init keeps its capabilities, over namespaces of its own, for it mounts while the sandbox runs. */
+enum { SBX_PLAN_MOUNTS = SBX_PLAN_LAYERS | SBX_PLAN_BINDS };
 
 /* The launchers of a sandbox, shared between them and init. */
 enum {
@@ -231,7 +236,13 @@ struct sbx_source {
 	uint64_t attrs;			      /* MOUNT_ATTR_* */
 	unsigned recursive;		      /* AT_RECURSIVE, or 0 for the one mount */
 	bool dir;
+	const struct stat *same; /* what has to be there, or NULL */
 };
+
+/* source.c: the spawner lends a mount to a sandbox that runs */
+long sbx_source_enter(const struct sbx_spawner *s);
+int sbx_source_lend(const struct sbx_spawner *s, const struct sbx_source_of *of, size_t size, const int *fds,
+		    size_t nfds, struct sbx_error *err);
 
 /* mount.c */
 int sbx_mount_open_source(const struct sbx_plan *p, uint32_t index, int proc, struct sbx_error *err);
@@ -272,6 +283,35 @@ int sbx_layers_take(struct sbx_layers *l, const uint32_t *number, size_t count);
 int sbx_layers_change(struct sbx_box *box, const struct sbx_layers *l, const int *fds, pid_t *sweeper,
 		      struct sbx_error *err);
 
+/* path.c */
+enum { SBX_NAME_MAX = 256, SBX_PATH_MAX = 4096 };
+int sbx_path_parent(int root, const char *path, bool make, char name[SBX_NAME_MAX]);
+
+/* mountinfo.c */
+int sbx_mountinfo_find(uint64_t id, char path[SBX_PATH_MAX]);
+
+/* binds.c: those that come while a sandbox runs, and init's list of them */
+struct sbx_bound {
+	int at; /* the directory it lies in, or -1: there is none of this number */
+	char name[SBX_NAME_MAX];
+	uint64_t id; /* of the mount */
+	/* while overlays are made anew: on which it lies, its clone, where that goes; or -1 */
+	int overlay, tree, place;
+	char path[SBX_PATH_MAX];
+};
+struct sbx_binds {
+	struct sbx_bound each[SBX_MAX_BINDS];
+};
+void sbx_binds_init(struct sbx_binds *binds);
+void sbx_binds_forget(struct sbx_binds *binds);
+int sbx_bind_add(struct sbx_binds *binds, const struct sbx_bind *b, int tree, struct sbx_error *err);
+int sbx_bind_remove(struct sbx_binds *binds, const struct sbx_bind *b, struct sbx_error *err);
+int sbx_binds_locate(struct sbx_binds *binds, struct sbx_error *err);
+int sbx_binds_prepare(struct sbx_binds *binds, int old, int over, size_t prefix, struct sbx_error *err);
+int sbx_binds_attach(struct sbx_binds *binds, int old, struct sbx_error *err);
+int sbx_binds_reopen(struct sbx_binds *binds, struct sbx_error *err);
+void sbx_binds_release(struct sbx_binds *binds);
+
 /* layer.c */
 int sbx_layer_lend(int scratch, uint32_t number);
 void sbx_layer_drop(int scratch, const struct sbx_layers *l);
@@ -291,10 +331,6 @@ int sbx_root_enter(int root, struct sbx_error *err);
 #define SBX_VOID_SCRATCH "scratch" /* where a sandbox's scratch tmpfs is attached first */
 #define SBX_VOID_PROC "proc"	   /* a whole proc, without which the kernel refuses a new one */
 #define SBX_VOID_NODES "nodes"	   /* the root's nodes without what is mounted on them: a layer */
-
-/* path.c */
-enum { SBX_NAME_MAX = 256 };
-int sbx_path_parent(int root, const char *path, bool make, char name[SBX_NAME_MAX]);
 
 /* idmap.c */
 int sbx_idmap_write(int proc, pid_t pid, const char *uid_map, const char *gid_map, bool deny_setgroups);

@@ -82,13 +82,14 @@ static int make_sandbox(struct sbx_box *box, struct sbx_error *err)
 
 /*
  * What init and the launchers of a living sandbox give up once, and every command inherits; but the filter is
- * loaded by each launcher, for it would not let init make them in control groups. Where there are overlays, init
- * has to be able to mount others, which no Landlock domain allows: then it is the nursery that gives it up, pool.c.
+ * loaded by each launcher, for it would not let init make them in control groups. Where init has to be able to
+ * mount, for other layers of overlays or for binds to come, which no Landlock domain allows, it is the nursery
+ * that gives it up: pool.c.
  */
 static int lock_down(const struct sbx_box *box, struct sbx_error *err)
 {
 	TRY(sbx_cred_lock_down(box->plan, err));
-	if (box->plan->flags & SBX_PLAN_LAYERS)
+	if (box->plan->flags & SBX_PLAN_MOUNTS)
 		return 0;
 	TRY(sbx_cred_keep_launcher(box->plan, err));
 	TRY(sbx_landlock_restrict(box, err));

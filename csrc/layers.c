@@ -6,7 +6,8 @@
  * read-only, mount_setattr(2), EBUSY; and whoever looks for a file from then on finds the new overlay.
  *
  * An overlay that takes another's place is mounted beneath it (MOVE_MOUNT_BENEATH, Linux 6.5), so no path has to
- * lead there. What lies on the old one is cloned onto the new one, the root's as when it was made: overlay.c.
+ * lead there. What lies on the old one is cloned onto the new one, the root's as when it was made, overlay.c; also what
+ * came while the sandbox ran: binds.c.
  * Everything that can fail for want of something comes before the first of them is changed.
  */
 #include "box.h"
@@ -31,6 +32,7 @@ struct changes {
 	struct change each[SBX_MAX_LATE];
 	uint32_t count;
 	int root, void_fd, scratch;
+	struct sbx_binds *binds;
 };
 
 static const struct sbx_mount *mount_at(const struct sbx_plan *p, uint32_t index)
@@ -44,6 +46,7 @@ static void release(struct changes *c)
 		sbx_close(c->each[i].old);
 		sbx_close(c->each[i].over);
 	}
+	sbx_binds_release(c->binds);
 	sbx_close(c->root);
 	sbx_close(c->void_fd);
 	sbx_close(c->scratch);
@@ -96,6 +99,8 @@ static int prepare(const struct sbx_box *box, const struct sbx_layers *l, struct
 
 	if (p->mounts.count > MAX_MOUNTS)
 		return sbx_fail(err, SBX_STAGE_MOUNT, MAX_MOUNTS, -E2BIG);
+	if (sbx_binds_locate(box->binds, err) < 0)
+		return -1;
 	for (uint32_t i = 0; i < p->mounts.count; i++) {
 		if (mount_at(p, i)->kind != SBX_MOUNT_OVERLAY || mount_at(p, i)->options)
 			continue;
@@ -108,6 +113,9 @@ static int prepare(const struct sbx_box *box, const struct sbx_layers *l, struct
 			ret = one->over = sbx_overlay_open(p, i, c->scratch, l);
 		if (ret < 0)
 			return sbx_fail(err, SBX_STAGE_MOUNT, i, ret);
+		size_t prefix = strlen(sbx_str(p, mount_at(p, i)->target));
+		if (sbx_binds_prepare(box->binds, one->old, one->over, prefix > 1 ? prefix : 0, err) < 0)
+			return -1;
 	}
 	return 0;
 }
@@ -172,14 +180,15 @@ static int attach_children(const struct sbx_plan *p, const struct change *c, con
 }
 
 /* One that is not the root. */
-static int replace(const struct sbx_plan *p, const struct change *c, const int *trees, struct sbx_error *err)
+static int replace(struct sbx_box *box, const struct change *c, const int *trees, struct sbx_error *err)
 {
+	const struct sbx_plan *p = box->plan;
 	const unsigned beneath = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH | MOVE_MOUNT_BENEATH;
 
 	long ret = sbx_sys(SYS_move_mount, c->over, "", c->old, "", beneath);
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_MOUNT, c->index, ret);
-	if (attach_children(p, c, trees, err) < 0)
+	if (attach_children(p, c, trees, err) < 0 || sbx_binds_attach(box->binds, c->old, err) < 0)
 		return -1;
 	ret = sbx_sys(SYS_fchdir, c->old);
 	if (ret >= 0)
@@ -199,7 +208,8 @@ static int replace_root(struct sbx_box *box, struct changes *c, const struct cha
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_MOUNT, root->index, ret);
 	_cleanup_fd_ int void_fd = (int)ret;
-	if (attach_children(p, root, trees, err) < 0 || sbx_root_enter(root->over, err) < 0)
+	if (attach_children(p, root, trees, err) < 0 || sbx_binds_attach(box->binds, root->old, err) < 0 ||
+	    sbx_root_enter(root->over, err) < 0)
 		return -1;
 	sbx_close(box->void_fd);
 	box->void_fd = sbx_steal_fd(&void_fd);
@@ -218,7 +228,7 @@ static int replace_all(struct sbx_box *box, struct changes *c, struct sbx_error 
 		memset(trees, -1, sizeof trees);
 		int ret = clone_children(p, one, trees, err);
 		if (ret == 0)
-			ret = root ? replace_root(box, c, one, trees, err) : replace(p, one, trees, err);
+			ret = root ? replace_root(box, c, one, trees, err) : replace(box, one, trees, err);
 		for (uint32_t k = 0; k < p->mounts.count; k++)
 			sbx_close(trees[k]);
 		if (ret < 0)
@@ -253,7 +263,8 @@ static int add_layers(struct changes *c, const struct sbx_layers *wanted, const 
  * A child lets go of what was replaced: a file system ends with its last descriptor, which takes as long as much of it
  * is cached, and so does the removal of what nobody wants. If there can be no child, init does the former.
  */
-static pid_t sweep(const struct changes *c, const struct sbx_layers *old, const struct sbx_layers *l)
+static pid_t sweep(const struct changes *c, const struct sbx_layers *old, const struct sbx_layers *l,
+		   struct sbx_binds *binds)
 {
 	const struct clone_args args = { .exit_signal = SIGCHLD };
 	struct sbx_layers all;
@@ -269,6 +280,7 @@ static pid_t sweep(const struct changes *c, const struct sbx_layers *old, const 
 		all.drops = 1;
 		l = &all;
 	}
+	sbx_binds_forget(binds);
 	sbx_layer_drop(c->scratch, l);
 	for (;;)
 		(void)sbx_sys(SYS_exit_group, 0);
@@ -279,6 +291,7 @@ static int take_back(struct changes *c, uint32_t upper)
 {
 	char name[16];
 
+	sbx_binds_release(c->binds);
 	for (uint32_t i = 0; i < c->count; i++)
 		sbx_close(sbx_steal_fd(&c->each[i].over));
 	sbx_format_path(name, "l", upper, "");
@@ -293,7 +306,8 @@ static int take_back(struct changes *c, uint32_t upper)
 int sbx_layers_change(struct sbx_box *box, const struct sbx_layers *wanted, const int *fds, pid_t *sweeper,
 		      struct sbx_error *err)
 {
-	__attribute__((cleanup(release))) struct changes c = { .root = -1, .void_fd = -1, .scratch = -1 };
+	__attribute__((
+		cleanup(release))) struct changes c = { .root = -1, .void_fd = -1, .scratch = -1, .binds = box->binds };
 	struct sbx_layers l = { .upper = wanted->upper };
 	int sealed = -1;
 
@@ -309,7 +323,9 @@ int sbx_layers_change(struct sbx_box *box, const struct sbx_layers *wanted, cons
 	long ret = sbx_sys(SYS_chdir, "/");
 	if (ret < 0)
 		return sbx_close(sealed), sbx_fail(err, SBX_STAGE_MOUNT, 0, ret), -2;
-	*sweeper = sweep(&c, &box->layers, wanted);
+	if (sbx_binds_reopen(box->binds, err) < 0)
+		return sbx_close(sealed), -2;
+	*sweeper = sweep(&c, &box->layers, wanted, box->binds);
 	box->layers = l;
 	return wanted->seal ? sealed : 0;
 }

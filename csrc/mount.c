@@ -30,6 +30,8 @@ int sbx_mount_clone(const struct sbx_source *source, int proc)
 		return (int)ret;
 	if (S_ISDIR(st.st_mode) != source->dir) /* swapped since the plan was made */
 		return S_ISDIR(st.st_mode) ? -EISDIR : -ENOTDIR;
+	if (source->same && (source->same->st_dev != st.st_dev || source->same->st_ino != st.st_ino))
+		return -ESTALE;
 	_cleanup_fd_ int tree = sbx_open_tree(fd, "", AT_EMPTY_PATH | source->recursive);
 	if (tree < 0)
 		return tree;

@@ -196,7 +196,7 @@ int sbx_plan_check(const void *arena, size_t len, struct sbx_error *err)
 		return sbx_fail(err, SBX_STAGE_PLAN, 1, -EINVAL);
 
 	const struct arena a = { arena, p->size, sizeof *p };
-	if ((p->namespaces & ~namespaces) || (p->namespaces & required) != required || p->flags > 511)
+	if ((p->namespaces & ~namespaces) || (p->namespaces & required) != required || p->flags > 1023)
 		return sbx_fail(err, SBX_STAGE_PLAN, 2, -EINVAL);
 	if (!string_ok(&a, p->uid_map) || !string_ok(&a, p->gid_map) || !string_ok(&a, p->hostname) ||
 	    !optional_ok(&a, p->time_offsets) || !options_ok(&a, p->root_options) ||

@@ -33,6 +33,7 @@ enum {
 	SBX_MAX_LAUNCHERS = 256, /* commands at once in one sandbox; more of them queue */
 	SBX_MAX_FOLLOWERS = 16,	 /* of one detached command */
 	SBX_MAX_LAYERS = 64,	 /* sealed ones below what is written to */
+	SBX_MAX_BINDS = 64,	 /* that come while a sandbox runs */
 };
 
 /* Where a set-up can fail. Append only: a number never changes its meaning. */
@@ -163,6 +164,7 @@ enum sbx_plan_flags {
 	SBX_PLAN_OVERLAY_ROOT = 64,   /* mounts[0] is the root: of the template, */
 	SBX_PLAN_WRITABLE_ROOT = 128, /* or of each sandbox */
 	SBX_PLAN_LAYERS = 256,	      /* it has overlays that are written to */
+	SBX_PLAN_BINDS = 512,	      /* more binds may come while it runs */
 };
 
 struct sbx_plan {
@@ -299,6 +301,17 @@ struct sbx_entry {
 	uint32_t reserved;
 };
 
+/* A bind that comes or goes while the sandbox runs. Errors have its number behind BIND_FIRST. With BIND comes a mount, as the spawner has lent it. */
+enum { SBX_BIND_FIRST = 1 << 16 };
+struct sbx_bind {
+	uint32_t magic; /* SBX_REQUEST_MAGIC */
+	uint32_t kind;	/* SBX_MESSAGE_BIND, SBX_MESSAGE_UNBIND */
+	int32_t fault_at, fault_errno;
+	uint32_t number; /* of those that it has: below SBX_MAX_BINDS */
+	uint32_t lazy;	 /* UNBIND: also where it is in use */
+	char target[4096];
+};
+
 /* What a descriptor has to do with the sandbox's control groups: cgroups(7). */
 enum sbx_group_use {
 	SBX_GROUP_BORN = 1,	/* a directory of version 2: init is born there */
@@ -392,6 +405,9 @@ enum sbx_message_kind {
 	SBX_MESSAGE_COPY,   /* to init: the same, it lends a copy of what was written until now, or of some layers */
 	SBX_MESSAGE_PACK,   /* to the spawner: write a layer of the shelf to the stream that comes along */
 	SBX_MESSAGE_UNPACK, /* to the spawner: put what comes from the stream on the shelf, `flags` MiB at most */
+	SBX_MESSAGE_MOUNT,  /* to the spawner: lend a mount of what came, an O_PATH descriptor; struct sbx_source_of */
+	SBX_MESSAGE_BIND,   /* to init: struct sbx_bind instead */
+	SBX_MESSAGE_UNBIND, /* to init: the same */
 };
 
 enum sbx_scope { SBX_SCOPE_PROCESS, SBX_SCOPE_GROUP, SBX_SCOPE_TREE };
@@ -415,6 +431,13 @@ struct sbx_message {
 	uint64_t plan;	   /* PLAN: its id */
 	int32_t signal;	   /* SIGNAL */
 	int32_t reserved;
+};
+
+/* Behind MOUNT; and then three strings, NUL-terminated: where it is, uid map and gid map, which may be empty. */
+struct sbx_source_of {
+	uint32_t attrs; /* as of struct sbx_mount */
+	uint32_t dir;	/* whether it is a directory */
+	int32_t fault_at, fault_errno;
 };
 
 /*

@@ -2,7 +2,7 @@
  * pool.c - the launchers that init keeps ready: one is always idle, and each command has one to itself.
  *
  * All of them, and so all commands, have to be in one Landlock domain, or they could not signal each other. It is init's,
- * unless init has to mount other layers. Then a child has it, the nursery, and makes the launchers as children of init
+ * unless init has to mount while the sandbox runs. Then a child has it, the nursery, and makes the launchers as children of init
  * (CLONE_PARENT); and with other layers there is another nursery.
  */
 #include "resident.h"
@@ -125,6 +125,7 @@ static void run_nursery(struct resident *r, int sock)
 	struct ask ask;
 
 	(void)sbx_sys(SYS_prctl, PR_SET_NAME, "sbx-nursery", 0, 0, 0);
+	sbx_binds_forget(r->box->binds);
 	/* the rules first: a payload may have closed a directory on the way to what they are about */
 	if (sbx_landlock_restrict(r->box, &err) < 0 || sbx_cred_keep_launcher(r->box->plan, &err) < 0)
 		give_up(r, &err);
@@ -187,7 +188,7 @@ long sbx_pool_add(struct resident *r)
 		return 0;
 	if (ask.first)
 		r->first = ask.number;
-	long ret = r->box->plan->flags & SBX_PLAN_LAYERS ? ask_nursery(r, &ask) : bear(r, &ask, 0);
+	long ret = r->box->plan->flags & SBX_PLAN_MOUNTS ? ask_nursery(r, &ask) : bear(r, &ask, 0);
 	r->begun = true;
 	return ret;
 }

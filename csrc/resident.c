@@ -7,8 +7,9 @@
  * from inside does not reach it (pid_namespaces(7)); its sockets have names nowhere inside.
  *
  * A launcher is the subreaper of its command, so nothing but launchers is ever a child of init: whatever
- * else arrives here was below a launcher that died by force, and dies too. Where there are overlays init keeps its
- * capabilities, over namespaces of its own, for what layers.c does; a child of it may sweep or copy for a while.
+ * else arrives here was below a launcher that died by force, and dies too. Where there are overlays, or binds may come, init
+ * keeps its capabilities, over namespaces of its own, for what layers.c and binds.c do; a child of it may sweep or copy for
+ * a while.
  */
 #include "resident.h"
 
@@ -139,6 +140,7 @@ static void *map_memory(size_t size, int how, struct sbx_error *err)
 static void copy_layer(const struct resident *r, unsigned self, const struct sbx_layers *l, int answer)
 {
 	SBX_FAULT_ARM(l->fault_at, l->fault_errno);
+	sbx_binds_forget(r->box->binds);
 	struct sbx_record done = { .kind = SBX_RECORD_DONE };
 	struct sbx_held *held = map_memory(sizeof *held, MAP_PRIVATE, &done.error);
 	int layer = -1;
@@ -184,6 +186,25 @@ static void start_copy(struct resident *r, const struct sbx_layers *l, int answe
 	(void)sbx_send_record(answer, &failed, NULL, 0, -1);
 }
 
+/* BIND, UNBIND; also while commands run, who see it at once. */
+static void change_binds(struct resident *r, const struct sbx_bind *b, const int *fds, size_t nfds)
+{
+	const bool more = b->kind == SBX_MESSAGE_BIND;
+	struct sbx_record done = { .kind = SBX_RECORD_DONE };
+
+	if (nfds == 0)
+		return;
+	if (!r->box->binds || nfds != (more ? 2 : 1) || b->number >= SBX_MAX_BINDS || b->target[sizeof b->target - 1])
+		sbx_fail(&done.error, SBX_STAGE_LAUNCHER, 10, -EPROTO);
+	else {
+		SBX_FAULT_ARM(b->fault_at, b->fault_errno);
+		(void)(more ? sbx_bind_add(r->box->binds, b, fds[1], &done.error) :
+			      sbx_bind_remove(r->box->binds, b, &done.error));
+		SBX_FAULT_ARM(0, 0);
+	}
+	(void)sbx_send_record(fds[0], &done, NULL, 0, -1);
+}
+
 /* A message from the host. Returns false when there will be no more. */
 static bool hear(struct resident *r)
 {
@@ -191,6 +212,7 @@ static bool hear(struct resident *r)
 	union {
 		struct sbx_message msg;
 		struct sbx_layers layers;
+		struct sbx_bind bind;
 	} in;
 	int fds[1 + SBX_MAX_LAYERS];
 	size_t nfds = SBX_COUNT(fds);
@@ -202,6 +224,9 @@ static bool hear(struct resident *r)
 		more = change_layers(r, &in.layers, fds, nfds);
 	} else if (layers && in.layers.kind == SBX_MESSAGE_COPY && nfds == 1) {
 		start_copy(r, &in.layers, fds[0]);
+	} else if (len == sizeof in.bind && in.bind.magic == SBX_REQUEST_MAGIC &&
+		   (in.bind.kind == SBX_MESSAGE_BIND || in.bind.kind == SBX_MESSAGE_UNBIND)) {
+		change_binds(r, &in.bind, fds, nfds);
 	} else {
 		if (len == sizeof in.msg && in.msg.magic == SBX_REQUEST_MAGIC) {
 			if (in.msg.kind == SBX_MESSAGE_END)
@@ -319,6 +344,11 @@ int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 	r.inbox = r.pool ? map_memory(sizeof *r.inbox, MAP_PRIVATE, err) : NULL;
 	if (!r.inbox)
 		return -1;
+	bool mounts = box->plan->flags & SBX_PLAN_MOUNTS;
+	box->binds = mounts ? map_memory(sizeof *box->binds, MAP_PRIVATE, err) : NULL;
+	if (mounts && !box->binds)
+		return -1;
+	sbx_binds_init(box->binds);
 	r.poke = lift((int)sbx_sys(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK));
 	bool overlays = box->void_fd >= 0;
 	box->void_fd = lift(box->void_fd);

@@ -305,6 +305,8 @@ static bool serve(struct state *st)
 		_cleanup_fd_ int lent = -1;
 		if (shelve(st, msg, fds, nfds, &lent, &err) >= 0 && msg->kind <= SBX_MESSAGE_BORROW)
 			(void)sbx_send_record(fds[0], &done, NULL, 0, lent);
+	} else if (msg->kind == SBX_MESSAGE_MOUNT) {
+		(void)sbx_source_lend(&st->s, (const void *)(msg + 1), (size_t)len - sizeof *msg, fds, nfds, &err);
 	} else if (msg->kind == SBX_MESSAGE_RUN) {
 		(void)run(st, (size_t)len, fds, nfds, &err);
 	} else {

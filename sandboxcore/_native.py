@@ -428,6 +428,42 @@ def send_layers(sock: socket.socket, answer: int, order: LayersOrder, fault: tup
     socket.send_fds(sock, [_LAYERS.pack(values)], [answer, *fds])
 
 
+def send_mount(
+    socket: int,
+    source: tuple[bytes, bytes, bytes],
+    about: tuple[int, bool],
+    fds: Sequence[int],
+    fault: tuple[int, int],
+) -> None:
+    """Ask the spawner for a mount of what is at a path. ``source``: this, and its id maps, perhaps empty;
+    ``about``: attributes, and whether it is a directory; ``fds``: for the answer, and what is there. Raises
+    OSError."""
+    of = ffi.new("struct sbx_source_of *")
+    of.attrs, of.dir = about
+    of.fault_at, of.fault_errno = fault
+    body = bytes(ffi.buffer(of)) + b"".join(text + b"\0" for text in source)
+    send(socket, "MOUNT", body, fds)
+
+
+def send_bind(
+    sock: socket.socket,
+    number: int,
+    target: bytes | None,
+    fds: Sequence[int],
+    fault: tuple[int, int],
+    *,
+    lazy: bool,
+) -> None:
+    """Tell init to attach a mount, or with no target, to take away that of this number. ``fds``: for the
+    answer, and the mount. Raises OSError."""
+    order = ffi.new("struct sbx_bind *")
+    order.magic = lib.SBX_REQUEST_MAGIC
+    order.kind = constant("MESSAGE_UNBIND" if target is None else "MESSAGE_BIND")
+    order.fault_at, order.fault_errno = fault
+    order.number, order.lazy, order.target = number, lazy, target or b""
+    socket.send_fds(sock, [bytes(ffi.buffer(order))], list(fds))
+
+
 def send_file_op(socket: int, op: str, paths: bytes, *, flags: int = 0, mode: int = 0, at: int = -1) -> None:
     """Ask a launcher that serves files for one operation of ``enum sbx_file_ops``; ``paths`` are terminated,
     and relative to the descriptor ``at`` if there is one. Raises OSError."""

@@ -1,11 +1,12 @@
 """A sandbox that stays, for asyncio: :class:`Sandbox`."""
 
 import asyncio
+import contextlib
 import errno as E
 import os
 import signal
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +27,7 @@ from sandboxcore.aio_loop import (
     writable,
 )
 from sandboxcore.aio_process import Process, start_process
+from sandboxcore.binds import MissingTarget, Wait, refused_as_set_up
 from sandboxcore.capabilities import SandboxCapabilities
 from sandboxcore.cgroup import GroupUsage
 from sandboxcore.changes import FileChange
@@ -39,7 +41,7 @@ from sandboxcore.resources import LimitChange
 from sandboxcore.result import Decoder, ExecResult
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spawner import get_spawner
-from sandboxcore.spec import Limits, SandboxSpec
+from sandboxcore.spec import Limits, Mount, SandboxSpec, StrPath
 
 
 class Sandbox:
@@ -285,6 +287,38 @@ class Sandbox:
                     await child.close()
                 raise
         return children
+
+    # --- what comes and goes while it runs --------------------------------------------------------
+
+    @property
+    def binds(self) -> tuple[Mount, ...]:
+        """:attr:`sandboxcore.Sandbox.binds`."""
+        return self._own.binds
+
+    async def bind(self, source: StrPath, target: StrPath, *, read_only: bool = True) -> None:
+        """:meth:`sandboxcore.Sandbox.bind`. When cancelled while init works, it is among :attr:`binds`."""
+        async with self._changing():
+            wanted = self._own._bindable(source, target, read_only=read_only)
+            try:
+                await self._waited(self._own._binding(wanted))
+            except MissingTarget as missing:
+                with refused_as_set_up(wanted):
+                    if missing.directory:
+                        await self.files.mkdir(wanted.target, parents=True, exist_ok=True)
+                    else:
+                        await self.files.write(wanted.target, b"", append=True)
+                await self._waited(self._own._binding(wanted, made=True))
+
+    async def unbind(self, target: StrPath, *, lazy: bool = False) -> None:
+        """:meth:`sandboxcore.Sandbox.unbind`."""
+        async with self._changing():
+            await self._waited(self._own._unbinding(target, lazy=lazy))
+
+    async def _waited(self, steps: Generator[Wait, None, None]) -> None:
+        with contextlib.closing(steps):
+            for answer, patience in steps:
+                with contextlib.suppress(TimeoutError):  # the next step says of what
+                    await readable(answer.fileno(), patience)
 
     # --- resources ------------------------------------------------------------------------------
 

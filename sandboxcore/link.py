@@ -261,6 +261,28 @@ class Link:
             raise
         return ours
 
+    def ask_bind(self, number: int, target: str | None, fd: int = -1, *, lazy: bool = False) -> socket.socket:
+        """Have init attach a mount, or with no target take away that of a number; for :meth:`hear_bind`.
+        Raises OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        path = None if target is None else os.fsencode(target)
+        fds = [theirs.fileno(), *([] if fd < 0 else [fd])]
+        try:
+            with theirs, self:
+                _native.send_bind(self.keeper, number, path, fds, request.FAULT, lazy=lazy)
+        except BaseException:
+            ours.close()
+            raise
+        return ours
+
+    @classmethod
+    def hear_bind(cls, answer: socket.socket) -> None:
+        """Take the answer that has come. Raises NativeFailure, TimeoutError."""
+        if not _poll(answer.fileno(), 0):
+            raise TimeoutError(f"init does not answer within {ANSWER_PATIENCE} s")
+        if (record := cls._hear(answer, 0)).error:
+            raise record.error
+
     @classmethod
     def hear_layer(cls, answer: socket.socket, patience: float) -> int:
         """Wait at most so many seconds for a copy, a descriptor. Raises NativeFailure, TimeoutError."""

@@ -14,7 +14,7 @@ from sandboxcore import cgroup, host
 from sandboxcore.cgroup import GroupUsage
 from sandboxcore.commit import finish_all
 from sandboxcore.detached import DetachedCommand, Door
-from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SetupError
+from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SetupError, SpecError
 from sandboxcore.files import FileServer
 from sandboxcore.groups import remove_later
 from sandboxcore.identity import boot_id, pid_of, start_ticks
@@ -29,7 +29,7 @@ from sandboxcore.request import Request
 from sandboxcore.resources import LimitChange
 from sandboxcore.saved import SnapshotStore
 from sandboxcore.snapshots import Snapshot
-from sandboxcore.spec import SandboxSpec
+from sandboxcore.spec import Mount, SandboxSpec, StrPath
 from sandboxcore.store import CommandRecord, SandboxRecord, Store
 
 StatePath = str | os.PathLike[str] | None
@@ -118,6 +118,7 @@ class PersistentSandbox(PersistentFiles):
         self._detached = {}
         self._file_server = FileServer()
         self._layers = Layers()
+        self._binds = {}
         self._pid = os.getpid()
         self._adopt(record)
         self._look()
@@ -297,6 +298,10 @@ class PersistentSandbox(PersistentFiles):
     def _limits_now(self, spec: SandboxSpec, *, running: bool) -> None:
         self._store.change(self.id, spec=spec.to_dict())
         super()._limits_now(spec, running=running)
+
+    def _bindable(self, source: StrPath, target: StrPath, *, read_only: bool) -> Mount:
+        """Whoever finds it again would not know of it."""
+        raise SpecError(f"sandbox {self.name}: it is persistent: what it is to see has to be in its spec")
 
     @classmethod
     def from_snapshot(cls, snapshot: Snapshot, *, spec: SandboxSpec | None = None, **about: Any) -> Self:

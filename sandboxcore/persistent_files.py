@@ -2,7 +2,6 @@
 what was written since the last restore is copied each time, and what lies below it is there already."""
 
 import contextlib
-import functools
 import json
 import os
 from collections.abc import Iterator
@@ -43,11 +42,14 @@ class PersistentFiles(Sandbox):
     """The part of :class:`PersistentSandbox` that has to do with its files at earlier moments."""
 
     _store: Store
+    _snapshots: SnapshotStore | None = None
 
-    @functools.cached_property
+    @property
     def snapshots(self) -> SnapshotStore:
         """Where its snapshots are: those of all sandboxes in its state directory."""
-        return SnapshotStore(self._store.path)
+        if self._snapshots is None:
+            self._snapshots = SnapshotStore(self._store.path)
+        return self._snapshots
 
     def snapshot(self, name: str | None = None, *, copy: bool | None = None) -> Snapshot:
         """Keep everything as it is now, on the disk and under a name, and go on.

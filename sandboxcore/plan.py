@@ -99,6 +99,7 @@ class Plan:
     group_limits: Limits = _NONE  # what is written there
     overlays: tuple[Overlay, ...] = ()  # that are written to
     held: tuple[object, ...] = field(default=(), repr=False, compare=False)  # layers, unpacked for it
+    mounted: tuple[tuple[str, bool], ...] = ()  # targets, and whether what is there is private and writable
     restated: bool = False  # the template knows other rlimits: a request brings them
     id_maps: tuple[str, str] = ("", "")  # uid_map and gid_map
     ids: tuple[int, int] = field(init=False)  # uid and gid of the payload, as seen inside
@@ -112,6 +113,11 @@ class Plan:
     def host_network(self) -> bool:
         """Whether the sandbox stays in the host's network namespace."""
         return self.spec.network == "host"
+
+    @property
+    def live_binds(self) -> str | None:
+        """Which binds may come while it runs: ``"ro"``, also ``"rw"``, or None."""
+        return self.spec.live_binds or ("ro" if self.overlays else None)
 
     def outside(self, ids: tuple[int, int]) -> tuple[int, int] | None:
         """A payload's ids outside, where they are not the caller's own."""
@@ -218,7 +224,7 @@ class _Compiler:
         self.rlimits = _resource_limits(self.spec.limits, self.host, self.uid, "pids" in self.controllers)
         self.landlock_fs, self.landlock_scoped, self.rules = self._landlock()
         self.policy = resolve(self.spec.seccomp or "standard")
-        if any(mount.origin == "spec rw" for mount in self.tree.mounts):
+        if self.spec.live_binds == "rw" or any(mount.origin == "spec rw" for mount in self.tree.mounts):
             self.policy = without_set_id(self.policy)
         self.filter = compile_filter(self.policy)
         return self._plan(self._write())
@@ -236,7 +242,8 @@ class _Compiler:
         anything = handled & ~LL_MAKE_DEVICES
         on_file = LL_READ & ~(1 << 3) | LL_WRITE_FILE | LL_TRUNCATE | LL_IOCTL
         in_place = handled & (LL_READ | LL_WRITE_FILE | LL_TRUNCATE | LL_IOCTL)
-        whole = anything if self.spec.writable else LL_READ
+        # a rule is about a directory that is there; what comes later falls under those above it
+        whole = anything if self.spec.writable or self.spec.live_binds == "rw" else LL_READ
         rules = [("/", whole), ("/dev", in_place), ("/proc", in_place)]
         rules += [
             (mount.target, anything if mount.directory else handled & on_file)
@@ -320,6 +327,8 @@ class _Compiler:
         head.flags = flags | once | (_native.constant(net) if net else 0)
         if any(mount.kind == "OVERLAY" and mount.writable for mount in self.tree.mounts):
             head.flags |= _native.constant("PLAN_LAYERS")
+        if spec.live_binds is not None:
+            head.flags |= _native.constant("PLAN_BINDS")
         if self.tree.root is not None:
             head.flags |= _native.constant("PLAN_OVERLAY_ROOT")
             head.flags |= _native.constant("PLAN_WRITABLE_ROOT") if self.spec.writable else 0
@@ -394,6 +403,7 @@ class _Compiler:
             overlays=tuple(self._overlays()),
             id_maps=self._id_maps()[:2],
             held=self.tree.held,
+            mounted=tuple((m.target, m.writable and m.kind != "BIND") for m in self.tree.mounts),
             controllers=self.controllers,
             group_limits=_group_limits(self.spec.limits, self.omitted),
         )
@@ -422,6 +432,8 @@ class _Compiler:
         yield f"landlock: {rights}"
         yield f"seccomp: {self.policy.name}, {len(self.filter) // 8} instructions"
         yield "capabilities: none; no_new_privs; new session and keyring; no further namespaces"
+        if self.spec.live_binds:
+            yield f"live binds: {self.spec.live_binds}; init keeps its capabilities, over its own namespaces"
         if self.controllers:
             yield f"control group: {' '.join(self.controllers)}"
         yield from (f"left out: {name}" for name in self.omitted)

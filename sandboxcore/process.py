@@ -226,7 +226,7 @@ def render(plan: Plan, request: Request | None, failure: _native.NativeFailure) 
     unsupported = _UNSUPPORTED.get((stage, code))
     if (stage, code) == ("mount", E.EPERM) and " on /proc " in subject:
         unsupported = ("a new /proc in a user namespace", "proc")
-    mapped = "spec rw" in subject or (plan.host.mode == "root" and _OVERLAY.search(subject))
+    mapped = " rw)" in subject or (plan.host.mode == "root" and _OVERLAY.search(subject))
     if (stage, code) == ("source", E.EINVAL) and mapped:
         unsupported = (f"an id-mapped mount of {subject}", "idmapped_mount")
     if stage == "mount" and code in (E.ENODEV, E.EPERM) and _OVERLAY.search(subject):

@@ -93,6 +93,7 @@ class Sandbox(Snapshots):
         self._detached: dict[str, DetachedCommand] = {}
         self._file_server = FileServer()
         self._layers = Layers()
+        self._binds = {}
         self._pid = os.getpid()
 
     @classmethod
@@ -218,6 +219,7 @@ class Sandbox(Snapshots):
     def _end(self, state: SandboxState, *, wait: float = 0) -> None:
         self._file_server.close()
         self._layers.end()
+        self._binds.clear()
         link, self._link = self._link, None
         self._state = state
         self.stopped_at = self.stopped_at or time.time()

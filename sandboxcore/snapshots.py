@@ -13,17 +13,16 @@ from typing import Any, BinaryIO, Self
 
 from sandboxcore import _native, durable, host
 from sandboxcore.archive import Archive, Names, export
+from sandboxcore.binds import LiveBinds
 from sandboxcore.changes import Base, FileChange, View, compare, described, may_be_same
 from sandboxcore.commit import Change, commit, finish_all
 from sandboxcore.errors import SandboxBusy, SandboxError, SpecError
-from sandboxcore.files import FileServer
 from sandboxcore.layers import Copy, Layer, Layers
 from sandboxcore.lifecycle import new_id
 from sandboxcore.link import ANSWER_PATIENCE
 from sandboxcore.packing import Digest, Entry, Found, Item, merged
 from sandboxcore.plan import Overlay, Plan, compile_plan
 from sandboxcore.process import with_spawner
-from sandboxcore.resources import Resources
 from sandboxcore.spawner import get_spawner
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.statedir import private_directory
@@ -295,12 +294,11 @@ def _entries(nodes: tuple[Node, ...]) -> dict[bytes, Entry]:
     }
 
 
-class Snapshots(Resources):
+class Snapshots(LiveBinds):
     """The part of :class:`Sandbox` that has to do with its files at earlier moments."""
 
     id: str
     _layers: Layers
-    _file_server: FileServer
 
     def snapshot(self, name: str | None = None, *, copy: bool | None = None) -> Snapshot:
         """Keep everything as it is now, and go on.
@@ -360,7 +358,8 @@ class Snapshots(Resources):
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, of this sandbox or of another one with the same overlays. What was written
-        since is lost, if no other snapshot has it. Takes the same time however much there is.
+        since is lost, if no other snapshot has it. Takes the same time however much there is. What was bound
+        while it runs (:meth:`bind`) stays.
 
         Raises :class:`SandboxBusy` while a command runs, :class:`SpecError` for one that does not fit.
         """

@@ -13,13 +13,14 @@ import socket
 import subprocess
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from sandboxcore import _native
 from sandboxcore.errors import UnsupportedHost
 from sandboxcore.host import HELPER, REMEDIES, HostFeatures
 from sandboxcore.plan import Plan
+from sandboxcore.tree import IDMAP, Mount
 
 PATIENCE = 30.0  # seconds for what is done at once
 
@@ -113,13 +114,26 @@ class Spawner:
         Raises NativeFailure."""
         return self._say(kind, number, [fd], flags)
 
+    def ask_mount(self, mount: Mount, there: int, fault: tuple[int, int]) -> socket.socket:
+        """Ask for a bind's mount, attached nowhere, for :meth:`hear`. ``there``: a descriptor of what has to
+        be its source. Raises NativeFailure."""
+        maps = mount.id_maps or ("", "")
+        source = os.fsencode(mount.source), maps[0].encode(), maps[1].encode()
+        about = mount.attrs & ~IDMAP, mount.directory
+        return self._ask(lambda answer: _native.send_mount(self.fd, source, about, [answer, there], fault))
+
     def _say(self, kind: str, number: int, fds: Sequence[int], flags: int = 0) -> socket.socket:
+        return self._ask(
+            lambda answer: _native.send(self.fd, kind, fds=[answer, *fds], plan=number, flags=flags)
+        )
+
+    def _ask(self, send: Callable[[int], None]) -> socket.socket:
         if not self.close.alive:  # the number of its descriptor may be another's: a fork's, of this process
             raise _native.NativeFailure.of("spawner", 14, E.EBADF)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                _native.send(self.fd, kind, fds=[theirs.fileno(), *fds], plan=number, flags=flags)
+                send(theirs.fileno())
         except OSError as error:
             ours.close()
             raise _native.NativeFailure.of("spawner", 14, error.errno or E.EIO) from error
@@ -129,12 +143,17 @@ class Spawner:
         with self._say(kind, number, fds) as answer:
             return self.concluded(answer)
 
-    @staticmethod
-    def concluded(answer: socket.socket) -> _native.Record:
+    @classmethod
+    def concluded(cls, answer: socket.socket) -> _native.Record:
         """Wait for an answer, and take it. Raises NativeFailure."""
         poller = select.poll()
         poller.register(answer, select.POLLIN)
         poller.poll(PATIENCE * 1000)
+        return cls.hear(answer)
+
+    @staticmethod
+    def hear(answer: socket.socket) -> _native.Record:
+        """The answer that has come. Raises NativeFailure, also where there is none."""
         try:
             record = _native.receive(answer.fileno())
         except OSError as error:

@@ -35,6 +35,12 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
     "full": {"seccomp": "full", "proc": "full"},
 }
 
+_CHOICES: Mapping[str, tuple[str | None, ...]] = {
+    "network": ("none", "private", "host"),
+    "proc": ("full", "pid"),
+    "live_binds": ("ro", "rw", None),
+}
+
 # Made by us in every sandbox: nothing may be mounted over them or below them.
 RESERVED = ("/proc", "/dev", "/sys")
 
@@ -257,6 +263,9 @@ class SandboxSpec:
     ro, rw: ``"SRC"``, ``"SRC:DST"`` or ``(src, dst)`` host paths. ``rw`` is really writable, and
         what the payload makes there belongs to the directory's owner.
     overlay: likewise, copy-on-write: see :class:`Mount`. Needs Linux 6.6.
+    live_binds: ``"ro"`` or ``"rw"``: host paths may come and go while a living sandbox runs, read-only or
+        also writable: :meth:`Sandbox.bind`. A sandbox with overlays, or ``writable``, has ``"ro"`` anyhow.
+        ``"rw"`` lets Landlock allow writing everywhere: what is read-only is so by its mount alone.
     deny: absolute paths inside that become empty and unreadable. Never creates anything.
     tmpfs: ``"DST"`` or ``"DST:SIZE"``.
     network: ``"none"`` a namespace with only loopback; ``"private"`` the same, owned by the sandbox's
@@ -301,6 +310,7 @@ class SandboxSpec:
     time_offsets: Mapping[str, float] | None = None
     proc: Literal["full", "pid"] | None = None
     accounting: bool = False
+    live_binds: Literal["ro", "rw"] | None = None
     fingerprint: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
@@ -332,12 +342,12 @@ class SandboxSpec:
         put(self, "fingerprint", digest.hexdigest())
 
     def _check_values(self) -> None:
-        if self.network not in ("none", "private", "host"):
-            raise SpecError(f"network: {self.network!r} is not none, private or host")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                others = ", ".join(str(choice) for choice in known[:-1])
+                raise SpecError(f"{name}: {getattr(self, name)!r} is not {others} or {known[-1]}")
         if not isinstance(self.writable, bool):
             raise SpecError(f"writable: {self.writable!r} is not True or False")
-        if self.proc not in ("full", "pid"):
-            raise SpecError(f"proc: {self.proc!r} is not full or pid")
         if self.landlock not in (True, False, "required"):
             raise SpecError(f"landlock: {self.landlock!r} is not True, False or 'required'")
         if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?", self.hostname):

@@ -104,6 +104,29 @@ def _identity_of(st: os.stat_result) -> tuple[int, ...]:
     return (st.st_dev, st.st_ino, st.st_mtime_ns, st.st_size)
 
 
+def owner_maps(st: os.stat_result, host: HostFeatures, ids: tuple[int, int]) -> tuple[str, str] | None:
+    """Id maps by which the payload stands for the owner of a source; None where it is the caller."""
+    if host.mode != "root":
+        return None
+    return f"{st.st_uid} {host.id_base + ids[0]} 1", f"{st.st_gid} {host.id_base + ids[1]} 1"
+
+
+def granted(
+    wanted: SpecMount, real: str, st: os.stat_result, maps: tuple[str, str] | None, origin: str
+) -> Mount:
+    """The bind of a source, which is ``real`` without symbolic links. ``origin``: who asked for it."""
+    access, attrs = ("ro", RDONLY) if wanted.read_only else ("rw", 0)
+    directory = stat.S_ISDIR(st.st_mode)
+    mount = Mount(
+        "BIND", wanted.target, f"{origin} {access}", real, NOSUID | NODEV | attrs, directory=directory
+    )
+    mount.writable = not wanted.read_only
+    if mount.writable and maps is not None:
+        mount.attrs |= IDMAP
+        mount.id_maps = maps
+    return mount
+
+
 def below(path: str, parent: str) -> bool:
     return parent in ("/", path) or path.startswith(parent + "/")
 
@@ -373,10 +396,7 @@ class Tree:
             raise SpecError(f"mounts: source {source!r}: {error.strerror}") from error
         check_source(source, real)
         self.watched += [source, real]
-        maps = None
-        if self.host.mode == "root":  # the payload stands for the owner
-            base = self.host.id_base
-            maps = f"{st.st_uid} {base + self.uid} 1", f"{st.st_gid} {base + self.gid} 1"
+        maps = owner_maps(st, self.host, (self.uid, self.gid))
         if wanted.kind == "overlay":
             if not stat.S_ISDIR(st.st_mode):
                 raise SpecError(f"mounts: overlay of {source!r}, which is no directory")
@@ -384,13 +404,7 @@ class Tree:
             overlay.mode, overlay.lowers = stat.S_IMODE(st.st_mode) & 0o1777, (Lower(real, maps),)
             self.mounts.append(overlay)
             return
-        origin, attrs = ("spec ro", RDONLY) if wanted.read_only else ("spec rw", 0)
-        directory = stat.S_ISDIR(st.st_mode)
-        mount = self._bind(real, wanted.target, origin, NOSUID | NODEV | attrs, directory=directory)
-        mount.writable = not wanted.read_only
-        if mount.writable and maps is not None:
-            mount.attrs |= IDMAP
-            mount.id_maps = maps
+        self.mounts.append(granted(wanted, real, st, maps, "spec"))
 
     def _order_mounts(self) -> None:
         """Parents first; a bind below a per-sandbox mount is late; targets in our tmpfs may be made."""

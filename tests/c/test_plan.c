@@ -43,7 +43,7 @@ static void rejects_headers(void)
 	REJECTS(s.plan.size, sizeof s - 1, 1);
 	REJECTS(s.plan.namespaces, CLONE_NEWPID | CLONE_NEWNS, 2);
 	REJECTS(s.plan.namespaces, ~0ULL, 2);
-	REJECTS(s.plan.flags, 512, 2);
+	REJECTS(s.plan.flags, 1024, 2);
 	REJECTS(s.plan.uid_map, 0, 3);
 	REJECTS(s.plan.hostname, sizeof s, 3);
 	REJECTS(s.plan.hostname, 4, 3); /* into the header */

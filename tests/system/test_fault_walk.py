@@ -24,6 +24,7 @@ from sandboxcore import (
     Sandbox,
     SandboxSpec,
     _native,
+    binds,
     command,
     execution,
     plan,
@@ -467,3 +468,80 @@ def test_every_call_of_a_change_of_layers(
     living.close()
     assert "mount" in stages
     assert (ended > 0) is (way in ("seal", "discard", "restore")), (ended, way)
+
+
+# --- binds that come and go ------------------------------------------------------------------------------
+
+MAPPED = "cut -d' ' -f4,5,6 /proc/self/mountinfo | grep -v scratch/ | sort"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("overlays")
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("way", ["lend", "bind", "unbind", "lazy", "restore", "snapshot"])
+def test_every_call_of_a_live_bind(
+    faulty: list[_native.NativeFailure], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
+) -> None:
+    """In the spawner's child, and in init: an error that says where, and nothing has changed; or the end."""
+    (tmp_path / "file").write_text("host\n")
+    tmp_path.chmod(0o755)
+    if os.geteuid() == 0:
+        os.chown(tmp_path, 12345, 12345)
+    code, path, spec = errno.EUCLEAN, "/tmp/y", SPEC.replace(live_binds="rw")
+
+    def begin() -> tuple[Sandbox, sandboxcore.Snapshot]:
+        living = Sandbox.create(spec)
+        kept = living.snapshot()
+        for target in ("/data/ro", "/workspace/rw", "/tmp/x"):
+            living.bind(tmp_path, target, read_only=target.endswith("ro"))
+        assert living.shell("mkdir /tmp/y").ok
+        if way in ("unbind", "lazy"):
+            living.bind(tmp_path, path)
+        return living, kept
+
+    actions: dict[str, Callable[[], object]] = {
+        "lend": lambda: living.bind(tmp_path, path, read_only=False),
+        "bind": lambda: living.bind(tmp_path, path),
+        "unbind": lambda: living.unbind(path),
+        "lazy": lambda: living.unbind(path, lazy=True),
+        "restore": lambda: living.restore(kept),
+        "snapshot": lambda: living.snapshot(copy=False),
+    }
+    begin()[0].close()
+    before = settled()
+    living, kept = begin()
+    clean, bound, stages, ended, survived = living.shell(MAPPED).stdout, living.binds, set(), 0, 0
+    for number in range(1, 2000):
+        monkeypatch.setattr(binds if way == "lend" else request, "FAULT", (number, code))
+        failed = None
+        try:
+            actions[way]()
+        except NORMAL_ENDS as error:
+            failed = error
+            stages.add(error.stage if error.errno == code else error)
+        monkeypatch.setattr(binds if way == "lend" else request, "FAULT", (0, 0))
+        survived = 0 if failed else survived + 1
+        if failed is None and way in ("lend", "bind"):
+            living.unbind(path)
+        elif failed is None and way in ("unbind", "lazy"):
+            living.bind(tmp_path, path)
+        elif failed is None:
+            living.restore(kept)  # or there would be a layer more, and a call
+        try:
+            assert living.shell(MAPPED).stdout == clean, (number, failed)
+            assert living.binds == bound
+        except sandboxcore.SandboxGone:
+            assert failed, number
+            ended += 1
+            living.close()
+            living, kept = begin()
+        if survived == (20 if way in ("restore", "snapshot") else 5):
+            break
+    assert living.shell("cat /data/ro/file /workspace/rw/file /tmp/x/file").stdout == 3 * b"host\n"
+    for bind in reversed(living.binds):
+        living.unbind(bind.target)
+    living.close()
+    kept.close()
+    assert settled() == before
+    assert stages == {"template", "source"} if way == "lend" else stages <= {"mount", "root"}, stages
+    assert (ended > 0) is (way in ("restore", "snapshot")), (ended, way)

@@ -14,14 +14,14 @@ AFTER_CLONE = (
     *("path", "mount", "overlay", "layers", "layer", "copy", "pack", "unpack", "root", "idmap", "session"),
     *("fds", "rlimit", "cred", "file", "landlock", "seccomp", "record", "child", "init", "inbox", "message"),
     *("resident", "pool", "launcher", "command", "stdio", "pump", "pty", "proc", "files", "remove", "group"),
-    *("meter", "watch"),
+    *("meter", "watch", "binds", "mountinfo"),
 )
 HOST = ("plan", "error", "wire", "client", "stream", "ask", "run")
-HELPER_ONLY = ("template", "shelf", "net", "spawn", "spawner", "probe")
+HELPER_ONLY = ("template", "source", "shelf", "net", "spawn", "spawner", "probe")
 
 # Neither locks nor heap nor stdio behind any of these. memcpy and friends may be emitted by the compiler.
 SAFE = {"syscall", "vfork", "clock_gettime", "__errno_location", "__stack_chk_fail", "_exit"}
-SAFE |= {"memcpy", "memset", "strlen", "strncmp", "memchr", "memcmp"}
+SAFE |= {"memcpy", "memmove", "memset", "strlen", "strncmp", "memchr", "memcmp"}
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
 

@@ -40,6 +40,7 @@ LAYERS = (
     ("files",),
     ("execution",),
     ("resources",),
+    ("binds",),
     ("snapshots",),
     ("sandbox", "saved"),
     ("persistent_files", "template"),

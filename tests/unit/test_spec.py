@@ -291,6 +291,7 @@ def test_every_field_counts_in_the_fingerprint() -> None:
         "time_offsets": {"monotonic": 1},
         "proc": "pid",
         "accounting": True,
+        "live_binds": "ro",
     }
     fields = {field.name for field in dataclasses.fields(SandboxSpec)} - {"fingerprint", "capabilities"}
     assert set(variants) == fields
