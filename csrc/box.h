@@ -219,6 +219,9 @@ struct sbx_held {
 long sbx_proc_hold(struct sbx_held *held);
 void sbx_proc_let_go(struct sbx_held *held);
 
+/* room.c */
+void sbx_room_look(const struct sbx_plan *p, struct sbx_room *room);
+
 /* pty.c */
 int sbx_pty_open(const struct sbx_box *box, int *slave, struct sbx_error *err);
 

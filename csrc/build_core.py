@@ -18,7 +18,7 @@ HELPER_SOURCES = (
     *("template.c", "idmap.c", "net.c", "message.c", "session.c", "fds.c", "rlimit.c", "cred.c", "file.c"),
     *("landlock.c", "seccomp.c", "record.c", "spawn.c", "child.c", "init.c", "inbox.c", "spawner.c"),
     *("probe.c", "resident.c", "pool.c", "launcher.c", "command.c", "stdio.c", "pump.c", "pty.c", "proc.c"),
-    *("files.c", "remove.c", "group.c", "meter.c", "watch.c"),
+    *("files.c", "remove.c", "group.c", "meter.c", "watch.c", "room.c"),
 )
 
 CFLAGS = ["-std=gnu11", "-O2", "-D_GNU_SOURCE", "-fvisibility=hidden", "-fstack-protector-strong"]

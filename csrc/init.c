@@ -90,6 +90,8 @@ static long report(struct sbx_box *box, int status)
 	rec.majflt = (uint64_t)usage.ru_majflt;
 	rec.inblock = (uint64_t)usage.ru_inblock;
 	rec.oublock = (uint64_t)usage.ru_oublock;
+	if (status)
+		sbx_room_look(box->plan, &rec.room);
 	box->clock[SBX_CLOCK_EXITED] = sbx_now();
 	memcpy(rec.clock, box->clock, sizeof rec.clock);
 	return sbx_send_record(box->control, &rec, NULL, 0, -1);

@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 /* cdef-begin */
-enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 5 };
+enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 6 };
 
 /* Upper bounds that keep every loop in the child short and every array on its stack. */
 enum {
@@ -108,9 +108,10 @@ enum sbx_mount_kind {
 };
 
 enum sbx_mount_flags {
-	SBX_MOUNT_DIR = 1,    /* bind: the source is a directory (else any other type) */
-	SBX_MOUNT_CREATE = 2, /* make missing mount points; the parent is a tmpfs of ours */
-	SBX_MOUNT_LATE = 4,   /* bind or mask below a per-sandbox mount: attached in the sandbox */
+	SBX_MOUNT_DIR = 1,     /* bind: the source is a directory (else any other type) */
+	SBX_MOUNT_CREATE = 2,  /* make missing mount points; the parent is a tmpfs of ours */
+	SBX_MOUNT_LATE = 4,    /* bind or mask below a per-sandbox mount: attached in the sandbox */
+	SBX_MOUNT_BOUNDED = 8, /* bind: of a file system that is as large as somebody has said */
 };
 
 /*
@@ -428,6 +429,15 @@ struct sbx_pause {
 	uint64_t since; /* CLOCK_MONOTONIC, ns; 0: it runs */
 };
 
+/* What was full when a command had failed: room.c. */
+enum sbx_full { SBX_FULL_NOT = 0, SBX_FULL_BYTES, SBX_FULL_INODES };
+enum { SBX_ROOM_SCRATCH = 1, SBX_ROOM_MOUNT = 2 };
+struct sbx_room {
+	uint32_t full;	/* enum sbx_full */
+	uint32_t where; /* SCRATCH, or MOUNT + index */
+	uint64_t size;	/* bytes or inodes, all of them used */
+};
+
 enum sbx_clock { SBX_CLOCK_RECEIVED, SBX_CLOCK_STARTED, SBX_CLOCK_FORK, SBX_CLOCK_EXEC, SBX_CLOCK_EXITED, SBX_CLOCKS };
 
 struct sbx_record {
@@ -448,6 +458,7 @@ struct sbx_record {
 	uint64_t majflt;
 	uint64_t inblock;
 	uint64_t oublock;
+	struct sbx_room room; /* EXIT, if it failed */
 };
 
 /*

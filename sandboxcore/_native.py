@@ -12,7 +12,7 @@ import struct
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 from sandboxcore._core import ffi, lib  # the compiled module has no types of its own
 
@@ -224,6 +224,14 @@ METERS = tuple(
 )
 
 
+class Room(NamedTuple):
+    """A file system without room: struct sbx_room. ``mount`` is its index, or None for the scratch."""
+
+    what: str  # "bytes" or "inodes"
+    mount: int | None
+    size: int
+
+
 @dataclass(slots=True)
 class NativeResult:
     """One finished run, in C's words: a wait status, bytes, nanoseconds and microseconds."""
@@ -244,6 +252,7 @@ class NativeResult:
     killed: bool = False  # by somebody's wish
     flooded: bool = False  # killed for its output
     group_limits: Mapping[str, Any] | None = None  # of its control group; where `applied` was asked for
+    room: Room | None = None  # what was full when it had failed
 
 
 _UNBOUNDED = 1 << 62
@@ -311,6 +320,7 @@ _OOM = _RECORD.names.index("out_of_memory")
 _COUNTS = _RECORD.names.index("counts0")
 _COUNTS_END = _COUNTS + len(METERS) + 1
 _CLOCK_END, _USAGE_END = _CLOCK + lib.SBX_CLOCKS, _USAGE + 6
+_ROOM = _RECORD.names.index("room0")
 _ENDED, _ENDED_AT = Header("struct sbx_run").part("exit0", "applied_size")
 
 
@@ -318,6 +328,14 @@ def _counted(values: Sequence[int]) -> Mapping[str, int] | None:
     """A struct sbx_counts by the names of its meters; None if it says nothing."""
     known = values[len(METERS)]
     return {name: values[i] for i, name in enumerate(METERS) if known >> i & 1} if known else None
+
+
+def _full(values: Sequence[int]) -> Room | None:
+    what, where, size = values[_ROOM : _ROOM + 3]
+    if what == lib.SBX_FULL_NOT:
+        return None
+    mount = where - lib.SBX_ROOM_MOUNT if where >= lib.SBX_ROOM_MOUNT else None
+    return Room("bytes" if what == lib.SBX_FULL_BYTES else "inodes", mount, size)
 
 
 def _result(run: Any) -> NativeResult:
@@ -342,6 +360,7 @@ def _result(run: Any) -> NativeResult:
         bool(values[_OOM + 1] or run.out_of_time),
         bool(values[_OOM - 1]),
         bool(run.flooded),
+        room=_full(values),
     )
 
 
@@ -475,6 +494,7 @@ def ended_result(record: Record, began: int, finished: int, applied: bytes) -> N
         bool(values[_OOM]),
         bool(values[_OOM + 1]),
         record.killed,
+        room=_full(values),
     )
 
 

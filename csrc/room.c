@@ -1,0 +1,36 @@
+/*
+ * room.c - is there room left in what the sandbox may write to? Asked once, when a command has failed and nothing of
+ * it is left: the kernel counts no refusals of a file system, so the state at the end is all the evidence there is.
+ */
+#include "box.h"
+
+#include <sys/vfs.h>
+
+/* Whether what is mounted at `path` is full. What a payload has moved out of the way tells nothing. */
+static bool full(const char *path, struct sbx_room *room)
+{
+	struct statfs fs;
+
+	_cleanup_fd_ int fd = sbx_openat2(AT_FDCWD, path, O_PATH, 0, RESOLVE_NO_SYMLINKS);
+	if (fd < 0 || sbx_sys(SYS_fstatfs, fd, &fs) < 0)
+		return false;
+	if (fs.f_blocks && !fs.f_bavail)
+		*room = (struct sbx_room){ .full = SBX_FULL_BYTES,
+					   .size = (uint64_t)fs.f_blocks * (uint64_t)fs.f_bsize };
+	else if (fs.f_files && !fs.f_ffree) /* one without a number of inodes has no limit of them */
+		*room = (struct sbx_room){ .full = SBX_FULL_INODES, .size = (uint64_t)fs.f_files };
+	return room->full != SBX_FULL_NOT;
+}
+
+void sbx_room_look(const struct sbx_plan *p, struct sbx_room *room)
+{
+	const struct sbx_mount *m = sbx_at(p, p->mounts.off);
+
+	for (uint32_t i = 0; i < p->mounts.count && !room->full; i++, m++) {
+		bool scratch = m->kind == SBX_MOUNT_SCRATCH || (m->kind == SBX_MOUNT_OVERLAY && !m->options);
+		if (!scratch && m->kind != SBX_MOUNT_TMPFS && !(m->flags & SBX_MOUNT_BOUNDED))
+			continue;
+		if (full(sbx_str(p, m->target), room))
+			room->where = scratch ? SBX_ROOM_SCRATCH : SBX_ROOM_MOUNT + i;
+	}
+}
