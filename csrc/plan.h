@@ -28,8 +28,8 @@ enum {
 	SBX_MAX_FILTER = 4096,
 	SBX_MAX_INLINE = 32768,
 	SBX_MAX_APPLIED = 262144,
-	SBX_MAX_GROUPS = 12,	 /* descriptors for enum sbx_group_use */
-	SBX_MAX_FDS = 84,	 /* of one message: those to pass, the groups', and a few */
+	SBX_MAX_GROUPS = 32,	 /* descriptors for enum sbx_group_use */
+	SBX_MAX_FDS = 104,	 /* of one message: those to pass, the groups', and a few */
 	SBX_MAX_LAUNCHERS = 256, /* commands at once in one sandbox; more of them queue */
 	SBX_MAX_FOLLOWERS = 16,	 /* of one detached command */
 	SBX_MAX_LAYERS = 64,	 /* sealed ones below what is written to */
@@ -125,7 +125,8 @@ struct sbx_mount {
 	uint32_t source;  /* string: absolute host path without symbolic links (bind) */
 	uint32_t target;  /* string: absolute path inside */
 	uint32_t attrs;	  /* MOUNT_ATTR_* of mount_setattr(2) and fsmount(2) */
-	uint32_t options; /* key NUL value NUL ... NUL, for fsconfig(2); a flag has an empty value */
+	uint32_t options; /* key NUL value NUL ... NUL, for fsconfig(2); a flag has an empty value. BIND: of the ext4 on
+			   * the block device that its source is */
 	uint32_t uid_map; /* strings: id map of an id-mapped bind, or 0 */
 	uint32_t gid_map;
 	uint32_t mode;	/* SCRATCH, OVERLAY: of the directory */
@@ -278,7 +279,7 @@ enum sbx_group_use {
 	SBX_GROUP_SLOTS_PIDS,
 	SBX_GROUP_SLOTS_CPUACCT,
 	SBX_GROUP_SLOTS_BLKIO,
-	SBX_GROUP_HOLD, /* no group: what the host wants to be open as long as init of a sandbox that stays lives */
+	SBX_GROUP_HOLD, /* no group: what the host wants to be open as long as init lives */
 };
 
 /* What a group has counted; differences, if it was there before. */
