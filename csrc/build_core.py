@@ -12,10 +12,32 @@ from cffi import FFI
 
 CSRC = Path(__file__).resolve().parent
 
-HOST_SOURCES = ("plan.c", "error.c", "wire.c", "client.c", "stream.c", "ask.c", "run.c", "meter.c", "watch.c",
-                "fsmount.c", "remove.c")
+HOST_SOURCES = (
+    "plan.c",
+    "error.c",
+    "wire.c",
+    "client.c",
+    "stream.c",
+    "ask.c",
+    "run.c",
+    "meter.c",
+    "watch.c",
+    "fsmount.c",
+    "remove.c",
+)
 HELPER_SOURCES = (
-    *("plan.c", "path.c", "fsmount.c", "mount.c", "overlay.c", "layers.c", "layer.c", "copy.c", "shelf.c", "root.c"),
+    *(
+        "plan.c",
+        "path.c",
+        "fsmount.c",
+        "mount.c",
+        "overlay.c",
+        "layers.c",
+        "layer.c",
+        "copy.c",
+        "shelf.c",
+        "root.c",
+    ),
     *("template.c", "idmap.c", "net.c", "message.c", "session.c", "fds.c", "rlimit.c", "cred.c", "file.c"),
     *("landlock.c", "seccomp.c", "record.c", "spawn.c", "child.c", "init.c", "inbox.c", "spawner.c"),
     *("probe.c", "resident.c", "pool.c", "launcher.c", "command.c", "stdio.c", "pump.c", "pty.c", "proc.c"),

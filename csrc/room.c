@@ -6,15 +6,20 @@
 
 #include <sys/vfs.h>
 
-/* Whether what is mounted at `path` is full. What a payload has moved out of the way tells nothing. */
-static bool full(const char *path, struct sbx_room *room)
+enum { SPARE = 8 }; /* a file system on a disk keeps some for tables it may need */
+
+/*
+ * Whether what is mounted at `path` is full: no more than `spare` blocks are left. What a payload has moved out of the
+ * way tells nothing.
+ */
+static bool full(const char *path, unsigned spare, struct sbx_room *room)
 {
 	struct statfs fs;
 
 	_cleanup_fd_ int fd = sbx_openat2(AT_FDCWD, path, O_PATH, 0, RESOLVE_NO_SYMLINKS);
 	if (fd < 0 || sbx_sys(SYS_fstatfs, fd, &fs) < 0)
 		return false;
-	if (fs.f_blocks && !fs.f_bavail)
+	if (fs.f_blocks && fs.f_bavail <= spare)
 		*room = (struct sbx_room){ .full = SBX_FULL_BYTES,
 					   .size = (uint64_t)fs.f_blocks * (uint64_t)fs.f_bsize };
 	else if (fs.f_files && !fs.f_ffree) /* one without a number of inodes has no limit of them */
@@ -30,7 +35,7 @@ void sbx_room_look(const struct sbx_plan *p, struct sbx_room *room)
 		bool scratch = m->kind == SBX_MOUNT_SCRATCH || (m->kind == SBX_MOUNT_OVERLAY && !m->options);
 		if (!scratch && m->kind != SBX_MOUNT_TMPFS && !(m->flags & SBX_MOUNT_BOUNDED))
 			continue;
-		if (full(sbx_str(p, m->target), room))
+		if (full(sbx_str(p, m->target), m->flags & SBX_MOUNT_BOUNDED ? SPARE : 0, room))
 			room->where = scratch ? SBX_ROOM_SCRATCH : SBX_ROOM_MOUNT + i;
 	}
 }

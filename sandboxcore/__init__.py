@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         SpecError,
         TooManySandboxes,
         UnsupportedHost,
+        VolumeNotFound,
     )
     from sandboxcore.fileops import FileInfo
     from sandboxcore.files import Files
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from sandboxcore.snapshots import Snapshot
     from sandboxcore.spec import Limits, Mount, SandboxSpec
     from sandboxcore.store import SandboxRecord
+    from sandboxcore.volumes import Volume, Volumes, VolumeUsage
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,7 @@ _HOME = {
         *("CommandFailed", "ExecError", "InvalidTransition", "ProgramNotExecutable", "ProgramNotFound"),
         *("ProgramPathInvalid", "SandboxBusy", "SandboxError", "SandboxGone", "SandboxNotFound"),
         *("SandboxTimeout", "SetupError", "SpecError", "TooManySandboxes", "UnsupportedHost"),
+        "VolumeNotFound",
     ),
     "cgroup_group": ("GroupUsage",),
     "command": ("Exit", "Process", "Stderr", "Stdout"),
@@ -75,6 +78,7 @@ _HOME = {
     "snapshots": ("Snapshot",),
     "spec": ("Limits", "Mount", "SandboxSpec"),
     "store": ("SandboxRecord",),
+    "volumes": ("Volume", "VolumeUsage", "Volumes"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -123,6 +127,10 @@ __all__ = [
     "TooManySandboxes",
     "UnsupportedHost",
     "Usage",
+    "Volume",
+    "VolumeNotFound",
+    "VolumeUsage",
+    "Volumes",
     "gc",
     "host_limits",
     "list_sandboxes",

@@ -4,6 +4,7 @@ Failures leave here bare, as :class:`NativeFailure` (stage, index, errno); :mod:
 renders them with what it knows about the plan.
 """
 
+import errno
 import functools
 import mmap
 import os
@@ -473,6 +474,23 @@ def receive(socket: int) -> Record | None:
         bytes(ffi.buffer(text, record.size)) if kind == "APPLIED" else b"",
         record,
     )
+
+
+def mount_fs(kind: str, options: Sequence[str]) -> int:
+    """A detached mount of a file system, a descriptor: fsmount(2). Raises OSError."""
+    fd: int = lib.sbx_mount_fs(kind.encode(), b"".join(item.encode() + b"\0" for item in options), 0)
+    if fd < 0:
+        raise OSError(-fd, os.strerror(-fd))
+    return fd
+
+
+def remove_tree(directory: int, name: str) -> None:
+    """Remove what has a name in a directory with everything below, however deep, through no link and whatever
+    the modes of its directories. Raises OSError."""
+    while (code := lib.sbx_remove_tree(directory, os.fsencode(name), True)) == -errno.ETIMEDOUT:
+        pass  # much is gone already
+    if code < 0:
+        raise OSError(-code, os.strerror(-code), name)
 
 
 def ended_result(record: Record, began: int, finished: int, applied: bytes) -> NativeResult:

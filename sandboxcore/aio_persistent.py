@@ -15,7 +15,8 @@ from sandboxcore.aio_loop import LOCK_PATIENCE, Flag, freeze, patiently
 from sandboxcore.aio_sandbox import Sandbox
 from sandboxcore.lifecycle import SandboxState, check_move
 from sandboxcore.link import ANSWER_PATIENCE, Home
-from sandboxcore.persistent import Collected, StatePath
+from sandboxcore.persistent import Collected
+from sandboxcore.statedir import StatePath
 from sandboxcore.resources import LimitChange
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.store import SandboxRecord, Store

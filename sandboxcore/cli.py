@@ -48,7 +48,12 @@ class _Verbs(click.Group):
 
 
 def _living() -> click.Group:
-    from sandboxcore import cli_living, cli_reading, cli_resources  # noqa: F401 - they add themselves
+    from sandboxcore import (  # noqa: F401 - they add themselves
+        cli_living,
+        cli_reading,
+        cli_resources,
+        cli_volumes,
+    )
 
     return living
 

@@ -25,10 +25,10 @@ from sandboxcore.request import Request
 from sandboxcore.resources import LimitChange
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.snapshots import Layers, Snapshot
-from sandboxcore.spec import SandboxSpec
+from sandboxcore.spec import SandboxSpec, check_name
+from sandboxcore.statedir import StatePath
 from sandboxcore.store import CommandRecord, SandboxRecord, Store
 
-StatePath = str | os.PathLike[str] | None
 _TOUCH = 1.0  # seconds between two notes of activity
 
 
@@ -56,6 +56,7 @@ class PersistentSandbox(Sandbox):
     ) -> None:
         if name is not None:
             check_name(name)
+        self._state_dir = state_dir
         super().__init__(spec, name=name, **about)
         self._store = Store(state_dir)
         record = SandboxRecord(
@@ -102,7 +103,7 @@ class PersistentSandbox(Sandbox):
     @classmethod
     def _of(cls, store: Store, record: SandboxRecord) -> Self:
         self = cls.__new__(cls)
-        self._store, self._record = store, record
+        self._store, self._record, self._state_dir = store, record, store.path
         self.spec = SandboxSpec.from_dict(record.spec)
         self.id, self.name, self.labels = record.id, record.name, dict(record.labels)
         self.description, self.metadata, self.owner = record.description, dict(record.metadata), record.owner
@@ -353,16 +354,6 @@ class PersistentSandbox(Sandbox):
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 found.append(self._command(record, Journal.open(path)))
         return found
-
-
-def check_name(name: str) -> None:
-    """Raise :class:`SpecError` unless it is 1 to 64 letters, digits, ``_``, ``.`` or ``-``, no dot or dash
-    first."""
-    known = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
-    if not isinstance(name, str) or not 1 <= len(name) <= 64 or not set(name) <= known or name[0] in ".-":
-        raise SpecError(
-            f"name: {name!r} is not 1 to 64 letters, digits, '_', '.' or '-' (these two not first)"
-        )
 
 
 def list_sandboxes(

@@ -9,7 +9,6 @@ there may be a record without a sandbox, which the next look corrects, but no sa
 
 import contextlib
 import dataclasses
-import errno as E
 import fcntl
 import json
 import os
@@ -26,6 +25,7 @@ from typing import Any, Self
 
 from sandboxcore.errors import SandboxError, SandboxNotFound, SpecError
 from sandboxcore.link import Home
+from sandboxcore.statedir import close_lock, make_private, open_lock, same_file, state_path
 
 SCHEMA = 1
 DATABASE = "state.db"
@@ -82,20 +82,12 @@ _JSON = {"spec", "labels", "metadata", "omitted", "args"}
 Record = SandboxRecord | CommandRecord
 
 
-def default_state_dir() -> Path:
-    """``$SANDBOXCORE_STATE_DIR``; else ``sandboxcore`` in ``$XDG_STATE_HOME``, default ``~/.local/state``."""
-    if own := os.environ.get("SANDBOXCORE_STATE_DIR"):
-        return Path(own)
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "sandboxcore"
-
-
 class Store:
     """The state directory. Any thread may use it, and a forked child. Raises :class:`SandboxError` where it
     cannot be used."""
 
     def __init__(self, state_dir: str | os.PathLike[str] | None = None) -> None:
-        self.path = Path(os.path.abspath(state_dir if state_dir is not None else default_state_dir()))
+        self.path = state_path(state_dir)
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
         _stores.add(self)
@@ -104,12 +96,7 @@ class Store:
             self._connection()
 
     def _prepare(self) -> None:
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = self.path.stat()
-        if about.st_uid != os.geteuid():
-            raise SandboxError(f"{self.path}: belongs to uid {about.st_uid}; use another state directory")
-        if about.st_mode & 0o022:  # not made private: it might be /tmp
-            raise SandboxError(f"{self.path}: others may write to it; use another state directory")
+        make_private(self.path)
         (self.path / "sandboxes").mkdir(mode=0o700, exist_ok=True)
         database = self.path / DATABASE
         if not database.exists():
@@ -263,11 +250,10 @@ class Store:
         path = self._lock_path(sandbox)
         while True:
             with self._understood():
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            _lock_fds.add(fd)
+                fd = open_lock(path, os.O_CREAT)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                if not _same_file(fd, path):  # it was removed while we waited
+                if not same_file(fd, path):  # it was removed while we waited
                     continue
                 try:
                     yield
@@ -276,17 +262,7 @@ class Store:
                         path.unlink(missing_ok=True)
                 return
             finally:
-                _lock_fds.discard(fd)
-                os.close(fd)
-
-
-def _same_file(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except OSError as error:
-        if error.errno == E.ENOENT:
-            return False
-        raise
+                close_lock(fd)
 
 
 def _patiently(action: Callable[[], Any]) -> None:
@@ -333,7 +309,6 @@ def _command(row: sqlite3.Row) -> CommandRecord:
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
 _inherited: list[sqlite3.Connection | None] = []
-_lock_fds: set[int] = set()
 
 
 def _after_fork_in_child() -> None:
@@ -341,9 +316,6 @@ def _after_fork_in_child() -> None:
     for store in _stores:
         _inherited.append(store._db)
         store._lock, store._db = threading.RLock(), None
-    for fd in _lock_fds:  # the lock would last as long as the child
-        os.close(fd)
-    _lock_fds.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -16,6 +16,7 @@ from sandboxcore.errors import SpecError
 from sandboxcore.host import ID_RANGE, HostFeatures
 from sandboxcore.spec import WORKSPACE, SandboxSpec, check_source
 from sandboxcore.spec import Mount as SpecMount
+from sandboxcore.volumes import Source, Volumes
 
 RDONLY, NOSUID, NODEV, NOEXEC, IDMAP = 1, 2, 4, 8, 0x100000  # mount_setattr(2)
 
@@ -76,11 +77,14 @@ class Mount:
     late: bool = False
     create: bool = False
     lowers: tuple[Lower, ...] = ()  # of an overlay, the topmost first
+    name: str = ""  # of its source, for people
+    bounded: bool = False  # its file system is as large as somebody has said
 
     def __str__(self) -> str:
         access = "rw" if self.writable else "ro"
         late = ", late" if self.late else ""
-        source = self.source or " over ".join(lower.source for lower in self.lowers) or self.kind.lower()
+        layers = " over ".join(lower.source for lower in self.lowers)
+        source = self.name or self.source or layers or self.kind.lower()
         return f"{source} on {self.target} ({access}, {self.origin}{late})"
 
 
@@ -129,9 +133,10 @@ class Tree:
     replacement would make a template stale. ``root`` is the overlay that is the root, if it is one: then it
     is the first mount."""
 
-    def __init__(self, spec: SandboxSpec, host: HostFeatures) -> None:
+    def __init__(self, spec: SandboxSpec, host: HostFeatures, volumes: Volumes) -> None:
         """Everything in turn; parents come first in the result."""
-        self.spec, self.host = spec, host
+        self.spec, self.host, self._volumes = spec, host, volumes
+        self.sources: dict[str, Source] = {}  # of volumes, by name
         self.uid, self.gid = spec.ids()
         self.nodes: list[Node] = []
         self.mounts: list[Mount] = []
@@ -309,7 +314,8 @@ class Tree:
     def _add_user_mounts(self) -> None:
         for mount in self.spec.all_mounts():
             if mount.source is not None:
-                self._add_user_source(mount, mount.source)
+                add = self._add_volume if mount.kind == "volume" else self._add_user_source
+                add(mount, mount.source)
                 continue
             disk = mount.size if mount.size is not None else self.spec.limits.disk
             options = ["mode", f"{mount.mode:o}", "uid", str(self.uid), "gid", str(self.gid)]
@@ -335,10 +341,7 @@ class Tree:
             raise SpecError(f"mounts: source {source!r}: {error.strerror}") from error
         check_source(source, real)
         self.watched += [source, real]
-        maps = None
-        if self.host.mode == "root":  # the payload stands for the owner
-            base = self.host.id_base
-            maps = f"{st.st_uid} {base + self.uid} 1", f"{st.st_gid} {base + self.gid} 1"
+        maps = self._owner_maps(st.st_uid, st.st_gid)
         if wanted.kind == "overlay":
             if not stat.S_ISDIR(st.st_mode):
                 raise SpecError(f"mounts: overlay of {source!r}, which is no directory")
@@ -353,6 +356,29 @@ class Tree:
         if mount.writable and maps is not None:
             mount.attrs |= IDMAP
             mount.id_maps = maps
+
+    def _owner_maps(self, uid: int, gid: int) -> tuple[str, str] | None:
+        """As root, id maps by which the payload stands for the owner of a source."""
+        if self.host.mode != "root":
+            return None
+        base = self.host.id_base
+        return f"{uid} {base + self.uid} 1", f"{gid} {base + self.gid} 1"
+
+    def _add_volume(self, wanted: SpecMount, name: str) -> None:
+        """Id-mapped also where it is read-only: what one sandbox wrote another can read."""
+        if name not in self.sources:
+            self.sources[name] = self._volumes.source(name)
+        source = self.sources[name]
+        self.watched.append(os.fspath(source.volume.path / "volume.json"))
+        if source.device is None:
+            self.watched.append(source.path)
+        attrs = NOSUID | NODEV | (RDONLY if wanted.read_only else 0)
+        mount = self._bind(source.path, wanted.target, "spec volume", attrs, directory=True)
+        mount.name, mount.writable = f"volume {name}", not wanted.read_only
+        mount.bounded = source.volume.quota is not None
+        mount.options = source.device.options if source.device else ()
+        mount.id_maps = self._owner_maps(*source.owner)
+        mount.attrs |= IDMAP if mount.id_maps else 0
 
     def _order_mounts(self) -> None:
         """Parents first; a bind below a per-sandbox mount is late; targets in our tmpfs may be made."""

@@ -10,10 +10,10 @@ PACKAGE = Path(sandboxcore.__file__).parent
 # From the bottom up; modules of one row may not import each other.
 LAYERS = (
     ("errors", "_core", "seccomp_calls"),
-    ("census", "identity", "_native", "capabilities", "seccomp_policy"),
+    ("census", "statedir", "identity", "_native", "capabilities", "seccomp_policy"),
     ("seccomp",),
-    ("spec", "audit"),
-    ("host",),
+    ("spec", "audit", "volume_image"),
+    ("host", "volumes"),
     ("tree", "cgroup_files", "cgroup_mounts"),
     ("cgroup_values",),
     ("cgroup_v1", "cgroup_v2"),
@@ -43,7 +43,7 @@ LAYERS = (
     ("aio_persistent",),
     ("aio",),
     ("cli_common", "cli_filter"),
-    ("cli_living", "cli_reading", "cli_resources", "cli_doctor"),
+    ("cli_living", "cli_reading", "cli_resources", "cli_doctor", "cli_volumes"),
     ("cli",),
     ("__init__", "__main__"),
 )

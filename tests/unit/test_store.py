@@ -15,7 +15,8 @@ import pytest
 from support import host_environment, host_program
 
 from sandboxcore import SandboxError, SandboxNotFound, SpecError
-from sandboxcore.store import DATABASE, SCHEMA, CommandRecord, SandboxRecord, Store, default_state_dir
+from sandboxcore.statedir import default_state_dir
+from sandboxcore.store import DATABASE, SCHEMA, CommandRecord, SandboxRecord, Store
 
 
 def record(number: int = 1, **more: object) -> SandboxRecord:
