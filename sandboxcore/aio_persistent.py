@@ -16,9 +16,9 @@ from sandboxcore.aio_sandbox import Sandbox
 from sandboxcore.lifecycle import SandboxState, check_move
 from sandboxcore.link import ANSWER_PATIENCE, Home
 from sandboxcore.persistent import Collected
-from sandboxcore.statedir import StatePath
 from sandboxcore.resources import LimitChange
 from sandboxcore.spec import SandboxSpec
+from sandboxcore.statedir import StatePath
 from sandboxcore.store import SandboxRecord, Store
 
 

@@ -162,13 +162,13 @@ def _bind(
 
 
 def _volume(item: VolumeBinding) -> Mount:
-    if isinstance(item, str):
-        name, _, rest = item.partition(":")
-        target, colon, access = rest.rpartition(":")
-        parts: Sequence[Any] = (name, target, access) if colon and access in ("ro", "rw") else (name, rest)
-    else:
-        parts = item if isinstance(item, tuple) else ()
-    if len(parts) not in (2, 3) or parts[2:] not in ((), ("ro",), ("rw",)) or not parts[1]:
+    parts: tuple[Any, ...] = tuple(item.split(":")) if isinstance(item, str) else item
+    if (
+        not isinstance(parts, tuple)
+        or len(parts) not in (2, 3)
+        or parts[2:] not in ((), ("ro",), ("rw",))
+        or not parts[1]
+    ):
         raise SpecError(f"volumes: {item!r} is not 'NAME:/PATH', 'NAME:/PATH:ro', nor a tuple of these")
     target = path_text(parts[1], "volumes")
     return Mount(kind="volume", source=parts[0], target=target, read_only=parts[2:] == ("ro",))

@@ -159,6 +159,7 @@ def empty(path: Path) -> None:
         try:
             for name in os.listdir(top):
                 _native.remove_tree(top, name)
+            os.fsync(top)  # what is removed counts as free with the journal's next entry
             with contextlib.suppress(OSError):  # where the file below cannot have holes
                 fcntl.ioctl(top, _FITRIM, _RANGE.pack(0, 2**64 - 1, 0))
         finally:

@@ -19,6 +19,7 @@ import os
 import secrets
 import stat
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,7 +233,8 @@ class Volumes:
                         raise SandboxError(f"{data}: is no directory")
                     return Source(volume, os.path.realpath(data), (about.st_uid, about.st_gid))
                 with self._locked():
-                    device = volume_image.attach(volume.path / "image")
+                    device = _devices.get(volume.id) or volume_image.attach(volume.path / "image")
+                    _devices[volume.id] = device
                 return Source(volume, device.path, (os.geteuid(), os.getegid()), device)
         except VolumeNotFound as error:
             raise SpecError(f"volumes: {error}; make it: sandboxcore volume create {name}") from None
@@ -264,6 +266,9 @@ class Volumes:
             raise
         except OSError as error:
             raise SandboxError(f"{self.path}: {error}") from error
+
+
+_devices: weakref.WeakValueDictionary[str, LoopDevice] = weakref.WeakValueDictionary()  # of this process
 
 
 # --- uses -------------------------------------------------------------------------------------------
