@@ -436,7 +436,8 @@ enum { SBX_ROOM_SCRATCH = 1, SBX_ROOM_MOUNT = 2 };
 struct sbx_room {
 	uint32_t full;	/* enum sbx_full */
 	uint32_t where; /* SCRATCH, or MOUNT + index */
-	uint64_t size;	/* bytes or inodes, all of them used */
+	uint64_t size;	/* bytes or inodes */
+	uint64_t used;
 };
 
 enum sbx_clock { SBX_CLOCK_RECEIVED, SBX_CLOCK_STARTED, SBX_CLOCK_FORK, SBX_CLOCK_EXEC, SBX_CLOCK_EXITED, SBX_CLOCKS };

@@ -6,24 +6,26 @@
 
 #include <sys/vfs.h>
 
-enum { SPARE = 8 }; /* a file system on a disk keeps some for tables it may need */
+/* A disk's file system takes a large write in large pieces, and none of one that is too large. */
+enum { PIECE = 2 << 20 };
 
-/*
- * Whether what is mounted at `path` is full: no more than `spare` blocks are left. What a payload has moved out of the
- * way tells nothing.
- */
-static bool full(const char *path, unsigned spare, struct sbx_room *room)
+/* Whether what is mounted at `path` is full. What a payload has moved out of the way tells nothing. */
+static bool full(const char *path, bool disk, struct sbx_room *room)
 {
 	struct statfs fs;
 
 	_cleanup_fd_ int fd = sbx_openat2(AT_FDCWD, path, O_PATH, 0, RESOLVE_NO_SYMLINKS);
 	if (fd < 0 || sbx_sys(SYS_fstatfs, fd, &fs) < 0)
 		return false;
-	if (fs.f_blocks && fs.f_bavail <= spare)
-		*room = (struct sbx_room){ .full = SBX_FULL_BYTES,
-					   .size = (uint64_t)fs.f_blocks * (uint64_t)fs.f_bsize };
+	uint64_t block = (uint64_t)fs.f_bsize, size = (uint64_t)fs.f_blocks * block,
+		 left = (uint64_t)fs.f_bavail * block;
+	uint64_t spare = !disk ? 0 : size / 8 < PIECE ? size / 8 : PIECE;
+	if (size && left <= spare)
+		*room = (struct sbx_room){ .full = SBX_FULL_BYTES, .size = size, .used = size - left };
 	else if (fs.f_files && !fs.f_ffree) /* one without a number of inodes has no limit of them */
-		*room = (struct sbx_room){ .full = SBX_FULL_INODES, .size = (uint64_t)fs.f_files };
+		*room = (struct sbx_room){ .full = SBX_FULL_INODES,
+					   .size = (uint64_t)fs.f_files,
+					   .used = (uint64_t)fs.f_files };
 	return room->full != SBX_FULL_NOT;
 }
 
@@ -35,7 +37,7 @@ void sbx_room_look(const struct sbx_plan *p, struct sbx_room *room)
 		bool scratch = m->kind == SBX_MOUNT_SCRATCH || (m->kind == SBX_MOUNT_OVERLAY && !m->options);
 		if (!scratch && m->kind != SBX_MOUNT_TMPFS && !(m->flags & SBX_MOUNT_BOUNDED))
 			continue;
-		if (full(sbx_str(p, m->target), m->flags & SBX_MOUNT_BOUNDED ? SPARE : 0, room))
+		if (full(sbx_str(p, m->target), m->flags & SBX_MOUNT_BOUNDED, room))
 			room->where = scratch ? SBX_ROOM_SCRATCH : SBX_ROOM_MOUNT + i;
 	}
 }

@@ -231,6 +231,7 @@ class Room(NamedTuple):
     what: str  # "bytes" or "inodes"
     mount: int | None
     size: int
+    used: int
 
 
 @dataclass(slots=True)
@@ -332,11 +333,11 @@ def _counted(values: Sequence[int]) -> Mapping[str, int] | None:
 
 
 def _full(values: Sequence[int]) -> Room | None:
-    what, where, size = values[_ROOM : _ROOM + 3]
+    what, where, size, used = values[_ROOM : _ROOM + 4]
     if what == lib.SBX_FULL_NOT:
         return None
     mount = where - lib.SBX_ROOM_MOUNT if where >= lib.SBX_ROOM_MOUNT else None
-    return Room("bytes" if what == lib.SBX_FULL_BYTES else "inodes", mount, size)
+    return Room("bytes" if what == lib.SBX_FULL_BYTES else "inodes", mount, size, used)
 
 
 def _result(run: Any) -> NativeResult:

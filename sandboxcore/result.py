@@ -76,8 +76,8 @@ class ExecResult:
         kernel's log may be read (as root).
 
     Cause ``disk`` is told from the end: the command failed, and just then no byte or no inode was left in
-    what is bounded by ``limits.disk`` and ``limits.inodes``, or in a tmpfs or a volume with a size. One that
-    removes what it wrote before it fails, or asked for more at once than there was, has cause ``exited``; of
+    what is bounded by ``limits.disk`` and ``limits.inodes``, or in a tmpfs with a size; or less than a large
+    write takes at once (2 MiB, or an eighth of it) in a volume with a quota. One that removes what it wrote before it fails, or asked for more at once than there was, has cause ``exited``; of
     several commands each that fails meanwhile has cause ``disk``.
     """
 
@@ -184,8 +184,8 @@ def _room(plan: Plan, room: _native.Room) -> str:
         name = "limits.disk" if room.what == "bytes" else "limits.inodes"
     else:
         name = f"{room.what} of {plan.subject('mount', room.mount) or 'a mount'}"
-    size = _size(room.size) if room.what == "bytes" else str(room.size)
-    return f"{name}: {size} used of {size}"
+    used, size = (_size(n) if room.what == "bytes" else str(n) for n in (room.used, room.size))
+    return f"{name}: {used} used of {size}"
 
 
 def _size(value: int | str | None) -> str:

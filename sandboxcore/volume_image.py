@@ -20,7 +20,8 @@ from pathlib import Path
 from sandboxcore import _native
 from sandboxcore.errors import SandboxError, UnsupportedHost
 
-MINIMUM = 4 << 20  # bytes: less is hardly more than the file system's own tables
+MINIMUM = 1 << 20  # bytes: the file system's own tables are larger than that
+TRIES = 8  # for the size of a file whose file system has the room that is wanted
 PATIENCE = 600  # seconds for mkfs
 ATTEMPTS = 64  # others take loop devices as well
 
@@ -31,6 +32,7 @@ _CONFIG = struct.Struct(f"=2I{_INFO.size}s8Q")  # struct loop_config
 _FITRIM, _RANGE = 0xC0185879, struct.Struct("=3Q")
 
 OWN_INODES = 10  # which ext4 keeps for itself, its root included
+_BLOCK = 4096
 _REMEDY = "run as root of the machine, with the loop driver (modprobe loop) and ext4"
 
 
@@ -51,22 +53,38 @@ def require() -> str:
     return program
 
 
-def make(path: Path, size: int, inodes: int | None) -> None:
-    """A new image, whose root belongs to us. Raises :class:`UnsupportedHost`, :class:`SandboxError`."""
-    program = require()
+def make(path: Path, quota: int, inodes: int | None) -> None:
+    """A new image with room for so many bytes, and not many more (one in 64, or 256 KiB); its root belongs to
+    us. What the tables take on top of that is known when they are there. Raises :class:`UnsupportedHost`,
+    :class:`SandboxError`."""
+    slack = max(256 << 10, quota // 64)
+    size = quota + quota // 16 + (8 << 20)
+    for _ in range(TRIES):
+        room = _format(path, size, inodes)
+        if quota <= room <= quota + slack:
+            return
+        path.unlink()
+        size += -(-(quota - room + slack // 2) // _BLOCK) * _BLOCK
+    raise SandboxError(f"{path}: no ext4 with room for {quota} bytes")
+
+
+def _format(path: Path, size: int, inodes: int | None) -> int:
+    """A new file with a new file system. Returns the bytes that there is room for."""
     with open(path, "xb") as file:
         os.fchmod(file.fileno(), 0o600)
         file.truncate(size)
-    options = ["-q", "-F", "-b", "4096", "-m", "0", "-E", f"root_owner={os.geteuid()}:{os.getegid()}"]
+    owner = f"root_owner={os.geteuid()}:{os.getegid()}"
+    options = ["-q", "-F", "-b", str(_BLOCK), "-m", "0", "-E", owner]
     if inodes is not None:
         options += ["-N", str(inodes + OWN_INODES)]
-    done = subprocess.run(
-        [program, *options, str(path)], capture_output=True, text=True, check=False, timeout=PATIENCE
-    )
+    command = [require(), *options, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     if done.returncode:
         raise SandboxError(f"mkfs.ext4 {path}: {done.stderr.strip() or done.returncode}")
     with attach(path) as device, device.mounted() as root:
         os.rmdir("lost+found", dir_fd=root)  # fsck makes it again if it needs it
+        room = os.statvfs(root)
+        return room.f_bavail * room.f_frsize
 
 
 class LoopDevice:

@@ -98,8 +98,9 @@ class Volumes:
         """Make an empty one.
 
         name: 1 to 64 letters, digits, ``_``, ``.`` or ``-``, no dot or dash first.
-        quota: bytes (or ``"512M"``, at least 4M) that it may occupy, the file system's own tables included.
-            The kernel refuses more (ENOSPC); only as root, see :class:`UnsupportedHost`.
+        quota: bytes (or ``"512M"``, at least 1M) that there is room for, at most one in 64 (or 256K) more.
+            The kernel refuses what goes beyond (ENOSPC). On disk tables come on top: some 5 M and one byte in
+            16, more with many inodes; what is not written takes no place. Only as root.
         inodes: files and directories in it; only with a quota. Rounded up to what a table has room for.
         exclusive: for one sandbox at a time; else any number share it.
 

@@ -296,7 +296,7 @@ def test_missing_ones_and_names(volumes: Volumes) -> None:
     with pytest.raises(SpecError, match="already"):
         volumes.create("shared")
     for wrong in (
-        {"quota": "1M"},
+        {"quota": "1023K"},
         {"quota": "x"},
         {"inodes": 5},
         {"labels": {"a": 1}},
@@ -388,9 +388,9 @@ def test_the_kernel_refuses_more(bounded: Volumes) -> None:
         assert filled.detail.startswith("bytes of volume bounded on /data (rw, spec volume): ")
         assert second.shell("cat /dev/zero > /other/more").cause is Cause.DISK
         usage = bounded.describe("bounded")
-        assert 8 * MiB < (usage.bytes or 0) <= 16 * MiB
+        assert 15.9 * MiB < (usage.bytes or 0) <= 16.5 * MiB
         assert (usage.inodes in (1, 2), len(usage.users)) == (True, 2)
-        assert image.stat().st_size == 16 * MiB >= image.stat().st_blocks * 512
+        assert image.stat().st_blocks * 512 <= image.stat().st_size < 26 * MiB, "on the host's disk"
         assert second.shell("rm /other/*; sync -f /other").ok
         wait_until(lambda: image.stat().st_blocks * 512 < 8 * MiB, "what was removed to be given back")
         made = first.shell("i=0; while ( : > /data/$i ); do i=$((i+1)); done; ls /data | wc -l; exit 3")
