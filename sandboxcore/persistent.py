@@ -28,6 +28,7 @@ from sandboxcore.snapshots import Layers, Snapshot
 from sandboxcore.spec import SandboxSpec, check_name
 from sandboxcore.statedir import StatePath
 from sandboxcore.store import CommandRecord, SandboxRecord, Store
+from sandboxcore.volumes import Volumes
 
 _TOUCH = 1.0  # seconds between two notes of activity
 
@@ -391,8 +392,9 @@ def _drop_group(store: Store, sandbox_id: str) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collected:
-    """What :func:`gc` did: ids of sandboxes found dead; what no record knew: directories, and files in
-    them as "sandbox/file"; control groups in which nothing can run any more, as absolute paths."""
+    """What :func:`gc` did: ids of sandboxes found dead; what no record knew: directories, files in them as
+    "sandbox/file", and remains of volumes; control groups in which nothing can run any more, as absolute
+    paths."""
 
     ended: tuple[str, ...]
     removed: tuple[str, ...]
@@ -440,6 +442,7 @@ def _collect(
                     store.remove(stray)
         yield
     found += cgroup.collect(dry_run=dry_run)
+    removed += [f"volumes/{name}" for name in Volumes(store.path).gc(dry_run=dry_run)]
 
 
 def _may_run(store: Store, record: SandboxRecord) -> bool:

@@ -77,8 +77,9 @@ class ExecResult:
 
     Cause ``disk`` is told from the end: the command failed, and just then no byte or no inode was left in
     what is bounded by ``limits.disk`` and ``limits.inodes``, or in a tmpfs with a size; or less than a large
-    write takes at once (2 MiB, or an eighth of it) in a volume with a quota. One that removes what it wrote before it fails, or asked for more at once than there was, has cause ``exited``; of
-    several commands each that fails meanwhile has cause ``disk``.
+    write takes at once (2 MiB, or an eighth of it) in a volume with a quota. One that removes what it wrote
+    before it fails, or asked for more at once than there was, has cause ``exited``; of several commands each
+    that fails meanwhile has cause ``disk``.
     """
 
     args: tuple[Program, ...]

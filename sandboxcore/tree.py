@@ -468,6 +468,10 @@ class Tree:
 
     def _deniable(self, path: str, cover: Mount) -> bool:
         """Whether a denied path exists below a bind, and can be masked without touching the host."""
+        if cover.origin == "spec volume":
+            raise SpecError(
+                f"deny: {path!r} lies in {cover.name}, in which others may put anything; use ro, or none"
+            )
         outside = cover.source + path[len(cover.target) :]
         self.watched.append(outside)
         if os.path.realpath(outside) != outside:

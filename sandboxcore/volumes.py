@@ -205,21 +205,25 @@ class Volumes:
                 os.rename(volume.path, self.path / gone)
             self._remove(gone)
 
-    def gc(self) -> tuple[str, ...]:
+    def gc(self, *, dry_run: bool = False) -> tuple[str, ...]:
         """Remove what a crash has left: volumes that were half made or half removed, and marks of uses that
-        are over. Returns the names of what went in the volumes' directory."""
+        are over. Returns the names of the former in the volumes' directory. :func:`sandboxcore.gc` does this,
+        too."""
         if not self.path.exists():
             return ()
         with self._understood():
             with self._locked():  # who makes one holds it, too, so nobody is at work on what is found
-                for name in os.listdir(self.path):
+                names = sorted(os.listdir(self.path))
+                strays = [name for name in names if name.startswith((_NEW, _GONE))]
+                if dry_run:
+                    return tuple(strays)
+                for name in names:
                     if name.startswith(_NEW):
                         os.rename(self.path / name, self.path / f"{_GONE}{name.removeprefix(_NEW)}")
-                    elif not name.startswith("."):
+                    elif not name.startswith(".") and (self.path / name / "uses").is_dir():
                         _users(self.path / name)
-                strays = sorted(name for name in os.listdir(self.path) if name.startswith(_GONE))
             for name in strays:
-                self._remove(name)
+                self._remove(f"{_GONE}{name.rpartition('-')[2]}")
         return tuple(strays)
 
     def source(self, name: str) -> Source:

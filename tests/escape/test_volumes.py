@@ -136,7 +136,7 @@ def pack_fsxattr(project: int) -> bytes:
 def test_names_that_lead_out(volumes: Volumes, secret: Path, name: str) -> None:
     name = name.format(secret=str(secret)[1:])
     before = snapshot(secret)
-    if "\0" not in name:
+    if "\0" not in name:  # no path could be made of it
         assert (volumes.path / name).resolve().parent != volumes.path.resolve() or name == ".lock"
     for action in (volumes.create, volumes.get, volumes.describe, volumes.delete, volumes.source):
         with pytest.raises(SpecError):
