@@ -107,6 +107,8 @@ static bool mount_ok(const struct arena *a, const struct sbx_mount *m)
 		return false;
 	if (m->kind != SBX_MOUNT_OVERLAY && m->lowers)
 		return false;
+	if (m->flags & SBX_MOUNT_BOUNDED && m->kind != SBX_MOUNT_BIND)
+		return false;
 	return m->kind <= SBX_MOUNT_MASK || !(m->flags & SBX_MOUNT_LATE);
 }
 

@@ -126,7 +126,7 @@ def find(path: Path) -> LoopDevice | None:
     wanted = os.stat(path, follow_symlinks=False)
     for name in glob.glob("/dev/loop[0-9]*"):
         with contextlib.suppress(OSError):  # not in use, not a device, gone
-            fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)  # or udev looks at it anew when we close it
             device = LoopDevice(fd, name)
             status = _INFO.unpack(fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_INFO.size)))
             if status[:2] == (wanted.st_dev, wanted.st_ino):

@@ -68,7 +68,7 @@ def test_race_of_a_directory_with_a_link(volumes: Volumes, secret: Path) -> None
     before, data, careless = snapshot(secret), volumes.get("v").path / "data", 0
 
     def race() -> None:
-        run_python(code, spec=SandboxSpec(volumes=["v:/v"]), timeout=1.5)
+        run_python(code, spec=SandboxSpec(volumes=["v:/v"]), timeout=0.8)
 
     racer = threading.Thread(target=race)
     racer.start()
