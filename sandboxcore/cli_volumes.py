@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from sandboxcore.cli_common import json_option, living, pairs, print_table, size_text, verb
-from sandboxcore.errors import SandboxError
+from sandboxcore.errors import SandboxError, VolumeNotFound
 
 
 @living.group("volume")
@@ -38,7 +38,10 @@ def ls(labels: tuple[str, ...], as_json: bool, state_dir: str | None) -> None:
     rows = [("NAME", "USED", "QUOTA", "FILES", "KIND", "USERS")]
     found = []
     for one in volumes.list(labels=pairs(labels, "--label")):
-        usage = volumes.describe(one.name)
+        try:
+            usage = volumes.describe(one.name)
+        except VolumeNotFound:  # removed meanwhile
+            continue
         found.append({**one.to_dict(), "used": usage.bytes, "files": usage.inodes, "users": usage.users})
         files = "-" if usage.inodes is None else str(usage.inodes)
         kind = "exclusive" if one.exclusive else "shared"
