@@ -61,10 +61,11 @@ struct sbx_box {
 	uint64_t paused_before; /* up to RECEIVED, ns */
 	unsigned peers;		/* launchers, which count against the limit of processes of a payload of their id */
 	/* control groups: group.c */
-	int born, hold; /* or -1 */
+	int born; /* or -1 */
 	int move[SBX_MAX_GROUPS], slot_dir[SBX_MAX_GROUPS];
 	uint32_t slot_use[SBX_MAX_GROUPS];
-	unsigned moves, slots;
+	int hold[SBX_MAX_GROUPS]; /* what the host wants to be open as long as init lives */
+	unsigned moves, slots, holds;
 	bool shared_view;	      /* of control groups: the spawner's */
 	struct sbx_slot *slot;	      /* a launcher's own groups, or NULL */
 	const struct sbx_pool *pool;  /* a launcher's */
@@ -210,7 +211,7 @@ long sbx_log_save(const struct sbx_log *log);
 void sbx_files_serve(const struct sbx_box *box, int sock);
 
 /* remove.c */
-long sbx_remove_tree(int dir, const char *name);
+long sbx_remove_tree(int dir, const char *name, bool force);
 
 /* proc.c: who is below whom, as /proc tells. */
 long sbx_proc_signal(pid_t ancestor, const pid_t *spare, size_t count, int sig);
@@ -223,6 +224,9 @@ struct sbx_held {
 };
 long sbx_proc_hold(struct sbx_held *held);
 void sbx_proc_let_go(struct sbx_held *held);
+
+/* room.c */
+void sbx_room_look(const struct sbx_plan *p, struct sbx_room *room);
 
 /* pty.c */
 int sbx_pty_open(const struct sbx_box *box, int *slave, struct sbx_error *err);
@@ -246,13 +250,15 @@ int sbx_source_lend(const struct sbx_spawner *s, const struct sbx_source_of *of,
 
 /* mount.c */
 int sbx_mount_open_source(const struct sbx_plan *p, uint32_t index, int proc, struct sbx_error *err);
-int sbx_mount_fs(const char *fstype, const char *options, unsigned attrs);
 int sbx_mount_attach(const struct sbx_plan *p, uint32_t index, int root, int tree, struct sbx_error *err);
 int sbx_mount_attach_at(const struct sbx_plan *p, uint32_t index, int root, const char *path, int tree,
 			struct sbx_error *err);
 int sbx_mount_mask(const struct sbx_plan *p, uint32_t index, int root, int empty, struct sbx_error *err);
 int sbx_mount_sandbox(struct sbx_box *box, struct sbx_error *err);
 int sbx_mount_clone(const struct sbx_source *source, int proc);
+
+/* fsmount.c */
+int sbx_mount_fs(const char *fstype, const char *options, unsigned attrs);
 
 /* overlay.c */
 int sbx_overlay_park(const struct sbx_plan *p, int root, int void_fd, int proc, struct sbx_error *err);

@@ -12,14 +12,17 @@ from cffi import FFI
 
 CSRC = Path(__file__).resolve().parent
 
-HOST_SOURCES = ("plan.c", "error.c", "wire.c", "client.c", "stream.c", "ask.c", "run.c", "meter.c", "watch.c")
+HOST_SOURCES = (
+    *("plan.c", "error.c", "wire.c", "client.c", "stream.c", "ask.c", "run.c", "meter.c", "watch.c"),
+    *("fsmount.c", "remove.c"),
+)
 HELPER_SOURCES = (
     *("plan.c", "path.c", "mount.c", "overlay.c", "layers.c", "layer.c", "copy.c", "pack.c", "unpack.c"),
     *("shelf.c", "root.c", "template.c", "idmap.c", "net.c", "message.c", "session.c", "fds.c", "rlimit.c"),
     *("cred.c", "file.c", "landlock.c", "seccomp.c", "record.c", "spawn.c", "child.c", "init.c", "inbox.c"),
     *("spawner.c", "probe.c", "resident.c", "pool.c", "launcher.c", "command.c", "stdio.c", "pump.c"),
     *("pty.c", "proc.c", "files.c", "remove.c", "group.c", "meter.c", "watch.c", "binds.c", "mountinfo.c"),
-    "source.c",
+    *("source.c", "fsmount.c", "room.c"),
 )
 
 CFLAGS = ["-std=gnu11", "-O2", "-D_GNU_SOURCE", "-fvisibility=hidden", "-fstack-protector-strong"]

@@ -345,6 +345,8 @@ static void report(struct command *c)
 		.maxrss_kib = u->maxrss_kib,
 	};
 
+	if (c->status)
+		sbx_room_look(c->box->plan, &rec.room);
 	*c->box->state = SBX_LAUNCHER_ENDING;
 	memcpy(rec.clock, c->box->clock, sizeof rec.clock);
 	if (c->watch.gauge)

@@ -171,7 +171,7 @@ static long make_way(const struct copy *c, const char *name, const struct stat *
 		return ret == -ENOENT ? 0 : ret;
 	if (S_ISDIR(st->st_mode) && S_ISDIR(other.st_mode) && !is_opaque(c->from, name))
 		return 1;
-	return sbx_remove_tree(c->to, name);
+	return sbx_remove_tree(c->to, name, false);
 }
 
 /* 0, 1 for a directory to be entered, or -errno. */

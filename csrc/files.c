@@ -175,7 +175,7 @@ static long do_remove_tree(const struct ask *a)
 	char name[SBX_NAME_MAX];
 
 	_cleanup_fd_ int dir = open_parent(a, a->path, name);
-	return dir < 0 ? dir : sbx_remove_tree(dir, name);
+	return dir < 0 ? dir : sbx_remove_tree(dir, name, false);
 }
 
 /* --- requests --------------------------------------------------------------------------------- */

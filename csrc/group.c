@@ -13,8 +13,8 @@
 /* Where each descriptor of the request belongs. `fds` are the last of the message. */
 void sbx_group_take(struct sbx_box *box, const uint32_t *use, const int *fds, size_t count)
 {
-	box->born = box->hold = -1;
-	box->moves = box->slots = 0;
+	box->born = -1;
+	box->moves = box->slots = box->holds = 0;
 	box->shared_view = false;
 	for (size_t i = 0; i < count; i++) {
 		if (use[i] == SBX_GROUP_BORN)
@@ -22,7 +22,7 @@ void sbx_group_take(struct sbx_box *box, const uint32_t *use, const int *fds, si
 		else if (use[i] == SBX_GROUP_MOVE)
 			box->move[box->moves++] = fds[i];
 		else if (use[i] == SBX_GROUP_HOLD)
-			box->hold = fds[i];
+			box->hold[box->holds++] = fds[i];
 		else {
 			box->slot_use[box->slots] = use[i];
 			box->slot_dir[box->slots++] = fds[i];

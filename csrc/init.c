@@ -90,6 +90,8 @@ static long report(struct sbx_box *box, int status)
 	rec.majflt = (uint64_t)usage.ru_majflt;
 	rec.inblock = (uint64_t)usage.ru_inblock;
 	rec.oublock = (uint64_t)usage.ru_oublock;
+	if (status)
+		sbx_room_look(box->plan, &rec.room);
 	box->clock[SBX_CLOCK_EXITED] = sbx_now();
 	memcpy(rec.clock, box->clock, sizeof rec.clock);
 	return sbx_send_record(box->control, &rec, NULL, 0, -1);
@@ -97,12 +99,13 @@ static long report(struct sbx_box *box, int status)
 
 int sbx_init_run(struct sbx_box *box, pid_t payload, struct sbx_error *err)
 {
-	int keep[] = { box->control, box->spawner->host_pidfd, box->spawner->children };
+	int keep[3 + SBX_MAX_GROUPS] = { box->control, box->spawner->host_pidfd, box->spawner->children };
 	int status = 0;
 
 	if (box->error.stage != SBX_STAGE_NONE)
 		return payload_failed(box, payload, err);
-	long ret = sbx_fds_close_except(keep, SBX_COUNT(keep));
+	memcpy(keep + 3, box->hold, box->holds * sizeof(int));
+	long ret = sbx_fds_close_except(keep, 3 + box->holds);
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_INIT, 6, ret);
 	if (sbx_cred_keep_kill(err) < 0)

@@ -32,7 +32,7 @@ void sbx_layer_drop(int scratch, const struct sbx_layers *l)
 		sbx_format_path(name, "l", l->drop[i], "");
 		if (sbx_sys(SYS_fchdir, scratch) >= 0) /* one that came from elsewhere is a mount */
 			(void)sbx_sys(SYS_umount2, name, MNT_DETACH | UMOUNT_NOFOLLOW);
-		(void)sbx_remove_tree(scratch, name);
+		(void)sbx_remove_tree(scratch, name, false);
 	}
 }
 
@@ -63,7 +63,7 @@ static long copy_parts(const struct sbx_plan *p, int from, int to)
 	for (uint32_t i = 0; i < p->mounts.count && ret >= 0; i++)
 		if (mount_at(p, i)->kind == SBX_MOUNT_OVERLAY && !mount_at(p, i)->options)
 			ret = copy_part(from, to, i, links);
-	return ret < 0 ? ret : sbx_remove_tree(to, "links");
+	return ret < 0 ? ret : sbx_remove_tree(to, "links", false);
 }
 
 /* In a child. */
@@ -108,6 +108,6 @@ int sbx_layers_copy(const struct sbx_box *box, const struct sbx_layers *l, struc
 	if (layer >= 0)
 		return layer;
 	if (to >= 0)
-		(void)sbx_remove_tree(scratch, name);
+		(void)sbx_remove_tree(scratch, name, false);
 	return sbx_fail(err, SBX_STAGE_MOUNT, box->plan->mounts.count, layer);
 }

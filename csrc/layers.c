@@ -295,7 +295,7 @@ static int take_back(struct changes *c, uint32_t upper)
 	for (uint32_t i = 0; i < c->count; i++)
 		sbx_close(sbx_steal_fd(&c->each[i].over));
 	sbx_format_path(name, "l", upper, "");
-	(void)sbx_remove_tree(c->scratch, name);
+	(void)sbx_remove_tree(c->scratch, name, false);
 	return -1;
 }
 

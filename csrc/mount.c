@@ -16,11 +16,25 @@ static const struct sbx_mount *mount_at(const struct sbx_plan *p, uint32_t index
 	return (const struct sbx_mount *)sbx_at(p, p->mounts.off) + index;
 }
 
-/* A detached copy of what is mounted there, with these attributes and id maps. */
-int sbx_mount_clone(const struct sbx_source *source, int proc)
+/* Give a detached tree the attributes and id maps of what it is to be. */
+static int dress(int tree, const struct sbx_source *source, int proc)
 {
 	struct mount_attr attr = { .attr_set = source->attrs, .propagation = MS_PRIVATE };
 	_cleanup_fd_ int userns = -1;
+
+	if (source->uid_map) {
+		userns = sbx_idmap_userns(proc, source->uid_map, source->gid_map);
+		if (userns < 0)
+			return userns;
+		attr.attr_set |= MOUNT_ATTR_IDMAP;
+		attr.userns_fd = (__u64)userns;
+	}
+	return (int)sbx_mount_setattr(tree, source->recursive, &attr);
+}
+
+/* A detached copy of what is mounted there, with these attributes and id maps. */
+int sbx_mount_clone(const struct sbx_source *source, int proc)
+{
 	struct stat st;
 
 	_cleanup_fd_ int fd = sbx_openat2(AT_FDCWD, source->path, O_PATH, 0,
@@ -35,18 +49,11 @@ int sbx_mount_clone(const struct sbx_source *source, int proc)
 	_cleanup_fd_ int tree = sbx_open_tree(fd, "", AT_EMPTY_PATH | source->recursive);
 	if (tree < 0)
 		return tree;
-	if (source->uid_map) {
-		userns = sbx_idmap_userns(proc, source->uid_map, source->gid_map);
-		if (userns < 0)
-			return userns;
-		attr.attr_set |= MOUNT_ATTR_IDMAP;
-		attr.userns_fd = (__u64)userns;
-	}
-	ret = sbx_mount_setattr(tree, source->recursive, &attr);
+	ret = dress(tree, source, proc);
 	return ret < 0 ? (int)ret : sbx_steal_fd(&tree);
 }
 
-/* A detached, recursive copy of a bind's source with the bind's attributes. */
+/* A detached, recursive copy of a bind's source with the bind's attributes; or what is on the block device that it is. */
 static int open_bind(const struct sbx_plan *p, const struct sbx_mount *m, int proc)
 {
 	const struct sbx_source source = {
@@ -54,39 +61,21 @@ static int open_bind(const struct sbx_plan *p, const struct sbx_mount *m, int pr
 		.uid_map = sbx_optional(p, m->uid_map),
 		.gid_map = sbx_optional(p, m->gid_map),
 		.attrs = m->attrs,
-		.recursive = AT_RECURSIVE,
+		.recursive = m->options ? 0 : AT_RECURSIVE,
 		.dir = m->flags & SBX_MOUNT_DIR,
 	};
 
-	return sbx_mount_clone(&source, proc);
+	if (!m->options)
+		return sbx_mount_clone(&source, proc);
+	_cleanup_fd_ int tree = sbx_mount_fs("ext4", sbx_str(p, m->options), 0);
+	int ret = tree < 0 ? tree : dress(tree, &source, proc);
+	return ret < 0 ? ret : sbx_steal_fd(&tree);
 }
 
 int sbx_mount_open_source(const struct sbx_plan *p, uint32_t index, int proc, struct sbx_error *err)
 {
 	int tree = open_bind(p, mount_at(p, index), proc);
 	return tree < 0 ? sbx_fail(err, SBX_STAGE_SOURCE, index, tree) : tree;
-}
-
-/* A detached new mount of a file system type. */
-int sbx_mount_fs(const char *fstype, const char *options, unsigned attrs)
-{
-	_cleanup_fd_ int fs = sbx_fsopen(fstype);
-	long ret;
-
-	if (fs < 0)
-		return fs;
-	for (const char *key = options; key && *key;) {
-		const char *value = sbx_next(key);
-		ret = *value ? sbx_sys(SYS_fsconfig, fs, FSCONFIG_SET_STRING, key, value, 0) :
-			       sbx_sys(SYS_fsconfig, fs, FSCONFIG_SET_FLAG, key, NULL, 0);
-		if (ret < 0)
-			return (int)ret;
-		key = sbx_next(value);
-	}
-	ret = sbx_sys(SYS_fsconfig, fs, FSCONFIG_CMD_CREATE, NULL, NULL, 0);
-	if (ret < 0)
-		return (int)ret;
-	return (int)sbx_sys(SYS_fsmount, fs, FSMOUNT_CLOEXEC, attrs);
 }
 
 /* Make the missing parts of an absolute path below `root`; the last part a file unless `dir`. */

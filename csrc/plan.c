@@ -95,7 +95,7 @@ static bool mount_ok(const struct arena *a, const struct sbx_mount *m)
 	const uint32_t attrs = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC |
 			       MOUNT_ATTR_IDMAP;
 
-	if (m->kind < SBX_MOUNT_BIND || m->kind > SBX_MOUNT_OVERLAY || m->flags > 7 || m->mode > 07777 ||
+	if (m->kind < SBX_MOUNT_BIND || m->kind > SBX_MOUNT_OVERLAY || m->flags > 15 || m->mode > 07777 ||
 	    (m->attrs & ~attrs))
 		return false;
 	if (!path_ok(a, m->target) || !options_ok(a, m->options))
@@ -106,6 +106,8 @@ static bool mount_ok(const struct arena *a, const struct sbx_mount *m)
 					    m->uid_map || m->gid_map)
 		return false;
 	if (m->kind != SBX_MOUNT_OVERLAY && m->lowers)
+		return false;
+	if (m->flags & SBX_MOUNT_BOUNDED && m->kind != SBX_MOUNT_BIND)
 		return false;
 	return m->kind <= SBX_MOUNT_MASK || !(m->flags & SBX_MOUNT_LATE);
 }

@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 /* cdef-begin */
-enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 5 };
+enum { SBX_PLAN_MAGIC = 0x50584253, SBX_REQUEST_MAGIC = 0x52584253, SBX_LAYOUT = 6 };
 
 /* Upper bounds that keep every loop in the child short and every array on its stack. */
 enum {
@@ -28,8 +28,8 @@ enum {
 	SBX_MAX_FILTER = 4096,
 	SBX_MAX_INLINE = 32768,
 	SBX_MAX_APPLIED = 262144,
-	SBX_MAX_GROUPS = 12,	 /* descriptors for enum sbx_group_use */
-	SBX_MAX_FDS = 84,	 /* of one message: those to pass, the groups', and a few */
+	SBX_MAX_GROUPS = 32,	 /* descriptors for enum sbx_group_use */
+	SBX_MAX_FDS = 104,	 /* of one message: those to pass, the groups', and a few */
 	SBX_MAX_LAUNCHERS = 256, /* commands at once in one sandbox; more of them queue */
 	SBX_MAX_FOLLOWERS = 16,	 /* of one detached command */
 	SBX_MAX_LAYERS = 64,	 /* sealed ones below what is written to */
@@ -109,9 +109,10 @@ enum sbx_mount_kind {
 };
 
 enum sbx_mount_flags {
-	SBX_MOUNT_DIR = 1,    /* bind: the source is a directory (else any other type) */
-	SBX_MOUNT_CREATE = 2, /* make missing mount points; the parent is a tmpfs of ours */
-	SBX_MOUNT_LATE = 4,   /* bind or mask below a per-sandbox mount: attached in the sandbox */
+	SBX_MOUNT_DIR = 1,     /* bind: the source is a directory (else any other type) */
+	SBX_MOUNT_CREATE = 2,  /* make missing mount points; the parent is a tmpfs of ours */
+	SBX_MOUNT_LATE = 4,    /* bind or mask below a per-sandbox mount: attached in the sandbox */
+	SBX_MOUNT_BOUNDED = 8, /* bind: of a file system that is as large as somebody has said */
 };
 
 /*
@@ -125,7 +126,8 @@ struct sbx_mount {
 	uint32_t source;  /* string: absolute host path without symbolic links (bind) */
 	uint32_t target;  /* string: absolute path inside */
 	uint32_t attrs;	  /* MOUNT_ATTR_* of mount_setattr(2) and fsmount(2) */
-	uint32_t options; /* key NUL value NUL ... NUL, for fsconfig(2); a flag has an empty value */
+	uint32_t options; /* key NUL value NUL ... NUL, for fsconfig(2); a flag has an empty value. BIND: of the ext4 on
+			   * the block device that its source is */
 	uint32_t uid_map; /* strings: id map of an id-mapped bind, or 0 */
 	uint32_t gid_map;
 	uint32_t mode;	/* SCRATCH, OVERLAY: of the directory */
@@ -321,7 +323,7 @@ enum sbx_group_use {
 	SBX_GROUP_SLOTS_PIDS,
 	SBX_GROUP_SLOTS_CPUACCT,
 	SBX_GROUP_SLOTS_BLKIO,
-	SBX_GROUP_HOLD, /* no group: what the host wants to be open as long as init of a sandbox that stays lives */
+	SBX_GROUP_HOLD, /* no group: what the host wants to be open as long as init lives */
 };
 
 /* What a group has counted; differences, if it was there before. */
@@ -484,6 +486,16 @@ struct sbx_pause {
 	uint64_t since; /* CLOCK_MONOTONIC, ns; 0: it runs */
 };
 
+/* What was full when a command had failed: room.c. */
+enum sbx_full { SBX_FULL_NOT = 0, SBX_FULL_BYTES, SBX_FULL_INODES };
+enum { SBX_ROOM_SCRATCH = 1, SBX_ROOM_MOUNT = 2 };
+struct sbx_room {
+	uint32_t full;	/* enum sbx_full */
+	uint32_t where; /* SCRATCH, or MOUNT + index */
+	uint64_t size;	/* bytes or inodes */
+	uint64_t used;
+};
+
 enum sbx_clock { SBX_CLOCK_RECEIVED, SBX_CLOCK_STARTED, SBX_CLOCK_FORK, SBX_CLOCK_EXEC, SBX_CLOCK_EXITED, SBX_CLOCKS };
 
 struct sbx_record {
@@ -504,6 +516,7 @@ struct sbx_record {
 	uint64_t majflt;
 	uint64_t inblock;
 	uint64_t oublock;
+	struct sbx_room room; /* EXIT, if it failed */
 };
 
 /*

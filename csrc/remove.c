@@ -12,6 +12,8 @@ enum { KNOWN_LEVELS = 65536 }; /* so many ways back up are remembered */
 
 #define PATIENCE_NS 50000000000u /* less than the host's */
 
+#define BELOW (RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV)
+
 struct level {
 	uint64_t dev, ino;
 };
@@ -19,6 +21,7 @@ struct level {
 /* Where the removal is: `top` and `at` are open, the levels between them are only known. */
 struct removal {
 	int top, at;
+	bool force;
 	uint64_t depth, known; /* levels above `at`; so many of them are in `above` */
 	struct level *above;   /* KNOWN_LEVELS of them, by depth modulo that */
 };
@@ -78,12 +81,20 @@ static void move_to(struct removal *r, int fd)
 	r->at = fd;
 }
 
+/* A directory of one's own whose mode keeps its owner out is opened up: for who wants all of it gone. */
+static void unlock(int dir, const char *name)
+{
+	_cleanup_fd_ int fd = sbx_openat2(dir, name, O_PATH | O_DIRECTORY | O_NOFOLLOW, 0, BELOW);
+	if (fd >= 0)
+		(void)sbx_sys(SYS_fchmodat, dir, name, 0700); /* whoever could swap it could do this himself */
+}
+
 /* Never onto another mount: what is attached there was granted, and is not this tree's. */
 static long descend(struct removal *r, const char *name)
 {
-	const uint64_t resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV;
-
-	int fd = sbx_openat2(r->at, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0, resolve);
+	if (r->force)
+		unlock(r->at, name);
+	int fd = sbx_openat2(r->at, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0, BELOW);
 	if (fd < 0)
 		return gone(fd) ? 0 : fd == -EXDEV ? -EBUSY : fd;
 	long ret = identify(r->at, &r->above[r->depth % KNOWN_LEVELS]);
@@ -141,22 +152,26 @@ static long remove_below(struct removal *r, int dir, const char *name)
 	}
 }
 
-/* Remove what `name` is in the directory `dir`, with everything below. 0 or -errno. */
-long sbx_remove_tree(int dir, const char *name)
+/*
+ * Remove what `name` is in the directory `dir`, with everything below. `force`: whatever the modes of directories, for
+ * an owner to whom nobody does anything there meanwhile. 0 or -errno.
+ */
+long sbx_remove_tree(int dir, const char *name, bool force)
 {
 	const size_t size = KNOWN_LEVELS * sizeof(struct level);
-	const uint64_t resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV;
 
 	long ret = sbx_sys(SYS_unlinkat, dir, name, 0);
 	if (ret != -EISDIR && ret != -EPERM)
 		return ret;
-	_cleanup_fd_ int top = sbx_openat2(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0, resolve);
+	if (force)
+		unlock(dir, name);
+	_cleanup_fd_ int top = sbx_openat2(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0, BELOW);
 	if (top < 0)
 		return top == -EXDEV ? -EBUSY : gone(top) ? ret : top;
 	long map = sbx_sys(SYS_mmap, NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (map < 0 && map > -4096)
 		return map;
-	struct removal r = { .top = top, .at = -1, .above = (struct level *)map };
+	struct removal r = { .top = top, .at = -1, .force = force, .above = (struct level *)map };
 	ret = ascend(&r);
 	if (ret >= 0)
 		ret = remove_below(&r, dir, name);

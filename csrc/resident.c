@@ -326,6 +326,15 @@ static int lift(int fd)
 	return fd >= 0 && fd < 3 ? (int)sbx_sys(SYS_fcntl, fd, F_DUPFD_CLOEXEC, 3) : fd;
 }
 
+/* A process closes what it holds before the kernel kills the rest of its namespace: who waits for it shall find nobody. */
+static void leave_empty(void)
+{
+	long ret = sbx_sys(SYS_kill, -1, SIGKILL);
+
+	while (ret >= 0)
+		ret = sbx_sys(SYS_wait4, -1, NULL, 0, NULL);
+}
+
 int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 {
 	static const uint64_t all = ~0ULL; /* the kernel's sigset_t; a command gets an empty one */
@@ -355,13 +364,14 @@ int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 	if (r.poke < 0 || (overlays && box->void_fd < 0))
 		return sbx_fail(err, SBX_STAGE_LAUNCHER, 1, -EMFILE);
 	int keep[] = {
-		box->control,		box->keeper, box->work, box->spawner->host_pidfd,
-		box->spawner->children, r.poke,	     box->hold, box->void_fd,
+		box->control,		box->keeper, box->work,	   box->spawner->host_pidfd,
+		box->spawner->children, r.poke,	     box->void_fd,
 	};
-	int kept[SBX_COUNT(keep) + SBX_MAX_GROUPS];
+	int kept[SBX_COUNT(keep) + 2 * SBX_MAX_GROUPS];
 	memcpy(kept, keep, sizeof keep);
 	memcpy(kept + SBX_COUNT(keep), box->slot_dir, box->slots * sizeof(int));
-	long ret = sbx_fds_close_except(kept, SBX_COUNT(keep) + box->slots);
+	memcpy(kept + SBX_COUNT(keep) + box->slots, box->hold, box->holds * sizeof(int));
+	long ret = sbx_fds_close_except(kept, SBX_COUNT(keep) + box->slots + box->holds);
 	if (ret >= 0)
 		ret = fill_stdio();
 	if (ret >= 0)
@@ -371,5 +381,7 @@ int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 	if (!box->persistent)
 		sbx_close(sbx_steal_fd(&box->control));
 	(void)serve(&r);
+	if (box->holds)
+		leave_empty();
 	return 0; /* nobody is there to hear of an error any more: the end is the answer */
 }

@@ -109,6 +109,15 @@ int sbx_file_send(int sock, const struct sbx_file_op *op, const void *paths, siz
 
 const char *sbx_stage_name(int stage);
 
+/*
+ * A detached mount of a new file system (or of one that is mounted already, if that is of a block device): fsmount(2).
+ * `options`: key NUL value NUL ... NUL. A descriptor or -errno.
+ */
+int sbx_mount_fs(const char *fstype, const char *options, unsigned attrs);
+
+/* Remove what `name` is in the directory `dir`, with everything below, through no link. 0 or -errno. */
+long sbx_remove_tree(int dir, const char *name, bool force);
+
 /* The kernel's Landlock ABI, or 0. */
 int sbx_landlock_abi(void);
 

@@ -101,7 +101,7 @@ static long unpack(int tree, int stream)
 	long ret = sbx_sys(SYS_mkdirat, tree, "links", 0700);
 	_cleanup_fd_ int links = ret < 0 ? (int)ret : sbx_openat2(tree, "links", O_PATH | O_DIRECTORY, 0, 0);
 	ret = links < 0 ? links : sbx_unpack_tree(tree, stream, links);
-	return ret < 0 ? ret : sbx_remove_tree(tree, "links");
+	return ret < 0 ? ret : sbx_remove_tree(tree, "links", false);
 }
 
 /* A child does what takes as long as there is much of it, and answers. */

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         SpecError,
         TooManySandboxes,
         UnsupportedHost,
+        VolumeNotFound,
     )
     from sandboxcore.fileops import FileInfo
     from sandboxcore.files import Files
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from sandboxcore.spec import Limits, Mount, SandboxSpec
     from sandboxcore.store import SandboxRecord
     from sandboxcore.template import Template
+    from sandboxcore.volumes import Volume, Volumes, VolumeUsage
 
 __version__ = "0.1.0"
 
@@ -64,6 +66,7 @@ _HOME = {
         *("CommandFailed", "ExecError", "InvalidTransition", "ProgramNotExecutable", "ProgramNotFound"),
         *("ProgramPathInvalid", "SandboxBusy", "SandboxError", "SandboxGone", "SandboxNotFound"),
         *("SandboxTimeout", "SetupError", "SpecError", "TooManySandboxes", "UnsupportedHost"),
+        "VolumeNotFound",
     ),
     "cgroup_group": ("GroupUsage",),
     "command": ("Exit", "Process", "Stderr", "Stdout"),
@@ -85,6 +88,7 @@ _HOME = {
     "spec": ("Limits", "Mount", "SandboxSpec"),
     "store": ("SandboxRecord",),
     "template": ("Template",),
+    "volumes": ("Volume", "VolumeUsage", "Volumes"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -140,6 +144,10 @@ __all__ = [
     "TooManySandboxes",
     "UnsupportedHost",
     "Usage",
+    "Volume",
+    "VolumeNotFound",
+    "VolumeUsage",
+    "Volumes",
     "gc",
     "host_limits",
     "list_sandboxes",

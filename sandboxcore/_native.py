@@ -4,6 +4,7 @@ Failures leave here bare, as :class:`NativeFailure` (stage, index, errno); :mod:
 renders them with what it knows about the plan.
 """
 
+import errno
 import functools
 import mmap
 import os
@@ -12,7 +13,7 @@ import struct
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 from sandboxcore._core import ffi, lib  # the compiled module has no types of its own
 
@@ -230,6 +231,15 @@ METERS = tuple(
 )
 
 
+class Room(NamedTuple):
+    """A file system without room: struct sbx_room. ``mount`` is its index, or None for the scratch."""
+
+    what: str  # "bytes" or "inodes"
+    mount: int | None
+    size: int
+    used: int
+
+
 @dataclass(slots=True)
 class NativeResult:
     """One finished run, in C's words: a wait status, bytes, nanoseconds and microseconds."""
@@ -250,6 +260,7 @@ class NativeResult:
     killed: bool = False  # by somebody's wish
     flooded: bool = False  # killed for its output
     group_limits: Mapping[str, Any] | None = None  # of its control group; where `applied` was asked for
+    room: Room | None = None  # what was full when it had failed
 
 
 _UNBOUNDED = 1 << 62
@@ -317,6 +328,7 @@ _OOM = _RECORD.names.index("out_of_memory")
 _COUNTS = _RECORD.names.index("counts0")
 _COUNTS_END = _COUNTS + len(METERS) + 1
 _CLOCK_END, _USAGE_END = _CLOCK + lib.SBX_CLOCKS, _USAGE + 6
+_ROOM = _RECORD.names.index("room0")
 _ENDED, _ENDED_AT = Header("struct sbx_run").part("exit0", "applied_size")
 
 
@@ -324,6 +336,14 @@ def _counted(values: Sequence[int]) -> Mapping[str, int] | None:
     """A struct sbx_counts by the names of its meters; None if it says nothing."""
     known = values[len(METERS)]
     return {name: values[i] for i, name in enumerate(METERS) if known >> i & 1} if known else None
+
+
+def _full(values: Sequence[int]) -> Room | None:
+    what, where, size, used = values[_ROOM : _ROOM + 4]
+    if what == lib.SBX_FULL_NOT:
+        return None
+    mount = where - lib.SBX_ROOM_MOUNT if where >= lib.SBX_ROOM_MOUNT else None
+    return Room("bytes" if what == lib.SBX_FULL_BYTES else "inodes", mount, size, used)
 
 
 def _result(run: Any) -> NativeResult:
@@ -348,6 +368,7 @@ def _result(run: Any) -> NativeResult:
         bool(values[_OOM + 1] or run.out_of_time),
         bool(values[_OOM - 1]),
         bool(run.flooded),
+        room=_full(values),
     )
 
 
@@ -498,6 +519,23 @@ def receive(socket: int) -> Record | None:
     )
 
 
+def mount_fs(kind: str, options: Sequence[str]) -> int:
+    """A detached mount of a file system, a descriptor: fsmount(2). Raises OSError."""
+    fd: int = lib.sbx_mount_fs(kind.encode(), b"".join(item.encode() + b"\0" for item in options), 0)
+    if fd < 0:
+        raise OSError(-fd, os.strerror(-fd))
+    return fd
+
+
+def remove_tree(directory: int, name: str) -> None:
+    """Remove what has a name in a directory with everything below, however deep, through no link and whatever
+    the modes of its directories. Raises OSError."""
+    while (code := lib.sbx_remove_tree(directory, os.fsencode(name), True)) == -errno.ETIMEDOUT:
+        pass  # much is gone already
+    if code < 0:
+        raise OSError(-code, os.strerror(-code), name)
+
+
 def ended_result(record: Record, began: int, finished: int, applied: bytes) -> NativeResult:
     """The result of a command whose streams went elsewhere, from its EXIT record."""
     values = _RECORD.unpack(ffi.buffer(record.native))
@@ -517,6 +555,7 @@ def ended_result(record: Record, began: int, finished: int, applied: bytes) -> N
         bool(values[_OOM]),
         bool(values[_OOM + 1]),
         record.killed,
+        room=_full(values),
     )
 
 

@@ -46,6 +46,7 @@ from sandboxcore.request import (
 from sandboxcore.result import Decoder, ExecResult, make_result
 from sandboxcore.spawner import Spawner
 from sandboxcore.spec import SandboxSpec
+from sandboxcore.volumes import in_use
 
 __all__ = [
     "DEVNULL",
@@ -98,7 +99,9 @@ async def run(
 
     async def action(connection: Spawner) -> _native.NativeResult:
         if not plan.controllers:
-            return await converse("RUN", connection.fd, request, streams, seconds, kill_flood=flood)
+            return await converse(
+                "RUN", connection.fd, request, streams, seconds, held=held, kill_flood=flood
+            )
         with groups.leased(plan, connection) as group:
             done = await converse(
                 "RUN",
@@ -107,11 +110,12 @@ async def run(
                 streams,
                 seconds,
                 group=group,
+                held=held,
                 kill_flood=flood,
             )
             return groups.counted(done, group)
 
-    with place():
+    with place(), in_use(plan.volumes, f"run-{os.getpid()}", until_end=True) as held:
         done = await with_spawner(plan, request, action)
     result = make_result(plan, request.args, streams, done, Decoder(text, encoding, errors))
     if check:

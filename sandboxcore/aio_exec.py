@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from sandboxcore import _native
@@ -19,7 +19,7 @@ from sandboxcore.aio_loop import News, unsent
 from sandboxcore.aio_streams import Captured, Fed, Relayed
 from sandboxcore.groups import RunGroup
 from sandboxcore.link import Link
-from sandboxcore.request import Request
+from sandboxcore.request import HOLD, Request
 
 SOFT, HARD = 0.5, 2.0  # seconds: the chance of init or launcher to report; then the kernel's
 LOST = 0.05  # seconds for init to kill what a dead launcher left
@@ -39,21 +39,22 @@ async def converse(
     *,
     link: Link | None = None,
     group: RunGroup | None = None,
+    held: Sequence[int] = (),
     kill_flood: bool = False,
     spare: Callable[[], bool] = lambda: False,
 ) -> _native.NativeResult:
     """Run a request to its end. Raises NativeFailure.
 
     ``address`` leads to the spawner (RUN), or to the launchers of the sandbox that ``link`` leads to (EXEC).
-    ``group`` is the fresh sandbox's own (RUN). With ``kill_flood`` more output than is kept ends it. No time
-    counts while the sandbox is suspended.
+    ``group`` is the fresh sandbox's own (RUN), ``held`` what its init keeps open. With ``kill_flood`` more
+    output than is kept ends it. No time counts while the sandbox is suspended.
 
     When cancelled, the command is gone before that is raised. A command that cannot be killed otherwise
     takes its sandbox with it; after a cancellation not if ``spare()``.
     """
     conversation = Conversation(kind, link, group, spare)
     try:
-        conversation.send(address, request, streams, kill_flood=kill_flood)
+        conversation.send(address, request, streams, held, kill_flood=kill_flood)
         return await conversation.result(seconds)
     except GeneratorExit:  # there is no loop any more
         raise
@@ -100,11 +101,19 @@ class Conversation:
 
     # --- start ------------------------------------------------------------------------------------
 
-    def send(self, address: int, request: Request, streams: _native.Streams, *, kill_flood: bool) -> None:
+    def send(
+        self,
+        address: int,
+        request: Request,
+        streams: _native.Streams,
+        held: Sequence[int],
+        *,
+        kill_flood: bool,
+    ) -> None:
         """Make the channels and send the request. Raises NativeFailure."""
         group = self._group
-        body = request.data if group is None else request.within(group.uses)
-        more = [*request.pass_fds, *(() if group is None else group.fds)]
+        body = request.within([*(() if group is None else group.uses), *HOLD * len(held)])
+        more = [*request.pass_fds, *(() if group is None else group.fds), *held]
         try:
             try:
                 self._open(streams, self._flood if kill_flood else _nothing)

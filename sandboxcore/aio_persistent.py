@@ -16,11 +16,12 @@ from sandboxcore.aio_sandbox import Sandbox
 from sandboxcore.changes import FileChange
 from sandboxcore.lifecycle import SandboxState, check_move
 from sandboxcore.link import ANSWER_PATIENCE, Home
-from sandboxcore.persistent import Collected, StatePath
+from sandboxcore.persistent import Collected
 from sandboxcore.resources import LimitChange
 from sandboxcore.saved import SnapshotStore
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import SandboxSpec
+from sandboxcore.statedir import StatePath
 from sandboxcore.store import SandboxRecord, Store
 
 

@@ -181,6 +181,7 @@ class Sandbox:
             if self.state is not SandboxState.DESTROYED:
                 everything: list[Any] = [*self._processes, *self._own._detached.values()]
                 busy = self._busy > 0 or any(command.returncode is None for command in everything)
+                busy = busy or bool(self._own._plan.volumes)  # which somebody else may wait for
                 await self._end(SandboxState.DESTROYED, wait=busy)
 
     async def destroy(self) -> None:

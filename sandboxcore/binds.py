@@ -244,7 +244,7 @@ def _opened(wanted: Mount, host: HostFeatures, ids: tuple[int, int]) -> tuple[Tr
             raise SetupError("host", error.errno) from error
         raise SpecError(f"bind: source {wanted.source!r}: {error.strerror}") from error
     st = os.fstat(there)
-    return granted(wanted, real, st, owner_maps(st, host, ids), "live"), there
+    return granted(wanted, real, st, owner_maps((st.st_uid, st.st_gid), host, ids), "live"), there
 
 
 def _waited(steps: Steps) -> None:

@@ -49,7 +49,7 @@ class _Verbs(click.Group):
 
 def _living() -> click.Group:
     # They add themselves.
-    from sandboxcore import cli_living, cli_reading, cli_resources, cli_snapshots  # noqa: F401
+    from sandboxcore import cli_living, cli_reading, cli_resources, cli_snapshots, cli_volumes  # noqa: F401
 
     return living
 

@@ -125,6 +125,13 @@ def spec_options(command: Verb) -> Verb:
             metavar="SRC[:DST]",
             help="Show a host directory; what is written there ends with the sandbox.",
         ),
+        click.option(
+            "--volume",
+            "volumes",
+            multiple=True,
+            metavar="NAME:DST[:ro]",
+            help="Show a volume (see the verb volume), writable or read-only.",
+        ),
         click.option("--deny", multiple=True, metavar="PATH", help="Hide a path."),
         click.option("--tmpfs", multiple=True, metavar="DST[:SIZE]", help="Private directory in memory."),
         click.option("--network", type=click.Choice(["none", "private", "host"]), help="Default: none."),
@@ -279,8 +286,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 user_option = click.option("--user", metavar="UID[:GID]", help="Identity inside; default the sandbox's.")
 
 
-def verb(name: str) -> Callable[[Verb], click.Command]:
-    """A verb for persistent sandboxes; each takes the state directory."""
+def verb(name: str, group: click.Group = living) -> Callable[[Verb], click.Command]:
+    """A verb for persistent sandboxes, or of another group; each takes the state directory."""
     option = click.option(
         "--state-dir",
         metavar="DIR",
@@ -288,7 +295,7 @@ def verb(name: str) -> Callable[[Verb], click.Command]:
         callback=_check_dir,
         help="Where sandboxes are on record; default $SANDBOXCORE_STATE_DIR, ~/.local/state/sandboxcore.",
     )
-    return lambda function: living.command(name)(option(function))
+    return lambda function: group.command(name)(option(function))
 
 
 def _check_dir(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:

@@ -15,6 +15,8 @@
     │       └── ProgramNotExecutable (PermissionError)
     ├── InvalidTransition (RuntimeError)     not in this state: .state, .wanted
     ├── SandboxNotFound (LookupError)        no sandbox or command of that name or id
+    ├── VolumeNotFound (LookupError)         no volume of that name
+    ├── SandboxBusy (BlockingIOError)        not now: something runs in it, or somebody has the volume
     ├── SandboxGone (ConnectionError)        its init has ended: killed from outside, or with its host process
     ├── CommandFailed (CalledProcessError)   check=True and a non-zero status
     └── SandboxTimeout (TimeoutError)        check=True and the time was up
@@ -137,12 +139,17 @@ class SandboxNotFound(SandboxError, LookupError):
     """No sandbox, or no command in it, has this name or id."""
 
 
+class VolumeNotFound(SandboxError, LookupError):
+    """No volume has this name."""
+
+
 class SandboxGone(SandboxError, ConnectionError):
     """The sandbox was running and is not any more; nothing of it is left."""
 
 
 class SandboxBusy(SandboxError, BlockingIOError):
-    """Something runs in the sandbox that must not while this is done; nothing has changed."""
+    """Something runs in the sandbox that must not while this is done, or a sandbox has the volume; nothing
+    has changed."""
 
 
 class SnapshotNotFound(SandboxError, LookupError):

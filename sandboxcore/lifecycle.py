@@ -4,7 +4,7 @@ import enum
 import os
 import time
 
-from sandboxcore.errors import InvalidTransition, SpecError
+from sandboxcore.errors import InvalidTransition
 
 
 class SandboxState(enum.StrEnum):
@@ -35,16 +35,6 @@ def check_move(name: str, state: SandboxState, to: SandboxState, wanted: str) ->
     """Raise :class:`InvalidTransition` unless ``to`` may follow ``state``."""
     if not can_move(state, to):
         raise InvalidTransition(name, state.value, wanted)
-
-
-def check_name(name: str) -> None:
-    """Raise :class:`SpecError` unless it is 1 to 64 letters, digits, ``_``, ``.`` or ``-``, no dot or dash
-    first."""
-    known = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
-    if not isinstance(name, str) or not 1 <= len(name) <= 64 or not set(name) <= known or name[0] in ".-":
-        raise SpecError(
-            f"name: {name!r} is not 1 to 64 letters, digits, '_', '.' or '-' (these two not first)"
-        )
 
 
 def new_id(prefix: str) -> str:

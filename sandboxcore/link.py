@@ -24,6 +24,7 @@ from sandboxcore.plan import Plan
 from sandboxcore.request import sandbox_request
 from sandboxcore.spawner import Spawner
 from sandboxcore.spec import Limits
+from sandboxcore.volumes import in_use
 
 START_PATIENCE = 30.0  # seconds for a sandbox, or a program in it, to start
 ANSWER_PATIENCE = 5.0  # seconds for init to do what it was told
@@ -427,8 +428,8 @@ class Birth:
                         ends_with_us(group)
                 if home is not None:
                     home.group = group
-                if place >= 0:
-                    found = [*found, ("HOLD", place)]
+                held = stack.enter_context(in_use(plan.volumes, name))
+                found = [*found, *(("HOLD", fd) for fd in (place, *held) if fd >= 0)]
                 return cls._send(plan, connection, home, found, group, layers=layers)
         except BaseException:
             if group is not None:

@@ -21,7 +21,7 @@ from sandboxcore.identity import boot_id, pid_of, start_ticks
 from sandboxcore.journal import Journal
 from sandboxcore.layers import Layers
 from sandboxcore.layerstore import collecting
-from sandboxcore.lifecycle import SandboxState, check_move, check_name, new_id
+from sandboxcore.lifecycle import SandboxState, check_move, new_id
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link
 from sandboxcore.persistent_files import PersistentFiles
 from sandboxcore.plan import Plan, reopened_plan, updated_plan
@@ -29,10 +29,11 @@ from sandboxcore.request import Request
 from sandboxcore.resources import LimitChange
 from sandboxcore.saved import SnapshotStore
 from sandboxcore.snapshots import Snapshot
-from sandboxcore.spec import Mount, SandboxSpec, StrPath
+from sandboxcore.spec import Mount, SandboxSpec, StrPath, check_name
+from sandboxcore.statedir import StatePath
 from sandboxcore.store import CommandRecord, SandboxRecord, Store
+from sandboxcore.volumes import Volumes
 
-StatePath = str | os.PathLike[str] | None
 _TOUCH = 1.0  # seconds between two notes of activity
 
 
@@ -60,6 +61,7 @@ class PersistentSandbox(PersistentFiles):
     ) -> None:
         if name is not None:
             check_name(name)
+        self._state_dir = state_dir
         super().__init__(spec, name=name, **about)
         self._store = Store(state_dir)
         record = SandboxRecord(
@@ -106,7 +108,7 @@ class PersistentSandbox(PersistentFiles):
     @classmethod
     def _of(cls, store: Store, record: SandboxRecord) -> Self:
         self = cls.__new__(cls)
-        self._store, self._record = store, record
+        self._store, self._record, self._state_dir = store, record, store.path
         self.spec = SandboxSpec.from_dict(record.spec)
         self.id, self.name, self.labels = record.id, record.name, dict(record.labels)
         self.description, self.metadata, self.owner = record.description, dict(record.metadata), record.owner
@@ -397,9 +399,9 @@ def _drop_group(store: Store, sandbox_id: str) -> None:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collected:
     """What :func:`gc` did: ids of sandboxes found dead; what no record knew: directories, and files in
-    them as "sandbox/file", and layers of images as "layers/name"; control groups in which nothing can run any
-    more, as absolute paths; layers that no snapshot has, likewise; directories into which a commit was
-    finished."""
+    them as "sandbox/file", remains of volumes, and layers of images as "layers/name"; control groups in which
+    nothing can run any more, as absolute paths; layers that no snapshot has, likewise; directories into which
+    a commit was finished."""
 
     ended: tuple[str, ...]
     removed: tuple[str, ...]
@@ -469,6 +471,7 @@ def _collect(
     for layer in collecting(store.path, unused_for=unused_layers, dry_run=dry_run):
         removed.append(f"layers/{layer}")
         yield
+    removed += [f"volumes/{name}" for name in Volumes(store.path).gc(dry_run=dry_run)]
 
 
 def _may_run(store: Store, record: SandboxRecord) -> bool:

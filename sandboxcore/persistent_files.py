@@ -147,7 +147,7 @@ class PersistentFiles(Sandbox):
     @contextlib.contextmanager
     def _quiet(self, wanted: str) -> Iterator[None]:
         if not self._plan.data:
-            self._plan = completed_plan(self._plan)
+            self._plan = completed_plan(self._plan, self._store.path)
         with super()._quiet(wanted):
             yield
 

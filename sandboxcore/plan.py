@@ -9,6 +9,7 @@ import os
 import resource
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from sandboxcore import _native, cgroup
@@ -17,7 +18,9 @@ from sandboxcore.errors import SetupError, SpecError, UnsupportedHost
 from sandboxcore.host import ID_RANGE, HostFeatures
 from sandboxcore.seccomp import compile_filter, hosts_launcher, resolve, without_set_id
 from sandboxcore.spec import MAX_LAYERS, Limits, SandboxSpec
+from sandboxcore.statedir import StatePath
 from sandboxcore.tree import Mount, Node, Tree, below, identity
+from sandboxcore.volumes import Source, Volumes
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -100,6 +103,7 @@ class Plan:
     overlays: tuple[Overlay, ...] = ()  # that are written to
     held: tuple[object, ...] = field(default=(), repr=False, compare=False)  # layers, unpacked for it
     mounted: tuple[tuple[str, bool], ...] = ()  # targets, and whether what is there is private and writable
+    volumes: tuple[Source, ...] = field(repr=False, default=())
     restated: bool = False  # the template knows other rlimits: a request brings them
     id_maps: tuple[str, str] = ("", "")  # uid_map and gid_map
     ids: tuple[int, int] = field(init=False)  # uid and gid of the payload, as seen inside
@@ -142,17 +146,19 @@ class Plan:
         return names[index] if 0 <= index < len(names) else ""
 
 
-def compile_plan(spec: SandboxSpec, host: HostFeatures) -> Plan:
-    """The plan of a spec on this host, cached until something it is made from changes.
+def compile_plan(spec: SandboxSpec, host: HostFeatures, state_dir: StatePath = None) -> Plan:
+    """The plan of a spec on this host, cached until something it is made from changes. ``state_dir``: where
+    its volumes are.
 
     Raises :class:`SpecError` for a source that does not exist and :class:`UnsupportedHost` for what the
     host cannot do.
     """
-    key = (spec.fingerprint, host)
+    volumes = Volumes(state_dir)
+    key = (spec.fingerprint, host, volumes.path if spec.uses_volumes() else None)
     plan = _cache.get(key)
     if plan is None or not plan.is_fresh():
         try:
-            plan = _Compiler(spec, host).compile()
+            plan = _Compiler(spec, host, volumes).compile()
         except OSError as error:  # of this process: too many open files, for instance
             raise SetupError("host", error.errno or 0, subject=str(error.filename or "")) from error
         if len(_cache) >= 256:
@@ -183,10 +189,10 @@ def reopened_plan(spec: SandboxSpec, host: HostFeatures, omitted: tuple[str, ...
     )
 
 
-def completed_plan(plan: Plan) -> Plan:
+def completed_plan(plan: Plan, state_dir: StatePath) -> Plan:
     """The same, also with what its template would be, by what the host is now. Raises what
     :func:`compile_plan` does."""
-    whole = compile_plan(plan.spec, plan.host)
+    whole = compile_plan(plan.spec, plan.host, state_dir)
     return replace(
         plan, id=whole.id, data=whole.data, names=whole.names, overlays=whole.overlays, id_maps=whole.id_maps
     )
@@ -199,14 +205,14 @@ def updated_plan(plan: Plan, spec: SandboxSpec) -> Plan:
     return replace(plan, spec=spec, rlimits=tuple(rlimits), group_limits=limits, restated=True)
 
 
-_cache: dict[tuple[str, HostFeatures], Plan] = {}
+_cache: dict[tuple[str, HostFeatures, Path | None], Plan] = {}
 
 
 class _Compiler:
     """One compilation: the tree, the limits and rules, then the arena."""
 
-    def __init__(self, spec: SandboxSpec, host: HostFeatures) -> None:
-        self.spec, self.host = spec, host
+    def __init__(self, spec: SandboxSpec, host: HostFeatures, volumes: Volumes) -> None:
+        self.spec, self.host, self.volumes = spec, host, volumes
         self.uid, self.gid = spec.ids()
         self.omitted: list[str] = []
 
@@ -214,7 +220,7 @@ class _Compiler:
         """Everything that can be refused is refused before the first byte is written."""
         self.controllers, missing = _controllers(self.spec)
         self.omitted += missing
-        self.tree = Tree(self.spec, self.host)
+        self.tree = Tree(self.spec, self.host, self.volumes)
         overlays = [mount for mount in self.tree.mounts if mount.kind == "OVERLAY" and mount.writable]
         if overlays and not self.host.tmpfs_xattr:
             raise UnsupportedHost(
@@ -224,7 +230,8 @@ class _Compiler:
         self.rlimits = _resource_limits(self.spec.limits, self.host, self.uid, "pids" in self.controllers)
         self.landlock_fs, self.landlock_scoped, self.rules = self._landlock()
         self.policy = resolve(self.spec.seccomp or "standard")
-        if self.spec.live_binds == "rw" or any(mount.origin == "spec rw" for mount in self.tree.mounts):
+        written = ("spec rw", "spec volume")
+        if self.spec.live_binds == "rw" or any(m.writable and m.origin in written for m in self.tree.mounts):
             self.policy = without_set_id(self.policy)
         self.filter = compile_filter(self.policy)
         return self._plan(self._write())
@@ -379,7 +386,12 @@ class _Compiler:
                 mount.options = arena.data(_options(options))
             if item.id_maps:
                 mount.uid_map, mount.gid_map = (arena.data(text.encode()) for text in item.id_maps)
-            flags = {"DIR": item.directory, "CREATE": item.create, "LATE": item.late}
+            flags = {
+                "DIR": item.directory,
+                "CREATE": item.create,
+                "LATE": item.late,
+                "BOUNDED": item.bounded,
+            }
             mount.flags = sum(_native.constant(f"MOUNT_{name}") for name, on in flags.items() if on)
 
     # --- for people ---------------------------------------------------------------------------
@@ -406,6 +418,7 @@ class _Compiler:
             mounted=tuple((m.target, m.writable and m.kind != "BIND") for m in self.tree.mounts),
             controllers=self.controllers,
             group_limits=_group_limits(self.spec.limits, self.omitted),
+            volumes=tuple(self.tree.sources.values()),
         )
 
     def _names(self) -> dict[str, tuple[str, ...]]:

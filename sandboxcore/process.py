@@ -21,9 +21,10 @@ from sandboxcore.errors import (
     UnsupportedHost,
 )
 from sandboxcore.plan import Plan, compile_plan
-from sandboxcore.request import PIPE, File, FileContent, Program, Request, StrOrBytes, make_streams
+from sandboxcore.request import HOLD, PIPE, File, FileContent, Program, Request, StrOrBytes, make_streams
 from sandboxcore.result import Decoder, ExecResult, make_result
 from sandboxcore.spec import SandboxSpec
+from sandboxcore.volumes import in_use
 
 Done = TypeVar("Done")
 
@@ -106,21 +107,22 @@ def _execute(
 
     def action(connection: spawner.Spawner) -> _native.NativeResult:
         if not plan.controllers:
-            fds = request.pass_fds
-            return _native.run(connection.fd, request.data, streams, timeout, fds, kill_flood=flood)
+            fds = [*request.pass_fds, *held]
+            data = request.within(HOLD * len(held))
+            return _native.run(connection.fd, data, streams, timeout, fds, kill_flood=flood)
         with groups.leased(plan, connection) as group:
             done = _native.run(
                 connection.fd,
-                request.within(group.uses),
+                request.within([*group.uses, *HOLD * len(held)]),
                 streams,
                 timeout,
-                [*request.pass_fds, *group.fds],
+                [*request.pass_fds, *group.fds, *held],
                 watch=group.watch,
                 kill_flood=flood,
             )
             return groups.counted(done, group)
 
-    with place():
+    with place(), in_use(plan.volumes, f"run-{os.getpid()}", until_end=True) as held:
         return with_spawner(plan, request, action)
 
 
@@ -226,7 +228,9 @@ def render(plan: Plan, request: Request | None, failure: _native.NativeFailure) 
     unsupported = _UNSUPPORTED.get((stage, code))
     if (stage, code) == ("mount", E.EPERM) and " on /proc " in subject:
         unsupported = ("a new /proc in a user namespace", "proc")
-    mapped = " rw)" in subject or (plan.host.mode == "root" and _OVERLAY.search(subject))
+    mapped = re.search(r" rw\)|spec volume", subject) or (
+        plan.host.mode == "root" and _OVERLAY.search(subject)
+    )
     if (stage, code) == ("source", E.EINVAL) and mapped:
         unsupported = (f"an id-mapped mount of {subject}", "idmapped_mount")
     if stage == "mount" and code in (E.ENODEV, E.EPERM) and _OVERLAY.search(subject):

@@ -21,6 +21,7 @@ Program = str | bytes | os.PathLike[str]
 File = int | IO[Any] | None
 FileContent = StrOrBytes | tuple[StrOrBytes, int]
 
+HOLD = ("HOLD",)  # enum sbx_group_use: of what init keeps open
 PATH_MAX = 4096
 ARG_MAX = 128 * 1024  # MAX_ARG_STRLEN of execve(2): the longest single argument
 

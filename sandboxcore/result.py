@@ -28,7 +28,7 @@ class Cause(enum.StrEnum):
     PIDS = "pids"  # its cgroup ran out of processes
     SECCOMP = "seccomp"  # SIGSYS: a system call that the filter answers with death
     OUTPUT = "output"  # more output than allowed
-    DISK = "disk"  # RLIMIT_FSIZE: SIGXFSZ
+    DISK = "disk"  # it failed, and what it may write to was full; or a file too large: RLIMIT_FSIZE, SIGXFSZ
     KILLED = "killed"  # by somebody outside, or with its sandbox
     SETUP = "setup"  # never ran
 
@@ -74,6 +74,12 @@ class ExecResult:
     capabilities: with ``record=True``, what was applied, read back from the kernel.
     detail: where a limit ended it, which one, and the numbers; for ``seccomp``, the system call where the
         kernel's log may be read (as root).
+
+    Cause ``disk`` is told from the end: the command failed, and just then no byte or no inode was left in
+    what is bounded by ``limits.disk`` and ``limits.inodes``, or in a tmpfs with a size; or less than a large
+    write takes at once (2 MiB, or an eighth of it) in a volume with a quota. One that removes what it wrote
+    before it fails, or asked for more at once than there was, has cause ``exited``; of several commands each
+    that fails meanwhile has cause ``disk``.
     """
 
     args: tuple[Program, ...]
@@ -139,6 +145,8 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
     ended = os.WTERMSIG(done.status) if os.WIFSIGNALED(done.status) else 0
     killed = ended == signal.SIGKILL
     by_clock = limits.cpu_time is not None and (killed or ended == signal.SIGXCPU)
+    # Or it sent that to itself. RLIMIT_CPU goes by clock ticks: on a busy machine it is early by far.
+    enough = by_clock and sum(_cpu(done)) >= (limits.cpu_time or 0) * 0.5e6
     causes = {  # the first that holds
         Cause.TIMEOUT: done.timed_out,
         Cause.OUTPUT: done.flooded,
@@ -146,15 +154,12 @@ def _cause(limits: Limits, done: _native.NativeResult) -> Cause:
         Cause.CPU_TIME: done.out_of_time,
         Cause.KILLED: done.lost or (killed and done.killed),
         Cause.PIDS: counts.get("pids_refused"),
-        Cause.EXITED: not ended,
         Cause.SECCOMP: ended == signal.SIGSYS,
-        Cause.DISK: ended == signal.SIGXFSZ and limits.file_size is not None,
+        Cause.DISK: (done.room and not enough) or (ended == signal.SIGXFSZ and limits.file_size is not None),
+        Cause.EXITED: not ended,
     }
-    if found := next((cause for cause, holds in causes.items() if holds), None):
-        return found
-    # Or it sent that to itself. RLIMIT_CPU goes by clock ticks: on a busy machine it is early by far.
-    enough = by_clock and sum(_cpu(done)) >= (limits.cpu_time or 0) * 0.5e6
-    return Cause.CPU_TIME if enough else Cause.SIGNALED
+    last = Cause.CPU_TIME if enough else Cause.SIGNALED
+    return next((cause for cause, holds in causes.items() if holds), last)
 
 
 def _detail(cause: Cause, plan: Plan, limits: Limits, done: _native.NativeResult) -> str:
@@ -169,9 +174,19 @@ def _detail(cause: Cause, plan: Plan, limits: Limits, done: _native.NativeResult
         Cause.PIDS: f"limits.pids: {limits.pids}, {counts.get('pids_refused', 0)} forks refused",
         Cause.CPU_TIME: f"limits.cpu_time: {limits.cpu_time} s, used {used:.3f} s",
         Cause.OUTPUT: f"limits.output: {_size(limits.output)}, written {_size(max(done.totals))}",
-        Cause.DISK: f"limits.file_size: {_size(limits.file_size)}",
+        Cause.DISK: _room(plan, done.room) if done.room else f"limits.file_size: {_size(limits.file_size)}",
     }
     return texts.get(cause, "")
+
+
+def _room(plan: Plan, room: _native.Room) -> str:
+    """What was full, and how large it is."""
+    if room.mount is None:
+        name = "limits.disk" if room.what == "bytes" else "limits.inodes"
+    else:
+        name = f"{room.what} of {plan.subject('mount', room.mount) or 'a mount'}"
+    used, size = (_size(n) if room.what == "bytes" else str(n) for n in (room.used, room.size))
+    return f"{name}: {used} used of {size}"
 
 
 def _size(value: int | str | None) -> str:

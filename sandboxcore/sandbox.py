@@ -45,6 +45,7 @@ from sandboxcore.result import Decoder, make_result
 from sandboxcore.snapshots import Snapshot, Snapshots
 from sandboxcore.spawner import Spawner
 from sandboxcore.spec import Limits, SandboxSpec, parse_size
+from sandboxcore.statedir import StatePath
 
 
 class Sandbox(Snapshots):
@@ -62,6 +63,8 @@ class Sandbox(Snapshots):
     ------
     SpecError, UnsupportedHost: here, before anything starts. SetupError: from ``start``.
     """
+
+    _state_dir: StatePath = None  # where its volumes are
 
     def __init__(
         self,
@@ -86,7 +89,7 @@ class Sandbox(Snapshots):
         self.last_active_at = self.created_at
         self._state = SandboxState.CREATED
         self._lock = threading.RLock()
-        self._plan = compile_plan(self.spec, host.features())
+        self._plan = compile_plan(self.spec, host.features(), self._state_dir)
         self._link: Link | None = None
         self._capabilities: SandboxCapabilities | None = None
         self._running: weakref.WeakSet[Process] = weakref.WeakSet()
@@ -158,7 +161,7 @@ class Sandbox(Snapshots):
         check_move(self.name, self.state, SandboxState.RUNNING, "start")
         if self._state is SandboxState.PAUSED:
             raise InvalidTransition(self.name, "paused", "start; resume it")
-        self._plan = compile_plan(self.spec, host.features())
+        self._plan = compile_plan(self.spec, host.features(), self._state_dir)
 
     def _started(self, link: Link) -> None:
         self._link = link
@@ -210,6 +213,7 @@ class Sandbox(Snapshots):
             if self._state is not SandboxState.DESTROYED:
                 busy = any(process.returncode is None for process in list(self._running))
                 busy = busy or any(command.returncode is None for command in self._detached.values())
+                busy = busy or bool(self._plan.volumes)  # which somebody else may wait for
                 self._end(SandboxState.DESTROYED, wait=ANSWER_PATIENCE if busy else 0)
 
     def destroy(self) -> None:

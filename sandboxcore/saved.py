@@ -25,10 +25,9 @@ from sandboxcore import durable, host
 from sandboxcore.archive import Names
 from sandboxcore.errors import ArchiveError, SandboxError, SnapshotNotFound, SpecError
 from sandboxcore.layers import Layer
-from sandboxcore.lifecycle import check_name
 from sandboxcore.plan import Plan, compile_plan
 from sandboxcore.snapshots import Snapshot, loaded, write_archive
-from sandboxcore.spec import SandboxSpec
+from sandboxcore.spec import SandboxSpec, check_name
 from sandboxcore.statedir import private_directory
 
 VERSION = 1
@@ -115,7 +114,7 @@ class SnapshotStore:
         """
         with self.holding():
             saved = self.describe(name)
-            plan = compile_plan(spec or SandboxSpec.from_dict(saved.spec), host.features())
+            plan = compile_plan(spec or SandboxSpec.from_dict(saved.spec), host.features(), self.path.parent)
             layers = tuple(self.layer(digest, plan) for digest in saved.layers)
         snapshot = Snapshot(saved.name, saved.sandbox, plan, layers, copied=True)
         snapshot.id, snapshot.created_at = saved.id, saved.created_at

@@ -296,7 +296,7 @@ def without_set_id(policy: SeccompPolicy) -> SeccompPolicy:
         tests[call] = (flags, _arg(index + 1, *_SET_ID, mask=0o6000))
     for rule in policy.rules:
         if rule.call in tests or rule.call == "openat2":
-            raise SpecError(f"seccomp: a rule for {rule.call} cannot be combined with rw=")
+            raise SpecError(f"seccomp: a rule for {rule.call} cannot be combined with rw= or a volume")
     bounded = {call: when for call, when in tests.items() if call in policy.allow}
     return replace(
         policy,

@@ -22,11 +22,13 @@ from sandboxcore.seccomp import SeccompPolicy, resolve
 
 StrPath = str | os.PathLike[str]
 Binding = str | os.PathLike[str] | tuple[StrPath, StrPath]
+VolumeBinding = str | tuple[str, StrPath] | tuple[str, StrPath, Literal["ro", "rw"]]
 Network = Literal["none", "private", "host"]
 
 WORKSPACE = "/workspace"
 DEFAULT_ID = 1000
 ID_RANGE = 65536
+MAX_VOLUMES = 16  # of one sandbox: a descriptor each
 MAX_LAYERS = 40  # whose names fit into one option of fsconfig(2)
 
 PROFILES: Mapping[str, Mapping[str, Any]] = {
@@ -86,7 +88,8 @@ def clean_path(path: StrPath, name: str) -> str:
 class Mount:
     """One mount. ``kind="bind"`` shows ``source`` of the host at ``target``; ``kind="overlay"`` shows it
     copy-on-write: what is written stays in the sandbox and ends with it; ``kind="tmpfs"`` is a private,
-    writable file system in memory.
+    writable file system in memory; ``kind="volume"`` is the volume ``source`` (:class:`Volumes`), which is
+    there already.
 
     An overlay is writable for the payload as ``source`` is for its owner. What its other files have in them
     can be read as far as everybody may, and not be changed or removed (EOVERFLOW, EPERM).
@@ -94,14 +97,14 @@ class Mount:
     Parameters
     ----------
     target: absolute path inside; missing directories are made where that does not touch the host.
-    source: path on the host, of a directory for an overlay; symbolic links in it are followed once, now. Not
-        for a tmpfs.
-    read_only: bind only; default True.
+    source: path on the host, of a directory for an overlay; symbolic links in it are followed once, now. The
+        name of a volume. Not for a tmpfs.
+    read_only: bind and volume only; default True.
     size, inodes, mode: tmpfs only: bytes (default: the sandbox's ``limits.disk``), number of files,
         permissions of its root (default 0o755, owned by the payload).
     """
 
-    kind: Literal["bind", "overlay", "tmpfs"]
+    kind: Literal["bind", "overlay", "tmpfs", "volume"]
     target: str
     source: str | None = None
     read_only: bool = True
@@ -121,6 +124,10 @@ class Mount:
             source = clean_path(os.path.abspath(os.path.expanduser(self.source)), "mounts.source")
             check_source(source, source)
             put(self, "source", source)
+        elif self.kind == "volume":
+            if self.source is None:
+                raise SpecError(f"mounts: volume at {self.target!r} has no name")
+            check_name(self.source, "volumes")
         elif self.kind != "tmpfs":
             raise SpecError(f"mounts: unknown kind {self.kind!r}")
         elif self.source is not None:
@@ -158,6 +165,19 @@ def _bind(
     if not source:
         raise SpecError(f"{name}: {item!r} has no source")
     return Mount(kind=kind, source=source, target=target, read_only=read_only)
+
+
+def _volume(item: VolumeBinding) -> Mount:
+    parts: tuple[Any, ...] = tuple(item.split(":")) if isinstance(item, str) else item
+    if (
+        not isinstance(parts, tuple)
+        or len(parts) not in (2, 3)
+        or parts[2:] not in ((), ("ro",), ("rw",))
+        or not parts[1]
+    ):
+        raise SpecError(f"volumes: {item!r} is not 'NAME:/PATH', 'NAME:/PATH:ro', nor a tuple of these")
+    target = path_text(parts[1], "volumes")
+    return Mount(kind="volume", source=parts[0], target=target, read_only=parts[2:] == ("ro",))
 
 
 def _anchored(item: Binding, name: str) -> Binding:
@@ -266,6 +286,8 @@ class SandboxSpec:
     live_binds: ``"ro"`` or ``"rw"``: host paths may come and go while a living sandbox runs, read-only or
         also writable: :meth:`Sandbox.bind`. A sandbox with overlays, or ``writable``, has ``"ro"`` anyhow.
         ``"rw"`` lets Landlock allow writing everywhere: what is read-only is so by its mount alone.
+    volumes: ``"NAME:/PATH"``, ``"NAME:/PATH:ro"`` or tuples of these parts: volumes that exist already, see
+        :class:`Volumes`. Written to as ``rw``.
     deny: absolute paths inside that become empty and unreadable. Never creates anything.
     tmpfs: ``"DST"`` or ``"DST:SIZE"``.
     network: ``"none"`` a namespace with only loopback; ``"private"`` the same, owned by the sandbox's
@@ -294,6 +316,7 @@ class SandboxSpec:
     ro: Sequence[Binding] = ()
     rw: Sequence[Binding] = ()
     overlay: Sequence[Binding] = ()
+    volumes: Sequence[VolumeBinding] = ()
     deny: Sequence[str] = ()
     tmpfs: Sequence[str] = ()
     network: Network = "none"
@@ -321,7 +344,9 @@ class SandboxSpec:
         for name, default in PROFILES[self.profile].items():
             if getattr(self, name) is None:
                 put(self, name, default)
-        for name in ("mounts", "ro", "rw", "overlay", "deny", "tmpfs", "capabilities", "optional"):
+        for name in (
+            *("mounts", "ro", "rw", "overlay", "volumes", "deny", "tmpfs", "capabilities", "optional"),
+        ):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Iterable):
                 raise SpecError(f"{name}: {value!r} is not a sequence")
@@ -359,10 +384,7 @@ class SandboxSpec:
         if not isinstance(self.limits, Limits):
             raise SpecError(f"limits: {self.limits!r} is not a Limits")
         check_env(self.env, "env")
-        if not isinstance(self.labels, Mapping) or not all(
-            isinstance(text, str) for pair in self.labels.items() for text in pair
-        ):
-            raise SpecError(f"labels: {self.labels!r} are not pairs of text")
+        check_labels(self.labels)
         for clock, seconds in (self.time_offsets or {}).items():
             if clock not in ("monotonic", "boottime"):
                 raise SpecError(f"time_offsets: {clock!r} is not monotonic or boottime")
@@ -381,6 +403,7 @@ class SandboxSpec:
             *(_bind(item, "ro", read_only=True) for item in self.ro),
             *(_bind(item, "rw", read_only=False) for item in self.rw),
             *(_bind(item, "overlay", kind="overlay") for item in self.overlay),
+            *(_volume(item) for item in self.volumes),
             *(_tmpfs(item) for item in self.tmpfs),
         ]
         by_target: dict[str, Mount] = {}
@@ -388,7 +411,13 @@ class SandboxSpec:
             if mount.target in by_target:
                 raise SpecError(f"mounts: {mount.target!r} is a target twice")
             by_target[mount.target] = mount
+        if len({mount.source for mount in every if mount.kind == "volume"}) > MAX_VOLUMES:
+            raise SpecError(f"volumes: more than {MAX_VOLUMES}")
         return tuple(sorted(every, key=lambda mount: mount.target.split("/")))
+
+    def uses_volumes(self) -> bool:
+        """Whether it means different things with different state directories."""
+        return bool(self.volumes) or any(mount.kind == "volume" for mount in self.mounts)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed. A changed ``profile`` brings its own defaults."""
@@ -418,7 +447,7 @@ class SandboxSpec:
                 fields["limits"] = Limits(**fields["limits"])
             if isinstance(fields.get("seccomp"), Mapping):
                 fields["seccomp"] = resolve(fields["seccomp"])
-            for name in ("ro", "rw", "overlay"):
+            for name in ("ro", "rw", "overlay", "volumes"):
                 if isinstance(fields.get(name), list):
                     fields[name] = [tuple(i) if isinstance(i, list) else i for i in fields[name]]
             if isinstance(fields.get("mounts"), list):
@@ -462,6 +491,24 @@ def parse_user(user: int | str, name: str) -> tuple[int, int]:
     if max(pair) >= ID_RANGE:
         raise SpecError(f"{name}: {user!r} is not below {ID_RANGE}")
     return pair
+
+
+def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """A copy. Raises :class:`SpecError` unless all of it is text."""
+    if not isinstance(labels, Mapping) or not all(
+        isinstance(text, str) for pair in labels.items() for text in pair
+    ):
+        raise SpecError(f"labels: {labels!r} are not pairs of text")
+    return dict(labels)
+
+
+def check_name(name: object, what: str = "name") -> None:
+    """Raise :class:`SpecError` unless it is 1 to 64 letters, digits, ``_``, ``.`` or ``-``, no dot or dash
+    first. ``what`` is for the error."""
+    if not isinstance(name, str) or not re.fullmatch(r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,63}", name):
+        raise SpecError(
+            f"{what}: {name!r} is not 1 to 64 letters, digits, '_', '.' or '-' (these two not first)"
+        )
 
 
 def check_env(env: Mapping[str, str], name: str) -> None:

@@ -9,7 +9,6 @@ there may be a record without a sandbox, which the next look corrects, but no sa
 
 import contextlib
 import dataclasses
-import errno as E
 import fcntl
 import json
 import os
@@ -26,7 +25,7 @@ from typing import Any, Self
 
 from sandboxcore.errors import SandboxError, SandboxNotFound, SpecError
 from sandboxcore.link import Home
-from sandboxcore.statedir import private_directory
+from sandboxcore.statedir import close_lock, open_lock, private_directory, same_file
 
 SCHEMA = 1
 DATABASE = "state.db"
@@ -250,11 +249,10 @@ class Store:
         path = self._lock_path(sandbox)
         while True:
             with self._understood():
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            _lock_fds.add(fd)
+                fd = open_lock(path, os.O_CREAT)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                if not _same_file(fd, path):  # it was removed while we waited
+                if not same_file(fd, path):  # it was removed while we waited
                     continue
                 try:
                     yield
@@ -263,17 +261,7 @@ class Store:
                         path.unlink(missing_ok=True)
                 return
             finally:
-                _lock_fds.discard(fd)
-                os.close(fd)
-
-
-def _same_file(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except OSError as error:
-        if error.errno == E.ENOENT:
-            return False
-        raise
+                close_lock(fd)
 
 
 def _patiently(action: Callable[[], Any]) -> None:
@@ -320,7 +308,6 @@ def _command(row: sqlite3.Row) -> CommandRecord:
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
 _inherited: list[sqlite3.Connection | None] = []
-_lock_fds: set[int] = set()
 
 
 def _after_fork_in_child() -> None:
@@ -328,9 +315,6 @@ def _after_fork_in_child() -> None:
     for store in _stores:
         _inherited.append(store._db)
         store._lock, store._db = threading.RLock(), None
-    for fd in _lock_fds:  # the lock would last as long as the child
-        os.close(fd)
-    _lock_fds.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

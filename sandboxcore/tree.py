@@ -17,6 +17,7 @@ from sandboxcore.errors import SpecError
 from sandboxcore.host import ID_RANGE, HostFeatures
 from sandboxcore.spec import WORKSPACE, SandboxSpec, check_source
 from sandboxcore.spec import Mount as SpecMount
+from sandboxcore.volumes import Source, Volumes
 
 RDONLY, NOSUID, NODEV, NOEXEC, IDMAP = 1, 2, 4, 8, 0x100000  # mount_setattr(2)
 
@@ -80,11 +81,14 @@ class Mount:
     late: bool = False
     create: bool = False
     lowers: tuple[Lower, ...] = ()  # of an overlay, the topmost first
+    name: str = ""  # of its source, for people
+    bounded: bool = False  # its file system is as large as somebody has said
 
     def __str__(self) -> str:
         access = "rw" if self.writable else "ro"
         late = ", late" if self.late else ""
-        source = self.source or " over ".join(lower.source for lower in self.lowers) or self.kind.lower()
+        layers = " over ".join(lower.source for lower in self.lowers)
+        source = self.name or self.source or layers or self.kind.lower()
         return f"{source} on {self.target} ({access}, {self.origin}{late})"
 
 
@@ -104,11 +108,11 @@ def _identity_of(st: os.stat_result) -> tuple[int, ...]:
     return (st.st_dev, st.st_ino, st.st_mtime_ns, st.st_size)
 
 
-def owner_maps(st: os.stat_result, host: HostFeatures, ids: tuple[int, int]) -> tuple[str, str] | None:
+def owner_maps(owner: tuple[int, int], host: HostFeatures, ids: tuple[int, int]) -> tuple[str, str] | None:
     """Id maps by which the payload stands for the owner of a source; None where it is the caller."""
     if host.mode != "root":
         return None
-    return f"{st.st_uid} {host.id_base + ids[0]} 1", f"{st.st_gid} {host.id_base + ids[1]} 1"
+    return f"{owner[0]} {host.id_base + ids[0]} 1", f"{owner[1]} {host.id_base + ids[1]} 1"
 
 
 def granted(
@@ -167,9 +171,10 @@ class Tree:
     replacement would make a template stale; ``held`` must stay as long as the plan. ``root`` is the overlay
     that is the root, if it is one: then it is the first mount."""
 
-    def __init__(self, spec: SandboxSpec, host: HostFeatures) -> None:
+    def __init__(self, spec: SandboxSpec, host: HostFeatures, volumes: Volumes) -> None:
         """Everything in turn; parents come first in the result."""
-        self.spec, self.host = spec, host
+        self.spec, self.host, self._volumes = spec, host, volumes
+        self.sources: dict[str, Source] = {}  # of volumes, by name
         self.uid, self.gid = spec.ids()
         self.nodes: list[Node] = []
         self.mounts: list[Mount] = []
@@ -370,7 +375,8 @@ class Tree:
     def _add_user_mounts(self) -> None:
         for mount in self.spec.all_mounts():
             if mount.source is not None:
-                self._add_user_source(mount, mount.source)
+                add = self._add_volume if mount.kind == "volume" else self._add_user_source
+                add(mount, mount.source)
                 continue
             disk = mount.size if mount.size is not None else self.spec.limits.disk
             options = ["mode", f"{mount.mode:o}", "uid", str(self.uid), "gid", str(self.gid)]
@@ -396,7 +402,7 @@ class Tree:
             raise SpecError(f"mounts: source {source!r}: {error.strerror}") from error
         check_source(source, real)
         self.watched += [source, real]
-        maps = owner_maps(st, self.host, (self.uid, self.gid))
+        maps = owner_maps((st.st_uid, st.st_gid), self.host, (self.uid, self.gid))
         if wanted.kind == "overlay":
             if not stat.S_ISDIR(st.st_mode):
                 raise SpecError(f"mounts: overlay of {source!r}, which is no directory")
@@ -405,6 +411,22 @@ class Tree:
             self.mounts.append(overlay)
             return
         self.mounts.append(granted(wanted, real, st, maps, "spec"))
+
+    def _add_volume(self, wanted: SpecMount, name: str) -> None:
+        """Id-mapped also where it is read-only: what one sandbox wrote another can read."""
+        if name not in self.sources:
+            self.sources[name] = self._volumes.source(name)
+        source = self.sources[name]
+        self.watched.append(os.fspath(source.volume.path / "volume.json"))
+        if source.device is None:
+            self.watched.append(source.path)
+        attrs = NOSUID | NODEV | (RDONLY if wanted.read_only else 0)
+        mount = self._bind(source.path, wanted.target, "spec volume", attrs, directory=True)
+        mount.name, mount.writable = f"volume {name}", not wanted.read_only
+        mount.bounded = source.volume.quota is not None
+        mount.options = source.device.options if source.device else ()
+        mount.id_maps = owner_maps(source.owner, self.host, (self.uid, self.gid))
+        mount.attrs |= IDMAP if mount.id_maps else 0
 
     def _order_mounts(self) -> None:
         """Parents first; a bind below a per-sandbox mount is late; targets in our tmpfs may be made."""
@@ -494,6 +516,10 @@ class Tree:
 
     def _deniable(self, path: str, cover: Mount) -> bool:
         """Whether a denied path exists below a bind, and can be masked without touching the host."""
+        if cover.origin == "spec volume":
+            raise SpecError(
+                f"deny: {path!r} lies in {cover.name}, in which others may put anything; use ro, or none"
+            )
         outside = cover.source + path[len(cover.target) :]
         self.watched.append(outside)
         if os.path.realpath(outside) != outside:

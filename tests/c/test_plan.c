@@ -63,7 +63,8 @@ static void rejects_lists(void)
 	REJECTS(s.nodes[1].size, sizeof s, 4);
 	REJECTS(s.nodes[1].size, 3, 4); /* no NUL behind the content */
 	REJECTS(s.mounts[1].kind, 0, 5);
-	REJECTS(s.mounts[1].flags, 8, 5);
+	REJECTS(s.mounts[1].flags, 16, 5);
+	REJECTS(s.mounts[1].flags, SBX_MOUNT_BOUNDED, 5);
 	REJECTS(s.mounts[1].target, 0, 5);
 	REJECTS(s.mounts[1].attrs, 1U << 31, 5);
 	REJECTS(s.mounts[1].source, s.mounts[1].target, 5);

@@ -10,10 +10,10 @@ PACKAGE = Path(sandboxcore.__file__).parent
 # From the bottom up; modules of one row may not import each other.
 LAYERS = (
     ("errors", "_core", "seccomp_calls"),
-    ("census", "identity", "_native", "capabilities", "seccomp_policy"),
+    ("census", "statedir", "identity", "_native", "capabilities", "seccomp_policy"),
     ("seccomp",),
-    ("spec", "audit"),
-    ("host", "statedir", "tarstream"),
+    ("spec", "audit", "volume_image"),
+    ("host", "volumes", "tarstream"),
     ("unpack",),
     ("layerstore",),
     ("images",),
@@ -52,7 +52,7 @@ LAYERS = (
     ("aio_persistent",),
     ("aio",),
     ("cli_common", "cli_filter"),
-    ("cli_living", "cli_reading", "cli_resources", "cli_snapshots", "cli_doctor"),
+    ("cli_living", "cli_reading", "cli_resources", "cli_snapshots", "cli_volumes", "cli_doctor"),
     ("cli",),
     ("__init__", "__main__"),
 )

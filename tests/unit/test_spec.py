@@ -276,6 +276,7 @@ def test_every_field_counts_in_the_fingerprint() -> None:
         "ro": ["/a"],
         "rw": ["/a"],
         "overlay": ["/a"],
+        "volumes": ["v:/a"],
         "deny": ["/a"],
         "tmpfs": ["/a"],
         "network": "host",
