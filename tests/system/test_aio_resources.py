@@ -339,7 +339,7 @@ def test_suspended_time_does_not_count(way: str, memory: str | None) -> None:
     """Neither by the freezer, nor where there is no group and signals have to do."""
     if memory:
         needs("memory", "freezer")
-    limit, pause = 0.6 * SLOW, 1.2 * SLOW
+    limit, pause = 0.4 * SLOW, 0.7 * SLOW
 
     async def main() -> None:
         async with aio.Sandbox(spec(memory=memory)) as sandbox:
