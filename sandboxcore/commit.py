@@ -34,39 +34,49 @@ class Change(NamedTuple):
     now: Found | None
 
 
+class Place(NamedTuple):
+    """The directory, and its st_dev and st_ino: its path may lead elsewhere now."""
+
+    path: str
+    inode: tuple[int, int]
+
+
 def commit(
-    source: str, changes: list[Change], layers: Iterable[tuple[int, Iterator[Item]]], notes: Path
+    place: Place, changes: list[Change], layers: Iterable[tuple[int, Iterator[Item]]], notes: Path
 ) -> None:
-    """Do it. ``source``: the directory. ``layers``: by their numbers, what is in them. ``notes``: the
-    directory for notes. Raises CommitError; then nothing has happened, or :func:`finish_all` goes on."""
+    """Do it. ``layers``: by their numbers, what is in them. ``notes``: the directory for notes. Raises
+    CommitError; then nothing has happened, or :func:`finish_all` goes on."""
     identity = new_id("cmt")
     notes.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _said(source), _note(notes, identity, source), _opened(source) as top:
+    with _said(place), _note(notes, identity, place), _opened_place(place) as top:
         name = STAGE + identity
         os.mkdir(name, 0o700, dir_fd=top)
-        try:
-            with _opened(name, top) as stage:
+        with _opened(name, top) as stage:
+            try:
                 _check(top, changes)
                 staged = _Stage(stage, os.fstat(top)).fill(changes, layers)
-                _write_list(stage, _steps(changes, staged))
-        except BaseException:
-            shutil.rmtree(name, dir_fd=top)
-            raise
-        _finish(top, name)
+                _write_list(stage, {"commit": identity, "steps": _steps(changes, staged)})
+            except BaseException:
+                shutil.rmtree(name, dir_fd=top)
+                raise
+            _finish(top, stage, identity)
 
 
 def finish_all(notes: Path) -> list[str]:
     """Finish what was interrupted, or take back what had not begun; the directories. What goes on just now is
-    left alone. Raises CommitError."""
-    found = []
+    left alone. Raises CommitError for the first that cannot be finished, after all others."""
+    found, failed = [], []
     for path in sorted(notes.glob("cmt-*")) if notes.is_dir() else ():
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), _held(path) as text:
-            source = json.loads(text)["source"] if text else None
-            if source is not None and os.path.isdir(source):
-                with _said(source), _opened(source) as top:
-                    _finish(top, STAGE + path.name)
-                found.append(source)
-            path.unlink()
+        try:
+            with contextlib.suppress(BlockingIOError, FileNotFoundError), _held(path) as place:
+                with _said(place), _opened_place(place) as top:
+                    _finish_left(top, path.name)
+                path.unlink()
+                found.append(place.path)
+        except CommitError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
     return found
 
 
@@ -74,23 +84,23 @@ def finish_all(notes: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _said(source: str) -> Iterator[None]:
+def _said(place: Place) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if isinstance(error, CommitError):
             raise
-        name = os.fsdecode(error.filename) if error.filename is not None else ""
-        raise CommitError(error.errno, f"commit to {source}: {error.strerror}", name) from error
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+        raise CommitError(error.errno, f"commit to {place.path}: {error.strerror}", name) from error
 
 
 @contextlib.contextmanager
-def _note(notes: Path, identity: str, source: str) -> Iterator[None]:
+def _note(notes: Path, identity: str, place: Place) -> Iterator[None]:
     """A note that there is something to finish or to take back, as long as there is."""
     path = notes / identity
     with durable.temporary(notes) as (file, name):
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps({"source": source}).encode())
+        file.write(json.dumps(place).encode())
         file.flush()
         os.fsync(file.fileno())
         os.rename(name, path)
@@ -98,18 +108,19 @@ def _note(notes: Path, identity: str, source: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if not os.path.lexists(os.path.join(source, STAGE + identity)):
+            if not os.path.lexists(os.path.join(place.path, STAGE + identity)):
                 path.unlink()
 
 
 @contextlib.contextmanager
-def _held(note: Path) -> Iterator[bytes]:
+def _held(note: Path) -> Iterator[Place]:
     """A note that is nobody else's. Raises BlockingIOError, FileNotFoundError."""
     with open(note, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.exists(note):
             raise FileNotFoundError
-        yield file.read()
+        path, (device, inode) = json.load(file)
+        yield Place(path, (device, inode))
 
 
 @contextlib.contextmanager
@@ -122,9 +133,21 @@ def _opened(path: str | bytes, at: int | None = None) -> Iterator[int]:
 
 
 @contextlib.contextmanager
+def _opened_place(place: Place) -> Iterator[int]:
+    """Whoever can write above it must not have us write somewhere else."""
+    with _opened(place.path) as fd:
+        st = os.fstat(fd)
+        if (st.st_dev, st.st_ino) != place.inode:
+            raise CommitError(E.ESTALE, "not the directory that the sandbox has", place.path)
+        yield fd
+
+
+@contextlib.contextmanager
 def _parent(top: int, path: bytes) -> Iterator[tuple[int, bytes]]:
-    """The directory in which a path is, and its name there. No link is followed."""
+    """The directory in which a path is, and its name there. No link is followed, and no way up."""
     *folders, name = path.split(b"/")
+    if {b"", b".", b".."} & {*folders, name}:
+        raise CommitError(E.EINVAL, "no path", os.fsdecode(path))
     fd = os.dup(top)
     try:
         for folder in folders:
@@ -237,11 +260,11 @@ def _of_another_kind(change: Change) -> bool:
     )
 
 
-def _write_list(stage: int, steps: list[dict[str, Any]]) -> None:
+def _write_list(stage: int, what: dict[str, Any]) -> None:
     _native.syncfs(stage)
     fd = os.open(LIST + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=stage)
     with open(fd, "w", encoding="ascii") as file:
-        json.dump(steps, file)
+        json.dump(what, file)
         file.flush()
         os.fsync(fd)
     os.rename(LIST + ".new", LIST, src_dir_fd=stage, dst_dir_fd=stage)
@@ -251,21 +274,29 @@ def _write_list(stage: int, steps: list[dict[str, Any]]) -> None:
 # --- after: it has happened, and may be finished by anybody -------------------------------------------
 
 
-def _finish(top: int, name: str) -> None:
+def _finish_left(top: int, identity: str) -> None:
+    """The directory may be another user's, who can put something else in our name's place: it has to be one
+    that only we can write to."""
+    with contextlib.suppress(FileNotFoundError), _opened(STAGE + identity, top) as stage:
+        st = os.fstat(stage)
+        if st.st_uid != os.geteuid() or st.st_mode & 0o077:
+            raise CommitError(E.EPERM, "not made by us", STAGE + identity)
+        _finish(top, stage, identity)
+
+
+def _finish(top: int, stage: int, identity: str) -> None:
     """Do what is on the list, if there is one; then remove it."""
-    try:
-        with _opened(name, top) as stage:
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(LIST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=stage)
-                with open(fd, encoding="ascii") as file:
-                    steps = json.load(file)
-                for step in steps:
-                    _do(top, stage, step)
-                _native.syncfs(top)
-                os.unlink(LIST, dir_fd=stage)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(name, dir_fd=top)
+    with contextlib.suppress(FileNotFoundError):
+        fd = os.open(LIST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=stage)
+        with open(fd, encoding="ascii") as file:
+            what = json.load(file)
+        if what["commit"] != identity:
+            raise CommitError(E.EPERM, "of another commit", STAGE + identity)
+        for step in what["steps"]:
+            _do(top, stage, step)
+        _native.syncfs(top)
+        os.unlink(LIST, dir_fd=stage)
+    shutil.rmtree(STAGE + identity, dir_fd=top)
 
 
 def _do(top: int, stage: int, step: Mapping[str, Any]) -> None:

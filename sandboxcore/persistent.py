@@ -433,8 +433,8 @@ def gc(
 def _collect_files(state_dir: StatePath, *, dry_run: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What crashes have left of snapshots and commits."""
     store = SnapshotStore(state_dir)
-    finished = () if dry_run else finish_all(store.path.parent / "commits")
-    return store.gc(dry_run=dry_run), tuple(finished)
+    layers = store.gc(dry_run=dry_run)
+    return layers, () if dry_run else tuple(finish_all(store.path.parent / "commits"))
 
 
 def _collect(

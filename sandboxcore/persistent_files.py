@@ -166,7 +166,8 @@ class PersistentFiles(Sandbox):
 
     def _layers_file(self) -> dict[str, Any]:
         """``base``: what it begins with; ``now``: what lies below what it writes, the topmost first; None
-        where nobody knows, because a restore has not ended; ``overlays``: their numbers by where they are."""
+        where nobody knows, because a restore has not ended; ``overlays``: their numbers, and what lies
+        below them, by where they are."""
         try:
             found: dict[str, Any] = json.loads(self._layers_path().read_text())
         except FileNotFoundError:
@@ -188,5 +189,5 @@ class PersistentFiles(Sandbox):
         data = {"base": base, "now": now, "overlays": self._overlays()}
         durable.write(self._layers_path(), json.dumps(data).encode())
 
-    def _overlays(self) -> dict[str, int]:
-        return {overlay.target: overlay.index for overlay in self._plan.overlays}
+    def _overlays(self) -> dict[str, list[int]]:
+        return {overlay.target: [overlay.index, *overlay.inode] for overlay in self._plan.overlays}

@@ -74,13 +74,14 @@ _NONE = Limits()
 class Overlay:
     """An overlay that is written to: its number in the plan, where it is, and what lies below it: directories
     of the host, the topmost first, and below these, for the root, nodes. ``covers``: where something else is
-    mounted on it."""
+    mounted on it. ``inode``: st_dev and st_ino of the topmost directory."""
 
     index: int
     target: str
     sources: tuple[str, ...]
     nodes: tuple[Node, ...]
     covers: tuple[str, ...]
+    inode: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +277,9 @@ class _Compiler:
                 sources = tuple(lower.source for lower in mount.lowers)
                 targets = {other.target for other in self.tree.mounts if other is not mount}
                 covers = tuple(sorted(path for path in targets if below(path, mount.target)))
-                yield Overlay(index, mount.target, sources, nodes, covers)
+                st = os.stat(sources[0]) if sources else None
+                inode = (0, 0) if st is None else (st.st_dev, st.st_ino)
+                yield Overlay(index, mount.target, sources, nodes, covers, inode)
 
     def _namespaces(self) -> tuple[str, ...]:
         return tuple(name for name in NAMESPACES if name != "net" or self.spec.network == "private")

@@ -15,8 +15,8 @@ from sandboxcore import _native, durable, host
 from sandboxcore.archive import Archive, Names, export
 from sandboxcore.binds import LiveBinds
 from sandboxcore.changes import Base, FileChange, View, compare, described, may_be_same
-from sandboxcore.commit import Change, commit, finish_all
-from sandboxcore.errors import SandboxBusy, SandboxError, SpecError
+from sandboxcore.commit import Change, Place, commit, finish_all
+from sandboxcore.errors import CommitError, SandboxBusy, SandboxError, SpecError
 from sandboxcore.layers import Copy, Layer, Layers
 from sandboxcore.lifecycle import new_id
 from sandboxcore.link import ANSWER_PATIENCE
@@ -103,7 +103,8 @@ class Snapshot:
             raise SpecError(f"snapshot {self.name}: no overlay of a directory; use export()")
         notes = private_directory(state_dir) / "commits"
         if not dry_run:
-            finish_all(notes)
+            with contextlib.suppress(CommitError):  # of another directory, perhaps; gc() says why
+                finish_all(notes)
         done: list[FileChange] = []
         changes: dict[Overlay, list[Change]] = {}
         for overlay, change in self._compared(()):
@@ -112,7 +113,7 @@ class Snapshot:
                 changes.setdefault(overlay, []).append(Change(*change))
                 done.append(said)
         for overlay, some in changes.items() if not dry_run else ():
-            commit(overlay.sources[0], some, self._contents(overlay), notes)
+            commit(Place(overlay.sources[0], overlay.inode), some, self._contents(overlay), notes)
         return sorted(done, key=lambda change: change.path)
 
     def export(self, file: str | os.PathLike[str] | BinaryIO) -> None:

@@ -1,5 +1,6 @@
 """A commit that is killed at any moment has happened, or has not."""
 
+import json
 import os
 import shutil
 import stat
@@ -10,7 +11,7 @@ import pytest
 from crashes import killed_at
 
 from sandboxcore import CommitError
-from sandboxcore.commit import Change, commit, finish_all
+from sandboxcore.commit import STAGE, Change, Place, commit, finish_all
 from sandboxcore.packing import Entry, Extent, Found, Item
 
 MTIME = 1_000_000_000_500_000_000
@@ -40,6 +41,11 @@ NOW = {
     b"to-file": file(b"was dir"),
 }  # fmt: skip
 GONE = (b"gone", b"dir/gone", b"deep")
+
+
+def place(top: Path) -> Place:
+    st = top.stat()
+    return Place(str(top), (st.st_dev, st.st_ino))
 
 
 def make(top: Path) -> None:
@@ -83,7 +89,7 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
     top.mkdir()
     make(top)
     before = look(top)
-    commit(str(top), changes(), layers(), notes)
+    commit(place(top), changes(), layers(), notes)
     after = look(top)
     assert after["dir/one"] == ("-rw-r-----", 2, b"twice")
     assert after["to-file"] == ("-rw-r-----", 1, b"was dir")
@@ -95,7 +101,7 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
         shutil.rmtree(top)
         top.mkdir()
         make(top)
-        killed = killed_at(step, lambda: commit(str(top), changes(), layers(), notes))
+        killed = killed_at(step, lambda: commit(place(top), changes(), layers(), notes))
         while killed_at(step // 2 + 1, lambda: finish_all(notes)):  # and whoever finishes it, too
             step *= 2  # noqa: PLW2901
         finish_all(notes)
@@ -120,11 +126,52 @@ def test_links_on_the_host_are_not_followed(tmp_path: Path) -> None:
     some = [change for change in changes() if change.path.startswith(b"dir/")]
     before = look(top)
     with pytest.raises(CommitError, match="Not a directory"):
-        commit(str(top), some, layers(), tmp_path / "notes")
+        commit(place(top), some, layers(), tmp_path / "notes")
     (top / "dir").unlink()
     with pytest.raises(CommitError, match="No such file"):
-        commit(str(top), some, layers(), tmp_path / "notes")
+        commit(place(top), some, layers(), tmp_path / "notes")
     before.pop("dir")
     assert look(top) == before
     assert not list(victim.iterdir())
     assert not list((tmp_path / "notes").iterdir())
+
+
+def test_another_directory_at_that_path(tmp_path: Path) -> None:
+    """Whoever may write above it cannot have us write to what is not his."""
+    top, victim = tmp_path / "top", tmp_path / "victim"
+    top.mkdir()
+    make(top)
+    victim.mkdir()
+    known = place(top)
+    top.rename(tmp_path / "moved")
+    top.symlink_to(victim)
+    with pytest.raises(CommitError, match="not the directory"):
+        commit(known, changes(), layers(), tmp_path / "notes")
+    assert not list(victim.iterdir())
+
+
+@pytest.mark.parametrize("way", ["list", "path", "other"])
+def test_what_others_put_in_the_place_of_ours(tmp_path: Path, way: str) -> None:
+    """A list of steps that somebody else has made, or of another commit, or with a way up."""
+    top, notes = tmp_path / "top", tmp_path / "notes"
+    top.mkdir()
+    make(top)
+    (tmp_path / "victim").write_text("kept")
+    step = 1
+    while killed_at(step, lambda: commit(place(top), changes(), layers(), notes)):
+        stage = next(top.glob(STAGE + "*"), None)
+        if stage is not None and (stage / "list").exists():
+            break
+        finish_all(notes)
+        step += 1
+    assert stage is not None
+    what = json.loads((stage / "list").read_text())
+    what["steps"] = [{"do": "remove", "path": "../victim", "name": "gone-0"}]
+    if way == "other":
+        what = {"commit": "cmt-other", "steps": []}
+    (stage / "list").write_text(json.dumps(what))
+    if way == "list":
+        stage.chmod(0o755)
+    with pytest.raises(CommitError, match={"list": "not made", "path": "no path", "other": "another"}[way]):
+        finish_all(notes)
+    assert (tmp_path / "victim").read_text() == "kept"
