@@ -1,8 +1,8 @@
 """`python -m bench.sizes`: snapshot, restore and fork by how much there is, and if all comes back.
 
 Each round takes every size once, in another order, with `subprocess.run` of nothing beside each; so drift
-hits all of them alike. In the first round the fork's files are compared with the parent's: hashes, owners, modes,
-times, links, attributes.
+hits all of them alike. In the first round the fork's files are compared with the parent's: hashes, owners,
+modes, times, links, attributes.
 """
 
 from __future__ import annotations
