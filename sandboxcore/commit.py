@@ -10,7 +10,6 @@ import errno as E
 import fcntl
 import json
 import os
-import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -57,7 +56,7 @@ def commit(
                 staged = _Stage(stage, os.fstat(top)).fill(changes, layers)
                 _write_list(stage, {"commit": identity, "steps": _steps(changes, staged)})
             except BaseException:
-                shutil.rmtree(name, dir_fd=top)
+                _native.remove_tree(top, name)
                 raise
             _finish(top, stage, identity)
 
@@ -160,11 +159,21 @@ def _parent(top: int, path: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _check(top: int, changes: list[Change]) -> None:
-    """Every directory that is not ours to make is there."""
-    made = {change.path for change in changes if change.now is not None and change.now.entry.is_dir}
-    for path in sorted({change.path.rpartition(b"/")[0] for change in changes} - made - {b""}):
-        with _parent(top, path + b"/x"):
-            pass
+    """Every directory that is not ours to make is there, and lets us write."""
+    made = {c.path for c in changes if c.now is not None and c.now.entry.is_dir and _is_new(c)}
+    gone = {c.path for c in changes if c.was is not None and c.was.entry.is_dir and _goes(c)}
+    for path in sorted(({c.path.rpartition(b"/")[0] for c in changes} | gone) - made):
+        with _parent(top, path + b"/x" if path else b"x") as (at, _):
+            if not os.access(".", os.W_OK | os.X_OK, dir_fd=at, effective_ids=True):
+                raise CommitError(E.EACCES, "no directory to write to", os.fsdecode(path) or ".")
+
+
+def _is_new(change: Change) -> bool:
+    return change.was is None or _of_another_kind(change)
+
+
+def _goes(change: Change) -> bool:
+    return change.now is None or _of_another_kind(change)
 
 
 class _Stage:
@@ -237,11 +246,11 @@ def _steps(changes: list[Change], staged: Mapping[bytes, str]) -> list[dict[str,
     """What is to be done, in this order. Each may be done again."""
     changes = sorted(changes, key=lambda change: change.path)
     folders = [c for c in changes if c.now is not None and c.now.entry.is_dir]
-    gone = [c for c in changes if c.was is not None and (c.now is None or _of_another_kind(c))]
+    gone = [c for c in changes if c.was is not None and _goes(c)]
     steps: list[dict[str, Any]] = [
         {"do": "remove", "path": c.path, "name": f"gone-{n}"} for n, c in enumerate(gone)
     ]
-    steps += [{"do": "mkdir", "path": c.path} for c in folders if c.was is None or c in gone]
+    steps += [{"do": "mkdir", "path": c.path} for c in folders if _is_new(c)]
     steps += [{"do": "place", "path": path, "name": name} for path, name in sorted(staged.items())]
     steps += [
         {"do": "status", "path": c.path, "mode": c.now.entry.mode, "mtime": c.now.entry.mtime,
@@ -296,7 +305,7 @@ def _finish(top: int, stage: int, identity: str) -> None:
             _do(top, stage, step)
         _native.syncfs(top)
         os.unlink(LIST, dir_fd=stage)
-    shutil.rmtree(STAGE + identity, dir_fd=top)
+    _native.remove_tree(top, STAGE + identity)
 
 
 def _do(top: int, stage: int, step: Mapping[str, Any]) -> None:

@@ -175,3 +175,30 @@ def test_what_others_put_in_the_place_of_ours(tmp_path: Path, way: str) -> None:
     with pytest.raises(CommitError, match={"list": "not made", "path": "no path", "other": "another"}[way]):
         finish_all(notes)
     assert (tmp_path / "victim").read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("name", ["dir", "deep"])
+def test_directories_that_cannot_be_written_to(tmp_path: Path, name: str) -> None:
+    """Nothing has happened then."""
+    top = tmp_path / "top"
+    top.mkdir()
+    make(top)
+    (top / name).chmod(0o555)
+    before = look(top)
+    with pytest.raises(CommitError, match=f"no directory to write to: '{name}'"):
+        commit(place(top), changes(), layers(), tmp_path / "notes")
+    assert look(top) == before
+    (top / name).chmod(0o755)
+
+
+def test_what_goes_may_be_locked(tmp_path: Path) -> None:
+    """Directories below it that nobody may enter, and more levels than a path can have."""
+    top = tmp_path / "top"
+    top.mkdir()
+    make(top)
+    (top / "deep/locked/in").mkdir(parents=True)
+    (top / "deep/locked").chmod(0)
+    commit(place(top), changes(), layers(), tmp_path / "notes")
+    assert not (top / "deep").exists()
+    assert not list(top.glob(STAGE + "*"))
