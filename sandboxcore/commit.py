@@ -97,13 +97,10 @@ def _said(place: Place) -> Iterator[None]:
 def _note(notes: Path, identity: str, place: Place) -> Iterator[None]:
     """A note that there is something to finish or to take back, as long as there is."""
     path = notes / identity
-    with durable.temporary(notes) as (file, name):
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(place).encode())
-        file.flush()
-        os.fsync(file.fileno())
-        os.rename(name, path)
-        durable.sync_directory(notes)
+    with durable.NewFile(notes) as new:
+        fcntl.flock(new.file, fcntl.LOCK_EX)
+        new.file.write(json.dumps(place).encode())
+        new.put(identity, replace=False)
         try:
             yield
         finally:

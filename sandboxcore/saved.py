@@ -197,15 +197,12 @@ class SnapshotStore:
         when it is wanted."""
         if layer.digest is not None and self._path(layer.digest).exists():
             return layer.digest
-        with durable.temporary(self._layers) as (file, path):
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        with durable.NewFile(self._layers) as new:
+            with tarfile.open(fileobj=new.file, mode="w", format=tarfile.PAX_FORMAT) as tar:
                 write_archive(tar, (layer,), names)
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.rename(path, self._path(digest))
-        durable.sync_directory(self._layers)
+            new.file.seek(0)
+            digest = hashlib.file_digest(new.file, "sha256").hexdigest()
+            new.put(self._path(digest).name)
         if not forget:
             layer.digest, self._loaded[digest] = digest, layer
         return digest

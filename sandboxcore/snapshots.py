@@ -125,11 +125,9 @@ class Snapshot:
         """
         if isinstance(file, str | os.PathLike):
             path = Path(file)
-            with durable.temporary(path.parent) as (new, name):
-                self.export(new)
-                new.flush()
-                os.fsync(new.fileno())
-                os.rename(name, path)
+            with durable.NewFile(path.parent) as new:
+                self.export(new.file)
+                new.put(path.name)
             return
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             write_archive(tar, self.layers, Names(self.plan.overlays, self.plan.id_maps))

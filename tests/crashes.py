@@ -14,7 +14,11 @@ def killed_at(count: int, action: Callable[[], None]) -> bool:
 
         def watch(event: str, arguments: tuple[object, ...]) -> None:
             nonlocal left
-            changing = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
+            changing = (
+                event == "open"
+                and isinstance(arguments[2], int)
+                and arguments[2] & (os.O_CREAT | os.O_TMPFILE)
+            )
             if changing or (event.startswith("os.") and event not in ("os.listdir", "os.scandir")):
                 left -= 1
                 if left == 0:
