@@ -30,7 +30,7 @@ from sandboxcore.resources import LimitChange
 from sandboxcore.saved import SnapshotStore
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import Mount, SandboxSpec, StrPath, check_name
-from sandboxcore.statedir import StatePath
+from sandboxcore.statedir import StatePath, private_directory
 from sandboxcore.store import CommandRecord, SandboxRecord, Store
 from sandboxcore.volumes import Volumes
 
@@ -432,9 +432,9 @@ def gc(
 
 def _collect_files(state_dir: StatePath, *, dry_run: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What crashes have left of snapshots and commits."""
-    store = SnapshotStore(state_dir)
-    layers = store.gc(dry_run=dry_run)
-    return layers, () if dry_run else tuple(finish_all(store.path.parent / "commits"))
+    path = private_directory(state_dir)
+    layers = SnapshotStore(path).gc(dry_run=dry_run) if (path / "snapshots").is_dir() else ()
+    return layers, () if dry_run else tuple(finish_all(path / "commits"))
 
 
 def _collect(
