@@ -4,7 +4,7 @@ what was written since the last restore is copied each time, and what lies below
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,14 +22,22 @@ from sandboxcore.snapshots import Snapshot
 from sandboxcore.store import Store
 
 
-class _Anybodys(Layers):
-    """Layers of a sandbox that other processes change, too: a number that nobody takes is a random one."""
+def _number() -> int:
+    """Of a layer in a sandbox that other processes change, too: one that nobody takes is a random one."""
+    return 1024 + int.from_bytes(os.urandom(8)) % (_native.constant("LAYER_NEW") - 1024)
+
+
+class _OneCopy(Layers):
+    """For a single copy of what was written. ``left``: numbers of copies that somebody who died has left."""
+
+    def __init__(self, number: int, left: list[int]) -> None:
+        self._number, self._left = number, left
 
     def take(self) -> int:
-        return 1024 + int.from_bytes(os.urandom(8)) % (_native.constant("LAYER_NEW") - 1024)
+        return self._number
 
     def droppable(self) -> list[int]:
-        return []
+        return self._left
 
     def copied(self, *_: object) -> None:
         """It is about to go."""
@@ -78,20 +86,20 @@ class PersistentFiles(Sandbox):
             store.gc()
 
     def _copied(self, store: SnapshotStore) -> str:
-        """What was written, as a layer on the disk; the sandbox is without the copy again."""
-        link, layers = self._link_now(), _Anybodys()
-        keeper = with_spawner(
-            self._plan, None, lambda connection: connection
-        )  # it has a template from here on
-        with Copy(layers, link) as made:
+        """What was written, as a layer on the disk; the sandbox is without the copy again. Whoever dies here
+        leaves it to the next one."""
+        keeper = with_spawner(self._plan, None, lambda connection: connection)  # it knows the plan now
+        link, about, number = self._link_now(), self._layers_file(), _number()
+        self._write_layers(about["base"], about["now"], [*about["copies"], number])
+        with Copy(_OneCopy(number, about["copies"]), link) as made:
             layer = made.take(keeper)
-            number = made.number
         try:
             return store.keep(layer, Names(self._plan.overlays, self._plan.id_maps), forget=True)
         finally:
             del layer
             with link.ask_layers(LayersOrder((), 0, drop=[number], copy=True)) as answer:
                 link.hear_layer(answer, START_PATIENCE)
+            self._write_layers(about["base"], about["now"])
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, of this sandbox or of another one with the same overlays: also to one that
@@ -113,14 +121,13 @@ class PersistentFiles(Sandbox):
             self._write_layers(before["base"], digests)
 
     def _change(self, snapshot: Snapshot) -> None:
-        numbers = _Anybodys()
         with contextlib.ExitStack() as borrowed:
             layers = []
             for layer in snapshot.layers:
                 fd = layer.keeper.borrow(layer.number)
                 borrowed.callback(os.close, fd)
-                layers.append((numbers.take(), fd))
-            self._link_now().change_layers(LayersOrder(layers, numbers.take(), drop=None))
+                layers.append((_number(), fd))
+            self._link_now().change_layers(LayersOrder(layers, _number(), drop=None))
 
     def discard(self) -> None:
         """Go back to what was restored last, or to the beginning. Raises :class:`SandboxBusy`."""
@@ -166,12 +173,12 @@ class PersistentFiles(Sandbox):
 
     def _layers_file(self) -> dict[str, Any]:
         """``base``: what it begins with; ``now``: what lies below what it writes, the topmost first; None
-        where nobody knows, because a restore has not ended; ``overlays``: their numbers, and what lies
-        below them, by where they are."""
+        where nobody knows, because a restore has not ended; ``copies``: numbers of what may lie in it, and
+        nobody wants; ``overlays``: their numbers, and what lies below them, by where they are."""
         try:
             found: dict[str, Any] = json.loads(self._layers_path().read_text())
         except FileNotFoundError:
-            return {"base": [], "now": []}
+            return {"base": [], "now": [], "copies": []}
         return found
 
     def _written_layers(self) -> list[str]:
@@ -185,8 +192,8 @@ class PersistentFiles(Sandbox):
             )
         return now
 
-    def _write_layers(self, base: list[str], now: list[str] | None) -> None:
-        data = {"base": base, "now": now, "overlays": self._overlays()}
+    def _write_layers(self, base: list[str], now: list[str] | None, copies: Sequence[int] = ()) -> None:
+        data = {"base": base, "now": now, "copies": list(copies), "overlays": self._overlays()}
         durable.write(self._layers_path(), json.dumps(data).encode())
 
     def _overlays(self) -> dict[str, list[int]]:

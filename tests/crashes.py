@@ -6,26 +6,27 @@ import sys
 from collections.abc import Callable
 
 
+def kill_me_at(count: int) -> None:
+    """Kill this process by its own hand, before it changes the file system for the so-many-th time."""
+    left = count
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal left
+        flags = arguments[2] if event == "open" else 0
+        changing = isinstance(flags, int) and flags & (os.O_CREAT | os.O_TMPFILE)
+        if changing or (event.startswith("os.") and event not in ("os.listdir", "os.scandir")):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
 def killed_at(count: int, action: Callable[[], None]) -> bool:
-    """Whether a fork of this process was killed by its own hand, before it changed the file system for the
-    so-many-th time."""
+    """Whether a fork of this process was killed so."""
     if (child := os.fork()) == 0:
-        left = count
-
-        def watch(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal left
-            changing = (
-                event == "open"
-                and isinstance(arguments[2], int)
-                and arguments[2] & (os.O_CREAT | os.O_TMPFILE)
-            )
-            if changing or (event.startswith("os.") and event not in ("os.listdir", "os.scandir")):
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
         try:
-            sys.addaudithook(watch)
+            kill_me_at(count)
             action()
             os._exit(0)
         finally:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from support import Spec, host_program
-from trees import filled, make_source, manifest, ok
+from trees import filled, make_source, manifest, ok, same
 
 from sandboxcore import (
     PersistentSandbox,
@@ -154,3 +154,51 @@ def test_interrupted_restore(box: PersistentSandbox) -> None:
     box.start()
     assert ok(box, "ls /data/one 2>&1 | wc -l; ls /data").startswith(b"1\n")
     box.snapshot("three")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["snapshot", "restore"])
+def test_clients_killed_at_every_third_step(box: PersistentSandbox, state_dir: Path, what: str) -> None:
+    """What was saved is whole, the sandbox goes on, and nothing is left that nobody has."""
+    ok(box, "echo 1 > /data/one; head -c 1M /dev/urandom > /data/random")
+    box.snapshot("first")
+    ok(box, "echo 2 > /data/two")
+    then, done = manifest(box), 0
+    room = "df -k --output=used /tmp | tail -1"
+    used = int(ok(box, room))
+    for step in range(1, 600, 3):
+        action = f"box.snapshot('s{step}')" if what == "snapshot" else "box.restore(store.load('first'))"
+        program = f"""
+import os, sys
+sys.path[:0] = {[str(Path(__file__).parent.parent)]!r}
+from crashes import kill_me_at
+from sandboxcore import PersistentSandbox, SnapshotStore
+store = SnapshotStore({str(state_dir)!r})
+box = PersistentSandbox.connect("box", state_dir={str(state_dir)!r})
+kill_me_at({step})
+{action}
+"""
+        ended = host_program(program, timeout=60)
+        assert not ended.stderr
+        gc(state_dir)
+        saved = box.snapshots.list()
+        known = {f"{digest}.tar" for one in saved for digest in one.layers}
+        known |= {f"{digest}.tar" for digest in box._layers_file()["now"] or ()}
+        assert {path.name for path in (state_dir / "snapshots/layers").iterdir()} == known
+        if what == "snapshot":
+            assert manifest(box) == then
+            if any(one.name == f"s{step}" for one in saved):
+                done += 1
+                with Sandbox.from_snapshot(SnapshotStore(state_dir).load(f"s{step}")) as child:
+                    assert same(manifest(child), then)
+                box.snapshots.delete(f"s{step}")
+        else:
+            done += ok(box, "ls /data/two 2>&1 | wc -l; cat /data/one") == b"1\n1\n"
+            box.restore(box.snapshots.load("first"))
+            ok(box, "echo 2 > /data/two")
+        if ended.returncode == 0:
+            break
+    assert ended.returncode == 0
+    assert done
+    box.snapshot("last")
+    assert int(ok(box, room)) <= used + 64, "a copy that somebody left is gone"

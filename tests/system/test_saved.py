@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from crashes import killed_at
 from support import Spec, host_program, leaves_nothing
-from trees import filled, make_source, manifest, ok
+from trees import filled, make_source, manifest, ok, same
 
 from sandboxcore import (
     ArchiveError,
@@ -42,15 +42,6 @@ def spec(request: pytest.FixtureRequest, source: Path) -> Any:
     writable = request.param != "overlay"
     overlays = [] if request.param == "root" else [(source, "/data")]
     return Spec(writable=writable, overlay=overlays, tmpfs=["/data/t:1M"])
-
-
-def same(one: bytes, other: bytes) -> bool:
-    """But for the time of directories, in which a place to mount on is made again."""
-    trees = [json.loads(text) for text in (one, other)]
-    for tree in trees:
-        for about in tree.values():
-            about[4] = 0 if about[0] & 0o170000 == 0o040000 else about[4]
-    return bool(trees[0] == trees[1])
 
 
 def test_there_and_back(spec: Any, tmp_path: Path) -> None:
