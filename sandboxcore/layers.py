@@ -14,7 +14,7 @@ from sandboxcore import _native
 from sandboxcore._native import LayersOrder
 from sandboxcore.errors import SandboxError
 from sandboxcore.link import Link
-from sandboxcore.packing import PIPE_SIZE, Item, Writer, read_layer
+from sandboxcore.packing import PIPE_SIZE, BrokenStream, Item, Writer, read_layer
 from sandboxcore.spawner import Spawner
 
 
@@ -30,8 +30,12 @@ class Layer:
         self.digest: str | None = None
 
     def items(self, *, content: bool) -> Iterator[Item]:
-        """What is in it. Raises NativeFailure, BrokenStream."""
-        return read_layer(self.keeper, self.number, content=content)
+        """What is in it. Raises SandboxError where that cannot be had."""
+        try:
+            yield from read_layer(self.keeper, self.number, content=content)
+        except (_native.NativeFailure, BrokenStream) as failure:
+            why = "has its spawner died, or is it another process's?"
+            raise SandboxError(f"what the snapshot has cannot be read; {why} {failure}") from failure
 
     def keep(self, fd: int) -> None:
         """``fd``: as init lends it; closed here. Raises NativeFailure: it lasts as long as its sandbox."""

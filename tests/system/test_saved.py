@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 from crashes import killed_at
-from support import Spec, host_program, leaves_nothing
+from support import Spec, host_program, leaves_nothing, spawner_pids
 from trees import filled, make_source, manifest, ok, same
 
 from sandboxcore import (
@@ -282,3 +284,16 @@ def test_killed_at_every_step(source: Path, store: SnapshotStore) -> None:
             break
         assert set(check()) == {"s0"}
     assert steps > 10
+
+
+def test_without_the_spawner(source: Path, tmp_path: Path) -> None:
+    """What was in memory is gone with it, and everybody says so."""
+    with Sandbox(Spec(overlay=[(source, "/data")])) as sandbox:
+        ok(sandbox, "echo one > /data/one")
+        kept = sandbox.snapshot()
+    os.kill(spawner_pids()[0], signal.SIGKILL)
+    for action in (kept.diff, kept.commit, lambda: kept.export(tmp_path / "x.tar")):
+        with pytest.raises(SandboxError, match="spawner"):
+            action()
+    assert not (source / "one").exists()
+    assert not (tmp_path / "x.tar").exists()
