@@ -49,6 +49,8 @@ class _OneCopy(Layers):
 class PersistentFiles(Sandbox):
     """The part of :class:`PersistentSandbox` that has to do with its files at earlier moments."""
 
+    DEEP = 8  # so many layers of a snapshot become one in the next
+
     _store: Store
     _snapshots: SnapshotStore | None = None
 
@@ -78,23 +80,25 @@ class PersistentFiles(Sandbox):
         store = self.snapshots
         try:
             with store.holding(), self._lock, self._store.locked(self.id), self._quiet("snapshot"):
-                below = self._written_layers()
-                digest = self._copied(store)
-                layers = tuple(store.layer(one, self._plan) for one in (digest, *below))
+                digests = self._copied(store, self._written_layers())
+                layers = tuple(store.layer(digest, self._plan) for digest in digests)
                 yield Snapshot(name, self.id, self._plan, layers, copied=True)
         finally:
             store.gc()
 
-    def _copied(self, store: SnapshotStore) -> str:
-        """What was written, as a layer on the disk; the sandbox is without the copy again. Whoever dies here
-        leaves it to the next one."""
+    def _copied(self, store: SnapshotStore, below: list[str]) -> list[str]:
+        """What was written, as a layer on the disk, and those below it; together as one where these are many.
+        The sandbox is without the copy again; whoever dies here leaves it to the next one."""
+        many = [store.layer(digest, self._plan) for digest in below] if len(below) >= self.DEEP else []
         keeper = with_spawner(self._plan, None, lambda connection: connection)  # it knows the plan now
         link, about, number = self._link_now(), self._layers_file(), _number()
         self._write_layers(about["base"], about["now"], [*about["copies"], number])
         with Copy(_OneCopy(number, about["copies"]), link) as made:
             layer = made.take(keeper)
         try:
-            return store.keep(layer, Names(self._plan.overlays, self._plan.id_maps), forget=True)
+            names = Names(self._plan.overlays, self._plan.id_maps)
+            digest = store.keep((layer, *many), names, lasts=False)
+            return [digest] if many else [digest, *below]
         finally:
             del layer
             with link.ask_layers(LayersOrder((), 0, drop=[number], copy=True)) as answer:
@@ -109,7 +113,7 @@ class PersistentFiles(Sandbox):
             if not snapshot.fits(self.spec):
                 raise SpecError(f"snapshot {snapshot.name}: of a sandbox with other overlays or layers")
             names = Names(self._plan.overlays, self._plan.id_maps)
-            digests = [store.keep(layer, names) for layer in snapshot.layers]
+            digests = [store.keep((layer,), names) for layer in snapshot.layers]
             before = self._layers_file()
             self._write_layers(before["base"], None)  # until it is known
             try:
@@ -144,7 +148,7 @@ class PersistentFiles(Sandbox):
             store = sandbox.snapshots
             names = Names(snapshot.plan.overlays, snapshot.plan.id_maps)
             with store.holding():
-                digests = [store.keep(layer, names) for layer in snapshot.layers]
+                digests = [store.keep((layer,), names) for layer in snapshot.layers]
                 sandbox._write_layers(digests, digests)
         except BaseException:
             sandbox.destroy()

@@ -85,7 +85,7 @@ class SnapshotStore:
             if not replace and self._record(name).exists():
                 raise SpecError(f"name: {name!r} is the name of another snapshot")
             names = Names(snapshot.plan.overlays, snapshot.plan.id_maps)
-            digests = tuple(self.keep(layer, names) for layer in snapshot.layers)
+            digests = tuple(self.keep((layer,), names) for layer in snapshot.layers)
             saved = SavedSnapshot(
                 name=name,
                 id=snapshot.id,
@@ -192,19 +192,20 @@ class SnapshotStore:
         with self._understood(), self._locked(fcntl.LOCK_SH):
             yield
 
-    def keep(self, layer: Layer, names: Names, *, forget: bool = False) -> str:
-        """Write a layer, unless it is there. Its digest. ``forget``: it will not last, so it is loaded again
-        when it is wanted."""
-        if layer.digest is not None and self._path(layer.digest).exists():
-            return layer.digest
+    def keep(self, layers: tuple[Layer, ...], names: Names, *, lasts: bool = True) -> str:
+        """Write some layers as one, the topmost first, unless it is there. Its digest. ``lasts``: one that is
+        alone may be used as long as it lives, instead of loading it."""
+        known = layers[0].digest if len(layers) == 1 else None
+        if known is not None and self._path(known).exists():
+            return known
         with durable.NewFile(self._layers) as new:
             with tarfile.open(fileobj=new.file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                write_archive(tar, (layer,), names)
+                write_archive(tar, layers, names)
             new.file.seek(0)
             digest = hashlib.file_digest(new.file, "sha256").hexdigest()
             new.put(self._path(digest).name)
-        if not forget:
-            layer.digest, self._loaded[digest] = digest, layer
+        if lasts and len(layers) == 1:
+            layers[0].digest, self._loaded[digest] = digest, layers[0]
         return digest
 
     def layer(self, digest: str, plan: Plan) -> Layer:

@@ -156,6 +156,20 @@ def test_interrupted_restore(box: PersistentSandbox) -> None:
     box.snapshot("three")
 
 
+def test_any_number_of_moments(box: PersistentSandbox) -> None:
+    """Layers upon layers become one."""
+    for n in range(12):
+        ok(box, f"cd /data; echo {n} > f{n}; rm -rf f{n - 3} d; mkdir -p d; echo {n} > d/{n}; rm -f c/z")
+        box.restore(box.snapshot(f"s{n}"))
+    then = manifest(box)
+    depths = [len(saved.layers) for saved in box.snapshots.list()]
+    assert depths == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4]
+    box.restore(box.snapshots.load("s3"))
+    assert ok(box, "ls /data/d /data/f1 /data/f3") == b"/data/f1\n/data/f3\n\n/data/d:\n3\n"
+    box.restore(box.snapshots.load("s11"))
+    assert manifest(box) == then
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["snapshot", "restore"])
 def test_clients_killed_at_every_third_step(box: PersistentSandbox, state_dir: Path, what: str) -> None:
