@@ -1,0 +1,115 @@
+/*
+ * visit.c - two more uses of the helper, for processes that another program dumps or restores (CRIU). Plain libc is fine:
+ * both are processes of their own.
+ *
+ *   visit PIDFD user|keep PROGRAM ARGS...   run a program in a sandbox's namespaces
+ *   reap PID STATUS LIFE                    be the parent of what was restored there
+ */
+#include "box.h"
+
+#include <grp.h>
+#include <linux/capability.h>
+#include <linux/keyctl.h>
+#include <linux/prctl.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/wait.h>
+
+enum { SPACES = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP };
+
+static int complain(const char *what)
+{
+	perror(what);
+	return 125;
+}
+
+/*
+ * What the program restores inherits from it what CRIU does not know of: no new privileges, and a session keyring with
+ * nothing in it. With "user", the program has no power outside of the sandbox's own user namespace.
+ */
+int sbx_visit(int pidfd, bool user, char **argv)
+{
+	int status;
+
+	if (syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL) < 0 && errno != ENOSYS)
+		return complain("keyctl");
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+		return complain("PR_SET_NO_NEW_PRIVS");
+	if (setns(pidfd, SPACES | (user ? CLONE_NEWUSER : 0)) < 0)
+		return complain("setns");
+	if (user && (setresgid(0, 0, 0) < 0 || setgroups(0, NULL) < 0 || setresuid(0, 0, 0) < 0))
+		return complain("setresuid");
+	pid_t pid = fork(); /* into the pid namespace */
+	if (pid < 0)
+		return complain("fork");
+	if (pid == 0) {
+		(void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+		execv(argv[0], argv);
+		_exit(complain(argv[0]));
+	}
+	sbx_close(pidfd);
+	while (waitpid(pid, &status, 0) < 0)
+		if (errno != EINTR)
+			return complain("waitpid");
+	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+/* As a launcher: the power to kill, and nothing else. */
+static int keep_kill(void)
+{
+	struct __user_cap_header_struct head = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct data[2] = { { .effective = 1u << CAP_KILL, .permitted = 1u << CAP_KILL } };
+
+	for (int cap = 0; prctl(PR_CAPBSET_READ, cap) >= 0; cap++)
+		if (prctl(PR_CAPBSET_DROP, cap) < 0)
+			return -1;
+	return syscall(SYS_capset, &head, data) < 0 ? -1 : prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+}
+
+/* Returns whether anybody is left. */
+static bool bury(pid_t pid, int *ended)
+{
+	int status;
+	pid_t found;
+
+	while ((found = waitpid(-1, &status, WNOHANG)) > 0)
+		if (found == pid)
+			*ended = status;
+	return found == 0 || errno == EINTR;
+}
+
+/*
+ * It replaces the restoring program, so the restored process is its child, and what that leaves behind comes here. Ends when
+ * all of it is gone: with the process, or with LIFE, everything is killed. STATUS gets "ready", and wait4's number at the end.
+ */
+int sbx_reap(pid_t pid, int status_fd, int life)
+{
+	int keep[] = { status_fd, life }, ended = -1;
+	sigset_t mask;
+
+	sigemptyset(&mask);
+	sigaddset(&mask, SIGCHLD);
+	if (sigprocmask(SIG_SETMASK, &mask, NULL) < 0 || prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0 ||
+	    keep_kill() < 0 || sbx_fds_close_except(keep, SBX_COUNT(keep)) < 0)
+		return 125;
+	int children = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
+	struct pollfd fds[] = { { .fd = children, .events = POLLIN }, { .fd = life, .events = POLLIN } };
+	const pid_t self = getpid();
+	bool killing = children < 0 || write(status_fd, "ready\n", 6) != 6;
+
+	while (bury(pid, &ended)) {
+		struct signalfd_siginfo info;
+		killing |= ended >= 0 || fds[1].revents;
+		if (killing)
+			(void)sbx_proc_signal(self, NULL, 0, SIGKILL);
+		(void)poll(fds, killing ? 1 : 2, killing ? 50 : -1);
+		while (read(children, &info, sizeof info) > 0)
+			;
+	}
+	dprintf(status_fd, "%d\n", ended);
+	return 0;
+}
