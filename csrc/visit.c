@@ -43,6 +43,8 @@ int sbx_visit(int pidfd, bool user, char **argv)
 		return complain("setns");
 	if (user && (setresgid(0, 0, 0) < 0 || setgroups(0, NULL) < 0 || setresuid(0, 0, 0) < 0))
 		return complain("setresuid");
+	if (fcntl(pidfd, F_SETFD, FD_CLOEXEC) < 0)
+		return complain("fcntl");
 	pid_t pid = fork(); /* into the pid namespace */
 	if (pid < 0)
 		return complain("fork");
@@ -51,7 +53,6 @@ int sbx_visit(int pidfd, bool user, char **argv)
 		execv(argv[0], argv);
 		_exit(complain(argv[0]));
 	}
-	sbx_close(pidfd);
 	while (waitpid(pid, &status, 0) < 0)
 		if (errno != EINTR)
 			return complain("waitpid");

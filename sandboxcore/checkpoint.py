@@ -1,9 +1,9 @@
 """Checkpoints of processes by CRIU, where the host has it: :func:`checkpoint` writes a running command of a
-living sandbox to a directory, :func:`restore` lets it go on in another sandbox of the same spec. For root only.
+living sandbox to a directory, :func:`restore` lets it go on in another sandbox of the same spec. For root.
 
 What CRIU does not bring back would be isolation lost. So there must be nothing of it (Landlock, control
-groups), or it is inherited from what restores (no_new_privs, an empty session keyring), and what /proc tells of
-every thread is compared with what it was, before the first of them runs on.
+groups), or it is inherited from what restores (no_new_privs, an empty session keyring), and what /proc tells
+of every thread is compared with what it was, before the first of them runs on.
 """
 
 import contextlib
@@ -20,11 +20,12 @@ from typing import IO, Any
 
 from sandboxcore import criu, host
 from sandboxcore.command import Process
-from sandboxcore.criu import FEATURE
-from sandboxcore.criu import check
+from sandboxcore.criu import FEATURE, check
 from sandboxcore.errors import CheckpointError, InvalidTransition, SandboxBusy, SpecError, UnsupportedHost
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.spec import SandboxSpec, StrPath
+
+__all__ = ["CheckpointError", "Restored", "check", "checkpoint", "restore"]
 
 PATIENCE = 300  # seconds for CRIU to write or read everything
 _ABOUT = "sandboxcore.json"
@@ -32,23 +33,23 @@ _KEPT = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb
          "Seccomp_filters")  # fmt: skip
 _SPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")
 # CRIU is executed inside, by root: from here on it is the host's own and nobody else's.
-_HOSTS_OWN = ("/usr/", "/etc/", "/bin/", "/sbin/", "/lib/", "/lib32/", "/lib64/", "/libx32/", "/proc/", "/dev/",
-              "/run/")  # fmt: skip
+_HOSTS_OWN = ("/usr/", "/etc/", "/bin/", "/sbin/", "/lib/", "/lib32/", "/lib64/", "/libx32/", "/proc/",
+              "/dev/", "/run/")  # fmt: skip
 
 
 def checkpoint(sandbox: Sandbox, process: Process, path: StrPath, *, leave_running: bool = False) -> None:
     """Write a command, and everything below it, to the new directory ``path``; then it is killed.
 
-    The command is the only one that runs in the sandbox, and has no terminal. The spec has ``landlock=False``,
-    no limits that need a control group, no rootfs, overlay, volume or live binds: :class:`SpecError`. The files
-    of the sandbox are no part of it.
+    The command is the only one that runs in the sandbox, and has no terminal. The spec has
+    ``landlock=False``, no limits that need a control group, no rootfs, overlay, volume or live binds:
+    :class:`SpecError`. The files of the sandbox are no part of it.
 
     leave_running: it is not killed, but goes on.
 
     Raises
     ------
     UnsupportedHost: CRIU, or what it needs, is missing. SandboxBusy: another command runs. CheckpointError:
-    CRIU cannot write this command; it runs on, and there is no ``path``. FileExistsError: there is one already.
+    CRIU cannot write this command; it runs on, and there is no ``path``. FileExistsError: there is one.
     """
     check()
     program = _require(sandbox)
@@ -79,6 +80,11 @@ def _dump(sandbox: Sandbox, process: Process, program: str, where: Path) -> None
     try:
         if done.wait(PATIENCE) != 0:
             raise criu.failed(where, "dump")
+    except subprocess.TimeoutExpired:
+        criu.signal_tree(done.pid, signal.SIGKILL)
+        done.wait()
+        raise criu.failed(where, "dump") from None
+    try:
         about = _About(
             spec=sandbox.spec.fingerprint,
             pid=process.pid_inside,
@@ -89,15 +95,13 @@ def _dump(sandbox: Sandbox, process: Process, program: str, where: Path) -> None
         criu.of_itself(where)
         (where / _ABOUT).write_text(json.dumps(vars(about), indent=1))
     except BaseException:
-        criu.signal_tree(done.pid, signal.SIGKILL)
-        done.wait()
         criu.signal_tree(process.pid, signal.SIGCONT)
         raise
 
 
 def restore(sandbox: Sandbox, path: StrPath) -> "Restored":
-    """Let what :func:`checkpoint` wrote go on in a sandbox of the same spec, best in one that has run nothing:
-    every process gets the number it had, which has to be free. It gets SIGCONT.
+    """Let what :func:`checkpoint` wrote go on in a sandbox of the same spec, best in one that has run nothing,
+    for every process gets the number it had, which has to be free. Each gets SIGCONT.
 
     Whoever may write to ``path`` decides what runs in the sandbox.
 
@@ -139,8 +143,8 @@ class _About:
 class Restored:
     """A restored command. It ends with the sandbox, and with this handle; everything below it ends with it.
 
-    args, stdin, stdout, stderr: as those of :class:`subprocess.Popen`, in bytes; a stream is None where it was
-        no pipe.
+    args, stdin, stdout, stderr: as those of :class:`subprocess.Popen`, in bytes; a stream is None where it
+        was no pipe.
     pid: its number outside, while it runs. pid_inside: inside, as before.
     """
 
@@ -292,8 +296,8 @@ def _pipes(pid: int) -> dict[str, str]:
 
 
 def _facts(pid: int, init: int) -> dict[str, Any]:
-    """The isolation of a process and of everything below it, by number inside: what /proc tells of each thread,
-    the limits, and which namespaces are those of the sandbox."""
+    """The isolation of a process and of everything below it, by number inside: what /proc tells of each
+    thread, limits, descriptors and places, and which namespaces are those of the sandbox."""
     facts: dict[str, Any] = {}
     for member in criu.tree(pid):
         threads = [criu.status(member, int(task)) for task in os.listdir(f"/proc/{member}/task")]
@@ -301,10 +305,18 @@ def _facts(pid: int, init: int) -> dict[str, Any]:
         facts[str(criu.number_inside(member))] = {
             "threads": [{name: thread[name].split() for name in _KEPT} for thread in threads],
             "limits": Path(f"/proc/{member}/limits").read_text().splitlines(),
+            "descriptors": {fd: _kind(member, f"fd/{fd}") for fd in sorted(os.listdir(f"/proc/{member}/fd"))},
+            "places": [_kind(member, name) for name in ("root", "cwd", "exe")],
             "oom_score_adj": Path(f"/proc/{member}/oom_score_adj").read_text().strip(),
             "namespaces": [kind for kind in _SPACES if _space(member, kind) == _space(init, kind)],
         }
     return facts
+
+
+def _kind(pid: int, name: str) -> str:
+    """What a descriptor or a place is: a path, or a kind of thing that has none."""
+    link = os.readlink(f"/proc/{pid}/{name}")
+    return "deleted" if link.endswith(" (deleted)") else link.partition(":[")[0]
 
 
 def _space(pid: int, kind: str) -> str:

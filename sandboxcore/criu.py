@@ -132,10 +132,10 @@ def _pidfd(pid: int) -> Iterator[int]:
 
 
 def of_itself(images: Path) -> None:
-    """Let the images be of a CRIU that was in the tasks' own user namespace, or it would make a new one for them.
+    """Let the images be of a CRIU that was in the tasks' own user namespace, or it would make a new one.
 
-    It has numbers of its own for namespaces: in ids-PID.img those of a task, in inventory.img, field 3, those of
-    the CRIU that dumped it, which was in all of the sandbox's but this. Both are a task_kobj_ids_entry,
+    It has numbers of its own for namespaces: in ids-PID.img those of a task, in inventory.img, field 3, those
+    of the CRIU that dumped it, which was in all of the sandbox's but this. Both are a task_kobj_ids_entry,
     images/core.proto.
     """
     _, ids = _read_image(next(iter(sorted(images.glob("ids-*.img")))))
