@@ -100,8 +100,8 @@ def _dump(sandbox: Sandbox, process: Process, program: str, where: Path) -> None
 
 
 def restore(sandbox: Sandbox, path: StrPath) -> "Restored":
-    """Let what :func:`checkpoint` wrote go on in a sandbox of the same spec, best in one that has run nothing,
-    for every process gets the number it had, which has to be free. Each gets SIGCONT.
+    """Let what :func:`checkpoint` wrote go on in a sandbox of the same spec, best in one that has run
+    nothing, for every process gets the number it had, which has to be free. Each gets SIGCONT.
 
     Whoever may write to ``path`` decides what runs in the sandbox.
 
