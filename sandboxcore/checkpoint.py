@@ -13,7 +13,8 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,7 @@ from typing import IO, Any
 from sandboxcore import criu, host
 from sandboxcore.command import Process
 from sandboxcore.criu import FEATURE, check
-from sandboxcore.errors import CheckpointError, InvalidTransition, SandboxBusy, SpecError, UnsupportedHost
+from sandboxcore.errors import CheckpointError, InvalidTransition, SandboxGone, SpecError, UnsupportedHost
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.spec import SandboxSpec, StrPath
 
@@ -40,68 +41,78 @@ _HOSTS_OWN = ("/usr/", "/etc/", "/bin/", "/sbin/", "/lib/", "/lib32/", "/lib64/"
 def checkpoint(sandbox: Sandbox, process: Process, path: StrPath, *, leave_running: bool = False) -> None:
     """Write a command, and everything below it, to the new directory ``path``; then it is killed.
 
-    The command is the only one that runs in the sandbox, and has no terminal. The spec has
-    ``landlock=False``, no limits that need a control group, no rootfs, overlay, volume or live binds:
-    :class:`SpecError`. The files of the sandbox are no part of it.
+    It has no terminal. The spec has ``landlock=False``, no limits that need a control group, no rootfs, overlay,
+    volume or live binds: :class:`SpecError`. The files of the sandbox are no part of it. The sandbox is
+    suspended meanwhile.
 
     leave_running: it is not killed, but goes on.
 
     Raises
     ------
-    UnsupportedHost: CRIU, or what it needs, is missing. SandboxBusy: another command runs. CheckpointError:
-    CRIU cannot write this command; it runs on, and there is no ``path``. FileExistsError: there is one.
+    UnsupportedHost: CRIU, or what it needs, is missing. InvalidTransition: sandbox or command do not run.
+    CheckpointError: CRIU cannot write this command; it runs on, and there is no ``path``. FileExistsError:
+    there is one.
     """
     check()
     program = _require(sandbox)
     if process.poll() is not None:
         raise InvalidTransition(sandbox.name, "ended", "checkpoint a command")
-    if any(other is not process and other.poll() is None for other in list(sandbox._running)):
-        raise SandboxBusy(f"sandbox {sandbox.name}: another command runs")
-    if any(command.returncode is None for command in sandbox.commands()):
-        raise SandboxBusy(f"sandbox {sandbox.name}: a detached command runs")
     where = Path(path)
     where.mkdir(mode=0o700)
     try:
-        _dump(sandbox, process, program, where)
+        with _still(sandbox):
+            _dump(sandbox, process, program, where)
+            if not leave_running:
+                criu.signal_tree(process.pid, signal.SIGKILL)
     except BaseException:
         shutil.rmtree(where, ignore_errors=True)
         raise
-    if leave_running:
-        criu.signal_tree(process.pid, signal.SIGCONT)
-    else:
-        process.kill()
+    if not leave_running:
         process.wait()
 
 
-def _dump(sandbox: Sandbox, process: Process, program: str, where: Path) -> None:
-    """Afterwards everything below the command stands still; where it fails, nothing does."""
-    options = [program, "dump", f"--tree={process.pid_inside}", "--leave-stopped"]
-    done = criu.begin(sandbox.pid, where, options, own=False)
+@contextlib.contextmanager
+def _still(sandbox: Sandbox) -> Iterator[None]:
+    """Nothing of the payload runs while CRIU does inside, with more power than it and in reach of its ``/tmp``."""
+    sandbox.suspend()
     try:
-        if done.wait(PATIENCE) != 0:
-            raise criu.failed(where, "dump")
-    except subprocess.TimeoutExpired:
+        deadline = time.monotonic() + PATIENCE
+        while moving := [pid for pid in criu.tree(sandbox.pid)[1:] if not criu.stands_still(pid)]:
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"process {moving[0]} cannot be stopped")
+            time.sleep(0.001)
+        yield
+    finally:
+        with contextlib.suppress(SandboxGone):
+            sandbox.resume()
+
+
+def _dump(sandbox: Sandbox, process: Process, program: str, where: Path) -> None:
+    done = criu.begin(
+        sandbox.pid, where, [program, "dump", f"--tree={process.pid_inside}", "--leave-stopped"], own=False
+    )
+    try:
+        code = done.wait(PATIENCE)
+    except BaseException:
         criu.signal_tree(done.pid, signal.SIGKILL)
         done.wait()
-        raise criu.failed(where, "dump") from None
-    try:
-        about = _About(
-            spec=sandbox.spec.fingerprint,
-            pid=process.pid_inside,
-            argv=[os.fsdecode(item) for item in process.args],
-            pipes=_pipes(process.pid),
-            facts=_facts(process.pid, sandbox.pid),
-        )
-        criu.of_itself(where)
-        (where / _ABOUT).write_text(json.dumps(vars(about), indent=1))
-    except BaseException:
-        criu.signal_tree(process.pid, signal.SIGCONT)
         raise
+    if code != 0:
+        raise criu.failed(where, "dump")
+    about = _About(
+        spec=sandbox.spec.fingerprint,
+        pid=process.pid_inside,
+        argv=[os.fsdecode(item) for item in process.args],
+        pipes=_pipes(process.pid),
+        facts=_facts(process.pid, sandbox.pid),
+    )
+    criu.of_itself(where)
+    (where / _ABOUT).write_text(json.dumps(vars(about), indent=1))
 
 
 def restore(sandbox: Sandbox, path: StrPath) -> "Restored":
     """Let what :func:`checkpoint` wrote go on in a sandbox of the same spec, best in one that has run
-    nothing, for every process gets the number it had, which has to be free. Each gets SIGCONT.
+    nothing, for every process gets the number it had, which has to be free. The sandbox is suspended meanwhile.
 
     Whoever may write to ``path`` decides what runs in the sandbox.
 
@@ -118,11 +129,15 @@ def restore(sandbox: Sandbox, path: StrPath) -> "Restored":
         raise SpecError(f"{where}: it is of a sandbox of another spec")
     restored = Restored(sandbox, about)
     try:
-        with criu.lent(where, host.features().id_base):
-            restored._start(program, where)
-        if difference := _difference(about.facts, _facts(restored.pid, sandbox.pid)):
-            raise CheckpointError(f"{where}: what CRIU restored is not isolated as before: {difference}")
-        criu.signal_tree(restored.pid, signal.SIGCONT)
+        with _still(sandbox):
+            try:
+                with criu.lent(where, host.features().id_base):
+                    restored._start(program, where)
+                if difference := _difference(about.facts, _facts(restored.pid, sandbox.pid)):
+                    raise CheckpointError(f"{where}: it is not isolated as before: {difference}")
+            except BaseException:
+                restored.close()  # while it stands still
+                raise
     except BaseException:
         restored.close()
         raise
@@ -214,7 +229,8 @@ class Restored:
         if self.returncode is None and self._status is not None and self._parent is not None:
             if not self._readable(timeout):
                 raise subprocess.TimeoutExpired(list(self.args), timeout or 0.0)
-            last = int(self._status.readline() or -1)  # killed with the sandbox, its parent could not say so
+            # killed with the sandbox, its parent could not say so
+            last = int(self._status.readline() or -1) if self._ready else -1
             self._parent.wait()
             self.returncode = -signal.SIGKILL if last < 0 else os.waitstatus_to_exitcode(last)
             self.pid = 0

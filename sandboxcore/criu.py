@@ -245,6 +245,13 @@ def status(pid: int, task: int | None = None) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
 
 
+def stands_still(pid: int) -> bool:
+    """Whether all of its threads are stopped, or it has ended."""
+    with contextlib.suppress(OSError):
+        return all(status(pid, int(task))["State"][0] in "TtZX" for task in os.listdir(f"/proc/{pid}/task"))
+    return True
+
+
 def number_inside(pid: int) -> int:
     """The number that it has in its own pid namespace."""
     return int(status(pid)["NSpid"].split()[-1])
