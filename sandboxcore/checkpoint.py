@@ -41,9 +41,9 @@ _HOSTS_OWN = ("/usr/", "/etc/", "/bin/", "/sbin/", "/lib/", "/lib32/", "/lib64/"
 def checkpoint(sandbox: Sandbox, process: Process, path: StrPath, *, leave_running: bool = False) -> None:
     """Write a command, and everything below it, to the new directory ``path``; then it is killed.
 
-    It has no terminal. The spec has ``landlock=False``, no limits that need a control group, no rootfs, overlay,
-    volume or live binds: :class:`SpecError`. The files of the sandbox are no part of it. The sandbox is
-    suspended meanwhile.
+    It has no terminal. The spec has ``landlock=False``, no limits that need a control group, no rootfs,
+    overlay, volume or live binds: :class:`SpecError`. The files of the sandbox are no part of it. The sandbox
+    is suspended meanwhile.
 
     leave_running: it is not killed, but goes on.
 
@@ -73,7 +73,7 @@ def checkpoint(sandbox: Sandbox, process: Process, path: StrPath, *, leave_runni
 
 @contextlib.contextmanager
 def _still(sandbox: Sandbox) -> Iterator[None]:
-    """Nothing of the payload runs while CRIU does inside, with more power than it and in reach of its ``/tmp``."""
+    """Nothing of the payload runs while CRIU does, inside, with more power than it, and in its ``/tmp``."""
     sandbox.suspend()
     try:
         deadline = time.monotonic() + PATIENCE
@@ -112,9 +112,9 @@ def _dump(sandbox: Sandbox, process: Process, program: str, where: Path) -> None
 
 def restore(sandbox: Sandbox, path: StrPath) -> "Restored":
     """Let what :func:`checkpoint` wrote go on in a sandbox of the same spec, best in one that has run
-    nothing, for every process gets the number it had, which has to be free. The sandbox is suspended meanwhile.
+    nothing, for every process gets the number it had, which has to be free.
 
-    Whoever may write to ``path`` decides what runs in the sandbox.
+    The sandbox is suspended meanwhile. Whoever may write to ``path`` decides what runs in the sandbox.
 
     Raises
     ------
@@ -128,19 +128,15 @@ def restore(sandbox: Sandbox, path: StrPath) -> "Restored":
     if about.spec != sandbox.spec.fingerprint:
         raise SpecError(f"{where}: it is of a sandbox of another spec")
     restored = Restored(sandbox, about)
-    try:
-        with _still(sandbox):
-            try:
-                with criu.lent(where, host.features().id_base):
-                    restored._start(program, where)
-                if difference := _difference(about.facts, _facts(restored.pid, sandbox.pid)):
-                    raise CheckpointError(f"{where}: it is not isolated as before: {difference}")
-            except BaseException:
-                restored.close()  # while it stands still
-                raise
-    except BaseException:
-        restored.close()
-        raise
+    with _still(sandbox):
+        try:
+            with criu.lent(where, host.features().id_base):
+                restored._start(program, where)
+            if difference := _difference(about.facts, _facts(restored.pid, sandbox.pid)):
+                raise CheckpointError(f"{where}: it is not isolated as before: {difference}")
+        except BaseException:
+            restored.close()  # before anything goes on
+            raise
     return restored
 
 
