@@ -351,7 +351,7 @@ int sbx_net_take(int maker);
 int sbx_probe(void);
 
 /* visit.c: and two more: programs that dump and restore processes of a sandbox, and the parent of those */
-int sbx_visit(int pidfd, bool user, char **argv);
+int sbx_visit(int pidfd, uid_t id, char **argv);
 int sbx_reap(pid_t pid, int status_fd, int life);
 
 /* message.c: datagrams with descriptors */

@@ -363,7 +363,7 @@ int main(int argc, char **argv)
 	if (argc == 2 && strcmp(argv[1], "probe") == 0)
 		return sbx_probe();
 	if (argc >= 5 && strcmp(argv[1], "visit") == 0)
-		return sbx_visit(atoi(argv[2]), strcmp(argv[3], "user") == 0, argv + 4);
+		return sbx_visit(atoi(argv[2]), (uid_t)strtoul(argv[3], NULL, 10), argv + 4);
 	if (argc == 5 && strcmp(argv[1], "reap") == 0)
 		return sbx_reap(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]));
 	if (argc != 2 || strcmp(argv[1], "serve") != 0)

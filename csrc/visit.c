@@ -2,7 +2,7 @@
  * visit.c - two more uses of the helper, for processes that another program dumps or restores (CRIU). Plain libc is fine:
  * both are processes of their own.
  *
- *   visit PIDFD user|keep PROGRAM ARGS...   run a program in a sandbox's namespaces
+ *   visit PIDFD ID PROGRAM ARGS...   run a program in a sandbox's namespaces, but for that of users if ID is not 0
  *   reap PID STATUS LIFE                    be the parent of what was restored there
  */
 #include "box.h"
@@ -21,17 +21,55 @@
 
 enum { SPACES = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP };
 
+enum { HIGHEST = 32000 }; /* below the usual pid_max */
+
 static int complain(const char *what)
 {
 	perror(what);
 	return 125;
 }
 
+/* The power of root with an id that the sandbox's user namespace maps, or there could be no file in its file systems. */
+static int become(uid_t id)
+{
+	struct __user_cap_header_struct head = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct data[2];
+
+	if (prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0) < 0 || setresgid(id, id, id) < 0 || setgroups(0, NULL) < 0 ||
+	    setresuid(id, id, id) < 0 || syscall(SYS_capget, &head, data) < 0)
+		return -1;
+	for (int i = 0; i < 2; i++)
+		data[i].effective = data[i].inheritable = data[i].permitted;
+	if (syscall(SYS_capset, &head, data) < 0)
+		return -1;
+	for (int cap = 0; cap < 64; cap++)
+		if (data[cap / 32].permitted >> cap % 32 & 1 &&
+		    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, cap, 0, 0) < 0)
+			return -1;
+	return 0;
+}
+
+/* Into the pid namespace, with a number that what is restored there does not need. */
+static long fork_aside(void)
+{
+	long ret = -EEXIST;
+
+	for (pid_t number = HIGHEST; ret == -EEXIST && number > HIGHEST - 1000; number--) {
+		const struct clone_args args = {
+			.exit_signal = SIGCHLD,
+			.set_tid = (uint64_t)(uintptr_t)&number,
+			.set_tid_size = 1,
+		};
+		ret = sbx_sys(SYS_clone3, &args, sizeof args);
+	}
+	return ret;
+}
+
 /*
  * What the program restores inherits from it what CRIU does not know of: no new privileges, and a session keyring with
- * nothing in it. With "user", the program has no power outside of the sandbox's own user namespace.
+ * nothing in it. With id 0 the program is in the sandbox's user namespace and has no power outside of it.
  */
-int sbx_visit(int pidfd, bool user, char **argv)
+int sbx_visit(int pidfd, uid_t id, char **argv)
 {
 	int status;
 
@@ -39,15 +77,15 @@ int sbx_visit(int pidfd, bool user, char **argv)
 		return complain("keyctl");
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
 		return complain("PR_SET_NO_NEW_PRIVS");
-	if (setns(pidfd, SPACES | (user ? CLONE_NEWUSER : 0)) < 0)
+	if (setns(pidfd, SPACES | (id == 0 ? CLONE_NEWUSER : 0)) < 0)
 		return complain("setns");
-	if (user && (setresgid(0, 0, 0) < 0 || setgroups(0, NULL) < 0 || setresuid(0, 0, 0) < 0))
+	if (become(id) < 0)
 		return complain("setresuid");
 	if (fcntl(pidfd, F_SETFD, FD_CLOEXEC) < 0)
 		return complain("fcntl");
-	pid_t pid = fork(); /* into the pid namespace */
+	pid_t pid = (pid_t)fork_aside();
 	if (pid < 0)
-		return complain("fork");
+		return complain("clone3");
 	if (pid == 0) {
 		(void)prctl(PR_SET_PDEATHSIG, SIGKILL);
 		execv(argv[0], argv);

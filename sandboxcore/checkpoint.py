@@ -32,7 +32,8 @@ PATIENCE = 300  # seconds for CRIU to write or read everything
 _ABOUT = "sandboxcore.json"
 _KEPT = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp",
          "Seccomp_filters")  # fmt: skip
-_SPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")
+# Not that of time: CRIU makes one, in which the monotonic clock goes on from where it was.
+_SPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup")
 # CRIU is executed inside, by root: from here on it is the host's own and nobody else's.
 _HOSTS_OWN = ("/usr/", "/etc/", "/bin/", "/sbin/", "/lib/", "/lib32/", "/lib64/", "/libx32/", "/proc/",
               "/dev/", "/run/")  # fmt: skip
@@ -209,6 +210,9 @@ class Restored:
             ours, ends[pipe] = (write, read) if number == "0" else (read, write)
             setattr(self, name, open(ours, "wb" if number == "0" else "rb"))  # noqa: SIM115
             theirs.append(ends[pipe])
+            os.fchown(
+                ends[pipe], *(host.features().id_base,) * 2
+            )  # CRIU opens it again, as the sandbox's root
             options += ["--inherit-fd", f"fd[{ends[pipe]}]:{pipe}"]
         return options
 

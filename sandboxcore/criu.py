@@ -91,16 +91,18 @@ def begin(
     argv: its path, the verb, and more options. own: in its user namespace, too, without any power outside.
     """
     program, verb, *options = argv
+    users = os.open(f"/proc/{init}/ns/user", os.O_RDONLY)
     with _opened(images) as directory, _pidfd(init) as pidfd, open(images / "output", "wb") as output:
         where = ["--no-default-config", "--manage-cgroups=ignore"]
+        where += [f"--join-ns=user:/proc/self/fd/{users},0,0"] * own
         where += [f"--images-dir=/proc/self/fd/{directory}", f"--log-file={verb}.log"]
         return subprocess.Popen(
-            [host.HELPER, "visit", str(pidfd), "user" if own else "keep", program, verb, *where, *options],
+            [host.HELPER, "visit", str(pidfd), str(host.features().id_base), program, verb, *where, *options],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             env={"PATH": _DIRECTORIES},
-            pass_fds=[pidfd, directory, *fds],
+            pass_fds=[pidfd, directory, users, *fds],
         )
 
 
@@ -138,9 +140,9 @@ def of_itself(images: Path) -> None:
     of the CRIU that dumped it, which was in all of the sandbox's but this. Both are a task_kobj_ids_entry,
     images/core.proto.
     """
-    _, ids = _read_image(next(iter(sorted(images.glob("ids-*.img")))))
+    _, ids = _read_image(next(iter(sorted(images.glob("ids-*.img")))), 8)
     (user,) = [value for number, _, value in _fields(ids) if number == _USER_NS]
-    head, body = _read_image(images / "inventory.img")
+    head, body = _read_image(images / "inventory.img", 4)
     mended = [
         (number, kind, _pack([(n, k, user if n == _USER_NS else v) for n, k, v in _fields(value)]))
         if number == _ROOT_IDS and isinstance(value, bytes)
@@ -156,13 +158,13 @@ _VARINT, _BYTES = 0, 2
 _Field = tuple[int, int, int | bytes]
 
 
-def _read_image(path: Path) -> tuple[bytes, bytes]:
-    """Its two magic numbers, and its only entry, in protocol buffers' form."""
+def _read_image(path: Path, magic: int) -> tuple[bytes, bytes]:
+    """The bytes that say what it is, ``magic`` of them, and its only entry, in protocol buffers' form."""
     data = path.read_bytes()
-    size = int.from_bytes(data[8:12], "little")
-    if len(data) != 12 + size:
-        raise CheckpointError(f"{path}: not one entry of {size} bytes")
-    return data[:8], data[12:]
+    size = int.from_bytes(data[magic : magic + 4], "little")
+    if len(data) != magic + 4 + size:
+        raise CheckpointError(f"{path}: it is not one entry")
+    return data[:magic], data[magic + 4 :]
 
 
 def _fields(data: bytes) -> list[_Field]:

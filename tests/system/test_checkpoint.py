@@ -127,7 +127,7 @@ class TestRestored:
             with checkpoint.restore(sandbox, images) as again:  # as often as one likes
                 assert step(again) == ["4", secret]
                 child = criu.tree(again.pid)[-1]
-            wait_until(lambda: not Path(f"/proc/{child}").exists())
+            wait_until(lambda: not Path(f"/proc/{child}").exists(), "the end of the child")
 
     def is_isolated(self, sandbox: Sandbox, restored: checkpoint.Restored) -> None:
         """As the kernel tells, of every thread of both processes."""
