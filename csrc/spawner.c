@@ -364,8 +364,8 @@ int main(int argc, char **argv)
 		return sbx_probe();
 	if (argc >= 5 && strcmp(argv[1], "visit") == 0)
 		return sbx_visit(atoi(argv[2]), (uid_t)strtoul(argv[3], NULL, 10), argv + 4);
-	if (argc == 5 && strcmp(argv[1], "reap") == 0)
-		return sbx_reap(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]));
+	if (argc == 6 && strcmp(argv[1], "reap") == 0)
+		return sbx_reap(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]), atoi(argv[5]));
 	if (argc != 2 || strcmp(argv[1], "serve") != 0)
 		return 64;
 	struct state *st = mmap(NULL, sizeof *st, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

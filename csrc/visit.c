@@ -2,8 +2,8 @@
  * visit.c - two more uses of the helper, for processes that another program dumps or restores (CRIU). Plain libc is fine:
  * both are processes of their own.
  *
- *   visit PIDFD ID PROGRAM ARGS...   run a program in a sandbox's namespaces, but for that of users if ID is not 0
- *   reap PID STATUS LIFE                    be the parent of what was restored there
+ *   visit PIDFD ID PROGRAM ARGS...   run a program in a sandbox's namespaces, but for that of users
+ *   reap PID STATUS LIFE USERS       be the parent of what was restored there
  */
 #include "box.h"
 
@@ -67,7 +67,7 @@ static long fork_aside(void)
 
 /*
  * What the program restores inherits from it what CRIU does not know of: no new privileges, and a session keyring with
- * nothing in it. With id 0 the program is in the sandbox's user namespace and has no power outside of it.
+ * nothing in it.
  */
 int sbx_visit(int pidfd, uid_t id, char **argv)
 {
@@ -77,7 +77,7 @@ int sbx_visit(int pidfd, uid_t id, char **argv)
 		return complain("keyctl");
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
 		return complain("PR_SET_NO_NEW_PRIVS");
-	if (setns(pidfd, SPACES | (id == 0 ? CLONE_NEWUSER : 0)) < 0)
+	if (setns(pidfd, SPACES) < 0)
 		return complain("setns");
 	if (become(id) < 0)
 		return complain("setresuid");
@@ -97,12 +97,14 @@ int sbx_visit(int pidfd, uid_t id, char **argv)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-/* As a launcher: the power to kill, and nothing else. */
-static int keep_kill(void)
+/* As a launcher: the power to kill, in the sandbox's own user namespace, and nothing else. */
+static int keep_kill(int users)
 {
 	struct __user_cap_header_struct head = { .version = _LINUX_CAPABILITY_VERSION_3 };
 	struct __user_cap_data_struct data[2] = { { .effective = 1u << CAP_KILL, .permitted = 1u << CAP_KILL } };
 
+	if (setns(users, CLONE_NEWUSER) < 0)
+		return -1;
 	for (int cap = 0; prctl(PR_CAPBSET_READ, cap) >= 0; cap++)
 		if (prctl(PR_CAPBSET_DROP, cap) < 0)
 			return -1;
@@ -125,7 +127,7 @@ static bool bury(pid_t pid, int *ended)
  * It replaces the restoring program, so the restored process is its child, and what that leaves behind comes here. Ends when
  * all of it is gone: with the process, or with LIFE, everything is killed. STATUS gets "ready", and wait4's number at the end.
  */
-int sbx_reap(pid_t pid, int status_fd, int life)
+int sbx_reap(pid_t pid, int status_fd, int life, int users)
 {
 	int keep[] = { status_fd, life }, ended = -1;
 	sigset_t mask;
@@ -133,7 +135,7 @@ int sbx_reap(pid_t pid, int status_fd, int life)
 	sigemptyset(&mask);
 	sigaddset(&mask, SIGCHLD);
 	if (sigprocmask(SIG_SETMASK, &mask, NULL) < 0 || prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0 ||
-	    keep_kill() < 0 || sbx_fds_close_except(keep, SBX_COUNT(keep)) < 0)
+	    keep_kill(users) < 0 || sbx_fds_close_except(keep, SBX_COUNT(keep)) < 0)
 		return 125;
 	int children = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
 	struct pollfd fds[] = { { .fd = children, .events = POLLIN }, { .fd = life, .events = POLLIN } };

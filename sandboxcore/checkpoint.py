@@ -89,9 +89,8 @@ def _still(sandbox: Sandbox) -> Iterator[None]:
 
 
 def _dump(sandbox: Sandbox, process: Process, program: str, where: Path) -> None:
-    done = criu.begin(
-        sandbox.pid, where, [program, "dump", f"--tree={process.pid_inside}", "--leave-stopped"], own=False
-    )
+    options = [program, "dump", f"--tree={process.pid_inside}", "--leave-stopped"]
+    done = criu.begin(sandbox.pid, where, options)
     try:
         code = done.wait(PATIENCE)
     except BaseException:
@@ -183,10 +182,12 @@ class Restored:
             ready, status = os.pipe()
             self._status = open(ready, "rb", 0)  # noqa: SIM115 - closed with the handle
             helper = os.open(host.HELPER, os.O_PATH | os.O_CLOEXEC)
-            theirs += [life, status, helper]
-            then = [f"/proc/self/fd/{helper}", "reap", str(self.pid_inside), str(status), str(life)]
-            options = [program, "restore", "--leave-stopped", *inherit, "--exec-cmd", "--", *then]
-            self._parent = criu.begin(self._init, where, options, own=True, fds=theirs)
+            users = os.open(f"/proc/{self._init}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+            theirs += [life, status, helper, users]
+            then = [f"/proc/self/fd/{helper}", "reap", *map(str, (self.pid_inside, status, life, users))]
+            options = [program, "restore", "--leave-stopped", f"--join-ns=user:/proc/self/fd/{users},0,0"]
+            options += [*inherit, "--exec-cmd", "--", *then]
+            self._parent = criu.begin(self._init, where, options, theirs)
         finally:
             for fd in theirs:
                 os.close(fd)

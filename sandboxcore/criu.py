@@ -83,18 +83,14 @@ def _too_old() -> str:
 # --- inside -----------------------------------------------------------------------------------------
 
 
-def begin(
-    init: int, images: Path, argv: Sequence[str], *, own: bool, fds: Sequence[int] = ()
-) -> subprocess.Popen[bytes]:
-    """Start CRIU in the namespaces of the sandbox whose init is ``init``: csrc/visit.c.
+def begin(init: int, images: Path, argv: Sequence[str], fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """Start CRIU in the namespaces of the sandbox whose init is ``init``, but that of users: csrc/visit.c.
 
-    argv: its path, the verb, and more options. own: in its user namespace, too, without any power outside.
+    argv: its path, the verb, and more options. fds: what it inherits.
     """
     program, verb, *options = argv
-    users = os.open(f"/proc/{init}/ns/user", os.O_RDONLY)
     with _opened(images) as directory, _pidfd(init) as pidfd, open(images / "output", "wb") as output:
         where = ["--no-default-config", "--manage-cgroups=ignore"]
-        where += [f"--join-ns=user:/proc/self/fd/{users},0,0"] * own
         where += [f"--images-dir=/proc/self/fd/{directory}", f"--log-file={verb}.log"]
         return subprocess.Popen(
             [host.HELPER, "visit", str(pidfd), str(host.features().id_base), program, verb, *where, *options],
@@ -102,7 +98,7 @@ def begin(
             stdout=output,
             stderr=output,
             env={"PATH": _DIRECTORIES},
-            pass_fds=[pidfd, directory, users, *fds],
+            pass_fds=[pidfd, directory, *fds],
         )
 
 
