@@ -56,6 +56,8 @@ def checkpoint(sandbox: Sandbox, process: Process, path: StrPath, *, leave_runni
     """
     check()
     program = _require(sandbox)
+    if process not in sandbox._running:
+        raise ValueError("process: it is no command of this sandbox")
     if process.poll() is not None:
         raise InvalidTransition(sandbox.name, "ended", "checkpoint a command")
     where = Path(path)
@@ -114,7 +116,7 @@ def restore(sandbox: Sandbox, path: StrPath) -> "Restored":
     """Let what :func:`checkpoint` wrote go on in a sandbox of the same spec, best in one that has run
     nothing, for every process gets the number it had, which has to be free.
 
-    The sandbox is suspended meanwhile. Whoever may write to ``path`` decides what runs in the sandbox.
+    The sandbox is suspended meanwhile. Nobody but root may have access to ``path``, for CRIU trusts it.
 
     Raises
     ------
@@ -124,6 +126,7 @@ def restore(sandbox: Sandbox, path: StrPath) -> "Restored":
     check()
     program = _require(sandbox)
     where = Path(path)
+    criu.require_private(where)
     about = _About(**json.loads((where / _ABOUT).read_text()))
     if about.spec != sandbox.spec.fingerprint:
         raise SpecError(f"{where}: it is of a sandbox of another spec")

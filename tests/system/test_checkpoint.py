@@ -144,10 +144,11 @@ class TestRestored:
 
     def test_ends_with_its_handle_and_with_its_sandbox(self, tmp_path: Path) -> None:
         images = tmp_path / "images"
-        with Sandbox(PLAIN) as sandbox, counting(sandbox) as process:
+        minimal = PLAIN.replace(profile="minimal")
+        with Sandbox(minimal) as sandbox, counting(sandbox) as process:
             checkpoint.checkpoint(sandbox, process, images, leave_running=True)
             assert step(process)[0] == "3"
-        with Sandbox(PLAIN) as sandbox:
+        with Sandbox(minimal) as sandbox:
             restored = checkpoint.restore(sandbox, images)
             members = criu.tree(restored.pid)
             restored.close()
@@ -157,7 +158,7 @@ class TestRestored:
         restored.close()
 
     def test_what_is_not_as_before_is_killed(self, tmp_path: Path) -> None:
-        """A record that says otherwise; and images in which the filter is missing."""
+        """A record that says otherwise, of limits and of no_new_privs; images that are not root's alone."""
         images = tmp_path / "images"
         with Sandbox(PLAIN) as sandbox, counting(sandbox) as process:
             checkpoint.checkpoint(sandbox, process, images)
@@ -175,6 +176,10 @@ class TestRestored:
             with pytest.raises(CheckpointError, match="NoNewPrivs"):
                 checkpoint.restore(sandbox, images)
             about.write_text(before)
+            images.chmod(0o755)
+            with pytest.raises(CheckpointError, match="others may"):
+                checkpoint.restore(sandbox, images)
+            images.chmod(0o700)
             with checkpoint.restore(sandbox, images) as restored:  # its numbers are free: nothing is left
                 assert step(restored)[0] == "3"
 
