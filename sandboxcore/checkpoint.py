@@ -109,6 +109,7 @@ def _dump(sandbox: Sandbox, process: Process, program: str, where: Path) -> None
         facts=_facts(process.pid, sandbox.pid),
     )
     criu.of_itself(where)
+    criu.give(where, os.geteuid())
     (where / _ABOUT).write_text(json.dumps(vars(about), indent=1))
 
 

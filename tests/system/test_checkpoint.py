@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import IS_ROOT, Spec, wait_until
+from support import IS_ROOT, Spec, host_program, wait_until
 
 from sandboxcore import CheckpointError, Sandbox, SpecError, UnsupportedHost, checkpoint, criu
 from sandboxcore.command import Process
@@ -29,6 +29,40 @@ while os.read(0, 1):
     count += 1
     print(count, secret, flush=True)
 sys.exit(7)
+"""
+
+# Plants a key in the session keyring of a host process; who finds it: that, a command, the same restored.
+KEYS = """
+import subprocess, sys
+from escape.hostile import allowing, libc, number
+from sandboxcore import Sandbox, SandboxSpec, checkpoint
+
+c, find = libc(), number("request_key")
+if c.syscall(number("keyctl"), 1, None) < 0:
+    sys.exit("keyctl")
+if c.syscall(number("add_key"), b"user", b"sbx-planted", b"the secret", 10, -3) < 0:
+    sys.exit("add_key")
+look = f'''
+import ctypes, os
+while os.read(0, 1):
+    print(ctypes.CDLL(None).syscall({find}, b"user", b"sbx-planted", None, 0) >= 0, flush=True)
+'''
+
+def ask(process):
+    process.stdin.write(b"x")
+    process.stdin.flush()
+    print(process.stdout.readline().decode().strip())
+
+pipe = subprocess.PIPE
+with subprocess.Popen(["/usr/bin/python3", "-c", look], stdin=pipe, stdout=pipe) as outside:
+    ask(outside)
+spec = SandboxSpec(landlock=False, seccomp=allowing("request_key"))
+with Sandbox(spec) as sandbox:
+    process = sandbox.popen(["/usr/bin/python3", "-c", look], stdin=pipe, stdout=pipe, bufsize=0)
+    ask(process)
+    checkpoint.checkpoint(sandbox, process, sys.argv[1])
+with Sandbox(spec) as sandbox, checkpoint.restore(sandbox, sys.argv[1]) as restored:
+    ask(restored)
 """
 
 
@@ -138,13 +172,14 @@ class TestRestored:
                 status = criu.status(pid, int(task))
                 assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
                 assert {int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+            assert sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2"]
             for kind in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup"):
                 ours, its = (os.readlink(f"/proc/{number}/ns/{kind}") for number in (sandbox.pid, pid))
                 assert ours == its
 
     def test_ends_with_its_handle_and_with_its_sandbox(self, tmp_path: Path) -> None:
         images = tmp_path / "images"
-        minimal = PLAIN.replace(profile="minimal")
+        minimal = PLAIN.replace(seccomp="minimal")
         with Sandbox(minimal) as sandbox, counting(sandbox) as process:
             checkpoint.checkpoint(sandbox, process, images, leave_running=True)
             assert step(process)[0] == "3"
@@ -194,6 +229,10 @@ class TestRestored:
             assert step(process)[0] == "2"
             assert not list(tmp_path.iterdir())
             process.kill()
+
+    def test_finds_no_key_of_who_restores_it(self, tmp_path: Path) -> None:
+        done = host_program(KEYS, str(tmp_path / "images"), timeout=PATIENCE)
+        assert done.stdout.split() == ["True", "False", "False"], done.stderr
 
     def test_another_spec_is_refused(self, tmp_path: Path) -> None:
         images = tmp_path / "images"
