@@ -20,9 +20,9 @@ HELPER_SOURCES = (
     *("plan.c", "path.c", "mount.c", "overlay.c", "layers.c", "layer.c", "copy.c", "pack.c", "unpack.c"),
     *("shelf.c", "root.c", "template.c", "idmap.c", "net.c", "message.c", "session.c", "fds.c", "rlimit.c"),
     *("cred.c", "file.c", "landlock.c", "seccomp.c", "record.c", "spawn.c", "child.c", "init.c", "inbox.c"),
-    *("spawner.c", "probe.c", "visit.c", "resident.c", "pool.c", "launcher.c", "command.c", "stdio.c", "pump.c"),
+    *("spawner.c", "probe.c", "resident.c", "pool.c", "launcher.c", "command.c", "stdio.c", "pump.c"),
     *("pty.c", "proc.c", "files.c", "remove.c", "group.c", "meter.c", "watch.c", "binds.c", "mountinfo.c"),
-    *("source.c", "fsmount.c", "room.c"),
+    *("source.c", "fsmount.c", "room.c", "visit.c"),
 )
 
 CFLAGS = ["-std=gnu11", "-O2", "-D_GNU_SOURCE", "-fvisibility=hidden", "-fstack-protector-strong"]

@@ -84,8 +84,10 @@ int sbx_visit(int pidfd, uid_t id, char **argv)
 	if (fcntl(pidfd, F_SETFD, FD_CLOEXEC) < 0)
 		return complain("fcntl");
 	pid_t pid = (pid_t)fork_aside();
-	if (pid < 0)
+	if (pid < 0) {
+		errno = -pid;
 		return complain("clone3");
+	}
 	if (pid == 0) {
 		(void)prctl(PR_SET_PDEATHSIG, SIGKILL);
 		execv(argv[0], argv);

@@ -346,10 +346,20 @@ def _space(pid: int, kind: str) -> str:
 
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Where the facts are not the same, for an error; empty if they are."""
-    if before.keys() != after.keys():
-        return f"processes {sorted(after)}, not {sorted(before)}"
-    for number, facts in before.items():
-        for name, value in facts.items():
-            if after[number][name] != value:
-                return f"process {number}: {name}: {after[number][name]}, not {value}"
+    was, now = dict(_flat(before)), dict(_flat(after))
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            return f"process{name}: {now.get(name)}, not {was.get(name)}"
     return ""
+
+
+def _flat(facts: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested facts, each with its whole name."""
+    if isinstance(facts, Mapping):
+        for key, value in facts.items():
+            yield from _flat(value, f"{name} {key}")
+    elif isinstance(facts, list) and facts:
+        for number, value in enumerate(facts):
+            yield from _flat(value, f"{name} {number}")
+    else:
+        yield name, facts

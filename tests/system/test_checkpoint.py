@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support import IS_ROOT, Spec, host_program, wait_until
 
-from sandboxcore import CheckpointError, Sandbox, SpecError, UnsupportedHost, checkpoint, criu
+from sandboxcore import CheckpointError, Sandbox, SpecError, UnsupportedHost, checkpoint, cli_doctor, criu
 from sandboxcore.command import Process
 
 PATIENCE = 120  # seconds; the virtual machine is slow
@@ -117,6 +117,14 @@ def test_check_says_what_criu_says() -> None:
         assert first.strip() in str(caught.value)
     else:
         assert "root" in str(caught.value)
+
+
+def test_doctor_says_the_same() -> None:
+    try:
+        expected = checkpoint.check()
+    except UnsupportedHost as error:
+        expected = error.remedy
+    assert cli_doctor._criu() == expected
 
 
 def test_where_it_cannot_nothing_happens(tmp_path: Path) -> None:
