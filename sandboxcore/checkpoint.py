@@ -42,9 +42,9 @@ _HOSTS_OWN = ("/usr/", "/etc/", "/bin/", "/sbin/", "/lib/", "/lib32/", "/lib64/"
 def checkpoint(sandbox: Sandbox, process: Process, path: StrPath, *, leave_running: bool = False) -> None:
     """Write a command, and everything below it, to the new directory ``path``; then it is killed.
 
-    It has no terminal. The spec has ``landlock=False``, no limits that need a control group, no rootfs,
-    overlay, volume or live binds: :class:`SpecError`. The files of the sandbox are no part of it. The sandbox
-    is suspended meanwhile.
+    It has no terminal and is not user 0. The spec has ``landlock=False``, no limits that need a control group,
+    no rootfs, overlay, volume or live binds: :class:`SpecError`. The files of the sandbox are no part of it. The
+    sandbox is suspended meanwhile.
 
     leave_running: it is not killed, but goes on.
 
@@ -60,6 +60,8 @@ def checkpoint(sandbox: Sandbox, process: Process, path: StrPath, *, leave_runni
         raise ValueError("process: it is no command of this sandbox")
     if process.poll() is not None:
         raise InvalidTransition(sandbox.name, "ended", "checkpoint a command")
+    if int(criu.status(process.pid)["Uid"].split()[0]) == host.features().id_base:
+        raise SpecError("a checkpoint cannot be with user 0, who could kill the parent of what is restored")
     where = Path(path)
     where.mkdir(mode=0o700)
     try:

@@ -251,6 +251,13 @@ class TestRestored:
         with different, pytest.raises(SpecError, match="another spec"):
             checkpoint.restore(different, images)
 
+    def test_the_sandboxs_root_is_refused(self, tmp_path: Path) -> None:
+        """It could kill the parent of what is restored, which then nobody would wait for."""
+        with Sandbox(PLAIN) as sandbox, sandbox.popen(["/bin/sleep", "60"], user=0) as process:
+            with pytest.raises(SpecError, match="user 0"):
+                checkpoint.checkpoint(sandbox, process, tmp_path / "images")
+            process.kill()
+
     @pytest.mark.parametrize(
         "spec",
         [
