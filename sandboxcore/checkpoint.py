@@ -43,8 +43,8 @@ def checkpoint(sandbox: Sandbox, process: Process, path: StrPath, *, leave_runni
     """Write a command, and everything below it, to the new directory ``path``; then it is killed.
 
     It has no terminal and is not user 0. The spec has ``landlock=False``, no limits that need a control
-    group, no rootfs, overlay, volume or live binds: :class:`SpecError`. The files of the sandbox are no part of
-    it. The sandbox is suspended meanwhile.
+    group, no rootfs, overlay, volume or live binds: :class:`SpecError`. The files of the sandbox are no part
+    of it. The sandbox is suspended meanwhile.
 
     leave_running: it is not killed, but goes on.
 
