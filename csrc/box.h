@@ -350,6 +350,10 @@ int sbx_net_take(int maker);
 /* probe.c: the helper's other use: which primitives does this host grant? */
 int sbx_probe(void);
 
+/* visit.c: and two more: programs that dump and restore processes of a sandbox, and the parent of those */
+int sbx_visit(int pidfd, uid_t id, char **argv);
+int sbx_reap(pid_t pid, int status_fd, int life, int users);
+
 /* message.c: datagrams with descriptors */
 int sbx_send_record(int sock, const struct sbx_record *rec, const void *text, size_t size, int fd);
 long sbx_send_applied(const struct sbx_box *box);

@@ -18,6 +18,7 @@
 
 #include <linux/prctl.h>
 #include <poll.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/personality.h>
@@ -361,6 +362,10 @@ int main(int argc, char **argv)
 
 	if (argc == 2 && strcmp(argv[1], "probe") == 0)
 		return sbx_probe();
+	if (argc >= 5 && strcmp(argv[1], "visit") == 0)
+		return sbx_visit(atoi(argv[2]), (uid_t)strtoul(argv[3], NULL, 10), argv + 4);
+	if (argc == 6 && strcmp(argv[1], "reap") == 0)
+		return sbx_reap(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]), atoi(argv[5]));
 	if (argc != 2 || strcmp(argv[1], "serve") != 0)
 		return 64;
 	struct state *st = mmap(NULL, sizeof *st, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sandboxcore.detached import DetachedCommand
     from sandboxcore.errors import (
         ArchiveError,
+        CheckpointError,
         CommandFailed,
         CommitError,
         CwdNotFound,
@@ -61,7 +62,7 @@ _HOME = {
     "capabilities": ("SandboxCapabilities",),
     "changes": ("FileChange",),
     "errors": (
-        *("ArchiveError", "CommitError", "SnapshotNotFound"),
+        *("ArchiveError", "CheckpointError", "CommitError", "SnapshotNotFound"),
         *("CwdNotFound", "CwdNotPermitted", "CwdPathInvalid"),
         *("CommandFailed", "ExecError", "InvalidTransition", "ProgramNotExecutable", "ProgramNotFound"),
         *("ProgramPathInvalid", "SandboxBusy", "SandboxError", "SandboxGone", "SandboxNotFound"),
@@ -98,6 +99,7 @@ __all__ = [
     "STDOUT",
     "ArchiveError",
     "Cause",
+    "CheckpointError",
     "CommandFailed",
     "CommitError",
     "CwdNotFound",

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from sandboxcore import cgroup, host
+from sandboxcore import cgroup, criu, host
 from sandboxcore.cgroup_layout import SHARED, V1_NAMES, Layout
 from sandboxcore.errors import SandboxError, UnsupportedHost
 from sandboxcore.process import run as run_command
@@ -49,13 +49,14 @@ class Report:
     """What was found.
 
     run: "ok", or why a sandbox does not run here. run_limited: the same with every limit that is to be had,
-    None where none is.
+    None where none is. criu: its version if it can checkpoint processes here, or why it cannot.
     """
 
     probes: list[host.Probe]
     controls: list[Control]
     run: str
     run_limited: str | None
+    criu: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -67,6 +68,7 @@ class Report:
             "control_groups": [asdict(control) for control in self.controls],
             "run": self.run,
             "run_limited": self.run_limited,
+            "criu": self.criu,
         }
 
 
@@ -85,6 +87,7 @@ def examine() -> Report:
         [*controls, *_abilities(found)],
         _trial(SandboxSpec()),
         _trial(SandboxSpec(limits=Limits(**granted))) if granted else None,
+        _criu(),
     )
 
 
@@ -139,6 +142,13 @@ def _trial(spec: SandboxSpec) -> str:
     return "ok" if result.ok else f"/bin/sh -c 'exit 0' gave {result.returncode}"
 
 
+def _criu() -> str:
+    try:
+        return criu.check()
+    except UnsupportedHost as error:
+        return error.remedy
+
+
 # --- for people -------------------------------------------------------------------------------------
 
 
@@ -157,6 +167,7 @@ def show(report: Report) -> None:
             _remark(f"{f'for {needs}' if needs else WITHOUT[control.name]}: {control.remedy}")
     _line("a sandbox", report.run)
     _line("with limits", report.run_limited or "none is to be had here")
+    _line("criu", report.criu)
 
 
 def _line(name: str, text: str) -> None:

@@ -18,6 +18,7 @@
     ├── VolumeNotFound (LookupError)         no volume of that name
     ├── SandboxBusy (BlockingIOError)        not now: something runs in it, or somebody has the volume
     ├── SandboxGone (ConnectionError)        its init has ended: killed from outside, or with its host process
+    ├── CheckpointError                      CRIU could not, or what it restored is not isolated as before
     ├── CommandFailed (CalledProcessError)   check=True and a non-zero status
     └── SandboxTimeout (TimeoutError)        check=True and the time was up
 
@@ -158,6 +159,10 @@ class SnapshotNotFound(SandboxError, LookupError):
 
 class CommitError(SandboxError, OSError):
     """The host's directory cannot take what a sandbox wrote, or is not what it was: see ``filename``."""
+
+
+class CheckpointError(SandboxError):
+    """CRIU could not write or restore processes, or what it restored was not isolated as before; says why."""
 
 
 class ArchiveError(SandboxError, ValueError):

@@ -17,7 +17,7 @@ AFTER_CLONE = (
     *("meter", "watch", "binds", "mountinfo", "room", "fsmount"),
 )
 HOST = ("plan", "error", "wire", "client", "stream", "ask", "run")
-HELPER_ONLY = ("template", "source", "shelf", "net", "spawn", "spawner", "probe")
+HELPER_ONLY = ("template", "source", "shelf", "net", "spawn", "spawner", "probe", "visit")
 
 # Neither locks nor heap nor stdio behind any of these. memcpy and friends may be emitted by the compiler.
 SAFE = {"syscall", "vfork", "clock_gettime", "__errno_location", "__stack_chk_fail", "_exit"}
