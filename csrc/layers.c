@@ -13,6 +13,7 @@
 #include "box.h"
 
 #include <linux/magic.h>
+#include <sched.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 
@@ -267,11 +268,14 @@ static pid_t sweep(const struct changes *c, const struct sbx_layers *old, const 
 		   struct sbx_binds *binds)
 {
 	const struct clone_args args = { .exit_signal = SIGCHLD };
+	const struct sched_param none = { 0 };
 	struct sbx_layers all;
 
 	long pid = sbx_sys(SYS_clone3, &args, sizeof args);
 	if (pid != 0)
 		return pid < 0 ? 0 : (pid_t)pid;
+	/* The kernel would have others wait for milliseconds behind it. */
+	(void)sbx_sys(SYS_sched_setscheduler, 0, SCHED_IDLE, &none);
 	if (l->drops == SBX_DROP_OLD) {
 		memcpy(all.drop, old->number, sizeof all.drop);
 		all.drops = old->count;
