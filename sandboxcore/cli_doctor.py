@@ -159,6 +159,10 @@ def show(report: Report) -> None:
         _line(probe.name, "ok" + number if not probe.errno else os.strerror(probe.errno))
         if probe.errno:
             _remark(f"{'needed' if probe.essential else 'optional'}: {probe.remedy}")
+    usable = report.criu[:1].isdigit()
+    _line("criu", f"ok {report.criu}" if usable else "not usable")
+    if not usable:
+        _remark(f"for checkpoints: {report.criu}")
     click.echo("control groups")
     for control in report.controls:
         _line(control.name, f"v{control.version}, {control.path}" if control.version else "missing")
@@ -167,7 +171,6 @@ def show(report: Report) -> None:
             _remark(f"{f'for {needs}' if needs else WITHOUT[control.name]}: {control.remedy}")
     _line("a sandbox", report.run)
     _line("with limits", report.run_limited or "none is to be had here")
-    _line("criu", report.criu)
 
 
 def _line(name: str, text: str) -> None:
