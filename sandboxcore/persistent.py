@@ -87,13 +87,15 @@ class PersistentSandbox(PersistentFiles):
     @classmethod
     def create(cls, spec: SandboxSpec | None = None, **about: Any) -> Self:
         """Make one and start it. One that cannot start leaves no record."""
-        sandbox = cls(spec, **about)
+        return cls(spec, **about)._started_or_gone()
+
+    def _started_or_gone(self) -> Self:
         try:
-            sandbox.start()
+            self.start()
         except BaseException:
-            sandbox.destroy()
+            self.destroy()
             raise
-        return sandbox
+        return self
 
     @classmethod
     def connect(cls, key: str, *, state_dir: StatePath = None) -> Self:
@@ -309,13 +311,7 @@ class PersistentSandbox(PersistentFiles):
     def from_snapshot(cls, snapshot: Snapshot, *, spec: SandboxSpec | None = None, **about: Any) -> Self:
         """Start one that has the files of a snapshot; also after :meth:`stop` it begins with these. As
         :meth:`Sandbox.from_snapshot`."""
-        sandbox = cls._from(snapshot, spec=snapshot.fitting(spec), **about)
-        try:
-            sandbox.start()
-        except BaseException:
-            sandbox.destroy()
-            raise
-        return sandbox
+        return cls._from(snapshot, spec=snapshot.fitting(spec), **about)._started_or_gone()
 
     def _begun(self, snapshot: Snapshot) -> Self:
         return self.from_snapshot(snapshot, state_dir=self._store.path)

@@ -13,7 +13,7 @@ import pytest
 from support import IS_ROOT, Spec, leaves_nothing
 from trees import ok
 
-from sandboxcore import ArchiveError, Sandbox, SandboxError, Snapshot
+from sandboxcore import ArchiveError, Sandbox, Snapshot
 
 pytestmark = [pytest.mark.escape, pytest.mark.usefixtures("overlays")]
 
@@ -127,9 +127,8 @@ REFUSED = {
 def test_what_is_refused(what: str) -> None:
     if what == "owner" and not IS_ROOT:
         pytest.skip("an ordinary user's sandbox has one owner: all is his")
-    with leaves_nothing(), pytest.raises((SandboxError, OverflowError)) as refused:
+    with leaves_nothing(), pytest.raises(ArchiveError):
         Snapshot.load(archive(*REFUSED[what]), SPEC)
-    assert isinstance(refused.value, SandboxError)
 
 
 MANIFESTS: dict[str, dict[str, Any]] = {

@@ -159,12 +159,9 @@ def test_deep_stacks_are_folded(spec: Any) -> None:
             one = sandbox.snapshot()
             if n % 13 == 0:
                 kept.append((one, manifest(sandbox)))
-            assert len(sandbox._layers.stack) <= 64
-        for _ in range(10):  # where folding was slower than the snapshots
-            if (fold := sandbox._layers._fold) is not None:
-                assert fold.done(PATIENCE)
-            sandbox.snapshot()
-        assert len(sandbox._layers.stack) < 50
+            assert len(sandbox._layers.stack) < 40
+            if len(sandbox._layers.stack) > 30 and (fold := sandbox._layers._fold) is not None:
+                assert fold.done(PATIENCE), "it goes on meanwhile, however slow the machine is"
         assert len({layer.weight for layer in sandbox._layers.stack}) > 1
         random.shuffle(kept)
         for one, then in kept:
