@@ -12,6 +12,22 @@ from sandboxcore import Sandbox
 PATIENCE = 60
 
 
+def given_away(path: Path) -> Path:
+    """As root, to an ordinary user, who has it in a sandbox."""
+    if IS_ROOT:
+        for item in (path, *path.rglob("*")):
+            os.lchown(item, 12345, 12345)
+    return path
+
+
+def small_source(path: Path) -> Path:
+    """A directory of the host, of an ordinary user."""
+    (path / "dir").mkdir(parents=True)
+    (path / "file").write_text("host\n")
+    (path / "dir/deep").write_text("deep\n")
+    return given_away(path)
+
+
 def make_source(path: Path) -> Path:
     """A directory of the host, of an ordinary user, with something in it."""
     for folder in ("a/b", "c", "d/e/f"):
@@ -19,10 +35,7 @@ def make_source(path: Path) -> Path:
     for number, file in enumerate(("a/x", "a/b/y", "c/z", "d/e/f/a", "h", "g")):
         (path / file).write_text(f"host {number}")
     (path / "b").symlink_to("h")
-    if IS_ROOT:
-        for item in (path, *path.rglob("*")):
-            os.lchown(item, 12345, 12345)
-    return path
+    return given_away(path)
 
 
 # Random changes; what they touch is printed, for a file that was written to counts as changed.

@@ -11,6 +11,7 @@ import pytest
 from escape.hostile import AS_ROOT_INSIDE, AT_FDCWD, Hostile, allowing, call, calls, open_for, pack, result
 from escape.test_living import inside, python
 from support import IS_ROOT, snapshot
+from trees import given_away
 
 from sandboxcore import PIPE, Sandbox, SandboxBusy, SetupError
 
@@ -29,9 +30,7 @@ def granted(tmp_path: Path) -> Path:
     (folder / "dir").mkdir(parents=True)
     (folder / "file").write_text("granted")
     (tmp_path / "secret").write_text("the secret")
-    if IS_ROOT:
-        for item in (folder, *folder.rglob("*")):
-            os.chown(item, 12345, 12345)
+    given_away(folder)
     for item, mode in ((folder, 0o777), (folder / "dir", 0o777), (folder / "file", 0o666)):
         item.chmod(mode)
     (tmp_path / "secret").chmod(0o666)

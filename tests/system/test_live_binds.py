@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import IS_ROOT, Spec, host_program, leaves_nothing, snapshot
+from support import Spec, host_program, leaves_nothing, snapshot
+from trees import small_source
 
 from sandboxcore import (
     PIPE,
@@ -33,15 +34,7 @@ PATIENCE = 30
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A directory of the host, of an ordinary user."""
-    path = tmp_path / "source"
-    (path / "dir").mkdir(parents=True)
-    (path / "file").write_text("host\n")
-    (path / "dir/deep").write_text("deep\n")
-    if IS_ROOT:
-        for item in (path, *path.rglob("*")):
-            os.chown(item, 12345, 12345)
-    return path
+    return small_source(tmp_path / "source")
 
 
 @pytest.fixture(params=["plain", "overlay", "writable"])

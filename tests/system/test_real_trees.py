@@ -2,14 +2,13 @@
 through snapshot, change, diff, restore, fork and commit."""
 
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from support import IS_ROOT, PYTHON, Spec, snapshot
-from trees import manifest, ok
+from support import PYTHON, Spec, snapshot
+from trees import given_away, manifest, ok
 
 from sandboxcore import Sandbox
 
@@ -20,12 +19,6 @@ all: prog
 prog: main.py lib.py
 \tcat lib.py main.py > prog && chmod +x prog
 """
-
-
-def given_away(path: Path) -> Path:
-    """As root, to an ordinary user, who has it in the sandbox."""
-    subprocess.run(["chown", "-R", "-h", "12345:12345", path], check=True) if IS_ROOT else None
-    return path
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from resources import meanwhile
-from support import IS_ROOT, PYTHON, Spec, host_program, leaves_nothing, snapshot, wait_until
-from trees import FILL, filled, manifest, ok
+from support import PYTHON, Spec, host_program, leaves_nothing, snapshot, wait_until
+from trees import FILL, filled, manifest, ok, small_source
 
 from sandboxcore import (
     PIPE,
@@ -37,15 +37,7 @@ PATIENCE = 60
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A directory of the host, of an ordinary user."""
-    path = tmp_path / "source"
-    (path / "dir").mkdir(parents=True)
-    (path / "file").write_text("host\n")
-    (path / "dir/deep").write_text("deep\n")
-    if IS_ROOT:
-        for item in (path, *path.rglob("*")):
-            os.chown(item, 12345, 12345)
-    return path
+    return small_source(tmp_path / "source")
 
 
 @pytest.fixture(params=["root", "overlay", "both"])
