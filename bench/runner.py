@@ -72,7 +72,7 @@ def take(subjects: Sequence[Subject], plan: Plan) -> tuple[list[Series], dict[st
         except Exception as error:  # whatever it is, the other subjects still count
             missing[subject.name] = _reason(error)
     series = [Series(subject=subject, mode=plan.mode) for subject in subjects if subject.name in counts]
-    with _quiet():
+    with uncollected():
         deadline = time.monotonic() + plan.budget_s
         for number in range(plan.rounds):
             if time.monotonic() > deadline:
@@ -107,7 +107,7 @@ def _warm_up(subject: Subject, plan: Plan) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """No garbage collection of ours in the middle of a sample."""
     gc.collect()
     gc.disable()

@@ -1,8 +1,9 @@
 """`python -m bench.sizes`: snapshot, restore and fork by how much there is, and if all comes back.
 
-Each round takes every size once, in another order, with `subprocess.run` of nothing beside each; so drift
-hits all of them alike. In the first round the fork's files are compared with the parent's: hashes, owners,
-modes, times, links, attributes.
+Each round takes every size once, in another order, so drift hits all of them alike. Whatever comes after
+1 GiB was written, or after the sandbox before has ended with as much, is slow for a while; so half a second
+of the same operations in a sandbox with nothing comes first. In the first round the fork's files are
+compared with the parent's: hashes, owners, modes, times, links, attributes.
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from sandboxcore import Limits, Sandbox, SandboxSpec
+from bench.runner import uncollected
+from sandboxcore import Limits, Sandbox, SandboxSpec, Snapshot
+
+Result = TypeVar("Result")
 
 PYTHON = "/usr/bin/python3"
+SETTLE = 0.5  # seconds
 LARGE = f"""{PYTHON} -I -S -c '
 import os
 with open("/data/file", "wb") as file:
@@ -71,41 +77,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measured(size: str, *, check: bool) -> dict[str, float]:
     """Milliseconds for each operation, of a new sandbox that has written so much."""
     limits = Limits(disk="3G", inodes=1_000_000, memory=None, file_size=None)
-    with Sandbox(SandboxSpec(writable=True, limits=limits)) as sandbox:
+    spec = SandboxSpec(writable=True, limits=limits)
+    with Sandbox(spec) as sandbox, Sandbox(spec) as nothing:
         sandbox.shell("mkdir /data", check=True)
-        start = sandbox.snapshot()
+        start, empty = sandbox.snapshot(), nothing.snapshot()
         sandbox.shell(FILL[size], check=True, timeout=300)
-        found = {"subprocess.run": timed(lambda: subprocess.run(["true"], capture_output=True, check=True))}
-        found["snapshot"] = timed(kept := Kept(sandbox))
-        found["restore"] = timed(lambda: sandbox.restore(start))
-        found["restore, back"] = timed(lambda: sandbox.restore(kept.snapshot))
-        children: list[Sandbox] = []
-        found["fork"] = timed(lambda: children.append(Sandbox.from_snapshot(kept.snapshot)))
-        if check:
-            there, here = (
-                one.exec([PYTHON, "-c", DESCRIBE], check=True).stdout for one in (*children, sandbox)
-            )
-            if there != here:
-                sys.exit(f"{size}: the fork has other files")
-        for child in children:
-            child.close()
+        with uncollected():
+            settled = time.monotonic() + SETTLE
+            while time.monotonic() < settled:
+                operations(nothing, empty)[1].close()
+            found, child = operations(sandbox, start)
+        with child:
+            if check:
+                there, here = (
+                    one.exec([PYTHON, "-c", DESCRIBE], check=True).stdout for one in (child, sandbox)
+                )
+                if there != here:
+                    sys.exit(f"{size}: the fork has other files")
     return found
 
 
-class Kept:
-    """A snapshot that is taken when it is called."""
+def operations(sandbox: Sandbox, start: Snapshot) -> tuple[dict[str, float], Sandbox]:
+    """How long each of them takes, and the fork."""
+    found = {}
 
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
+    def timed(what: str, action: Callable[[], Result]) -> Result:
+        begin = time.perf_counter_ns()
+        result = action()
+        found[what] = (time.perf_counter_ns() - begin) / 1e6
+        return result
 
-    def __call__(self) -> None:
-        self.snapshot = self._sandbox.snapshot(copy=False)
-
-
-def timed(action: Callable[[], object]) -> float:
-    start = time.perf_counter_ns()
-    action()
-    return (time.perf_counter_ns() - start) / 1e6
+    timed("subprocess.run", lambda: subprocess.run(["true"], capture_output=True, check=True))
+    kept = timed("snapshot", lambda: sandbox.snapshot(copy=False))
+    timed("restore", lambda: sandbox.restore(start))
+    timed("restore, back", lambda: sandbox.restore(kept))
+    return found, timed("fork", lambda: Sandbox.from_snapshot(kept))
 
 
 def report(samples: dict[tuple[str, str], list[float]], sizes: Sequence[str]) -> None:

@@ -39,6 +39,14 @@ struct sbx_spawner {
 };
 
 /* One sandbox while it is being made: what its init and payload need. */
+/* Roots of overlays that were replaced and wait for their end: sweep.c. */
+struct sbx_retired {
+	int overlay[8];
+	unsigned count;
+	uint32_t newest; /* layer of theirs */
+	uint64_t due;	 /* CLOCK_MONOTONIC, ns */
+};
+
 struct sbx_box {
 	const struct sbx_plan *plan;
 	const struct sbx_request *request;
@@ -72,6 +80,7 @@ struct sbx_box {
 	_Atomic unsigned char *state; /* its own there */
 	/* overlays: layers.c */
 	struct sbx_layers layers; /* what they consist of */
+	struct sbx_retired retired;
 	int layer_fds[SBX_MAX_LAYERS];
 	int void_fd;		 /* where they are made: kept by the init of a living sandbox that has some, else -1 */
 	struct sbx_binds *binds; /* of an init that may mount, else NULL */
@@ -289,6 +298,12 @@ int sbx_layers_take(struct sbx_layers *l, const uint32_t *number, size_t count);
 int sbx_layers_change(struct sbx_box *box, const struct sbx_layers *l, const int *fds, pid_t *sweeper,
 		      struct sbx_error *err);
 
+/* sweep.c */
+bool sbx_retire(struct sbx_box *box, int *overlay);
+void sbx_retired_forget(struct sbx_retired *r);
+bool sbx_retired_due(const struct sbx_retired *r, const struct sbx_layers *l);
+pid_t sbx_sweep(struct sbx_box *box, bool due, const struct sbx_layers *old, const struct sbx_layers *l);
+
 /* path.c */
 enum { SBX_NAME_MAX = 256, SBX_PATH_MAX = 4096 };
 int sbx_path_parent(int root, const char *path, bool make, char name[SBX_NAME_MAX]);
@@ -320,7 +335,6 @@ void sbx_binds_release(struct sbx_binds *binds);
 
 /* layer.c */
 int sbx_layer_lend(int scratch, uint32_t number);
-void sbx_layer_drop(int scratch, const struct sbx_layers *l);
 void sbx_layers_drop(const struct sbx_box *box, const struct sbx_layers *l);
 int sbx_layers_copy(const struct sbx_box *box, const struct sbx_layers *l, struct sbx_error *err);
 

@@ -24,7 +24,7 @@ int sbx_layer_lend(int scratch, uint32_t number)
 }
 
 /* Remove what nobody has any more. */
-void sbx_layer_drop(int scratch, const struct sbx_layers *l)
+static void drop_layers(int scratch, const struct sbx_layers *l)
 {
 	char name[16];
 
@@ -73,7 +73,7 @@ void sbx_layers_drop(const struct sbx_box *box, const struct sbx_layers *l)
 					       SBX_RESOLVE_STRICT);
 
 	if (scratch >= 0)
-		sbx_layer_drop(scratch, l);
+		drop_layers(scratch, l);
 }
 
 /* One layer of some, the topmost first. `to` is empty. */

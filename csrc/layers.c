@@ -13,7 +13,6 @@
 #include "box.h"
 
 #include <linux/magic.h>
-#include <sched.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 
@@ -260,36 +259,6 @@ static int add_layers(struct changes *c, const struct sbx_layers *wanted, const 
 	return 0;
 }
 
-/*
- * A child lets go of what was replaced: a file system ends with its last descriptor, which takes as long as much of it
- * is cached, and so does the removal of what nobody wants. If there can be no child, init does the former.
- */
-static pid_t sweep(const struct changes *c, const struct sbx_layers *old, const struct sbx_layers *l,
-		   struct sbx_binds *binds)
-{
-	const struct clone_args args = { .exit_signal = SIGCHLD };
-	const struct sched_param none = { 0 };
-	struct sbx_layers all;
-
-	long pid = sbx_sys(SYS_clone3, &args, sizeof args);
-	if (pid != 0)
-		return pid < 0 ? 0 : (pid_t)pid;
-	/* The kernel would have others wait for milliseconds behind it. */
-	(void)sbx_sys(SYS_sched_setscheduler, 0, SCHED_IDLE, &none);
-	if (l->drops == SBX_DROP_OLD) {
-		memcpy(all.drop, old->number, sizeof all.drop);
-		all.drops = old->count;
-		sbx_layer_drop(c->scratch, &all);
-		all.drop[0] = old->upper;
-		all.drops = 1;
-		l = &all;
-	}
-	sbx_binds_forget(binds);
-	sbx_layer_drop(c->scratch, l);
-	for (;;)
-		(void)sbx_sys(SYS_exit_group, 0);
-}
-
 /* Nothing has changed, and nothing stays. */
 static int take_back(struct changes *c, uint32_t upper)
 {
@@ -329,7 +298,11 @@ int sbx_layers_change(struct sbx_box *box, const struct sbx_layers *wanted, cons
 		return sbx_close(sealed), sbx_fail(err, SBX_STAGE_MOUNT, 0, ret), -2;
 	if (sbx_binds_reopen(box->binds, err) < 0)
 		return sbx_close(sealed), -2;
-	*sweeper = sweep(&c, &box->layers, wanted, box->binds);
+	bool later = wanted->seal && !wanted->drops;
+	for (uint32_t i = 0; i < c.count && wanted->seal; i++)
+		later &= sbx_retire(box, &c.each[i].old);
+	bool due = sbx_retired_due(&box->retired, wanted);
+	*sweeper = later ? 0 : sbx_sweep(box, due, &box->layers, wanted);
 	box->layers = l;
 	return wanted->seal ? sealed : 0;
 }

@@ -126,6 +126,7 @@ static void run_nursery(struct resident *r, int sock)
 
 	(void)sbx_sys(SYS_prctl, PR_SET_NAME, "sbx-nursery", 0, 0, 0);
 	sbx_binds_forget(r->box->binds);
+	sbx_retired_forget(&r->box->retired);
 	/* the rules first: a payload may have closed a directory on the way to what they are about */
 	if (sbx_landlock_restrict(r->box, &err) < 0 || sbx_cred_keep_launcher(r->box->plan, &err) < 0)
 		give_up(r, &err);

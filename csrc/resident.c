@@ -8,7 +8,7 @@
  *
  * A launcher is the subreaper of its command, so nothing but launchers is ever a child of init: whatever
  * else arrives here was below a launcher that died by force, and dies too. Where there are overlays, or binds may come, init
- * keeps its capabilities, over namespaces of its own, for what layers.c and binds.c do; a child of it may sweep or copy for
+ * keeps its capabilities, over namespaces of its own, for what restack.c and binds.c do; a child of it may sweep or copy for
  * a while.
  */
 #include "resident.h"
@@ -89,44 +89,7 @@ static long signal_all(struct resident *r, int sig)
 	return sbx_pool_signal(r->pool, 0, sig);
 }
 
-/* LAYERS. Returns false where the sandbox has to end. */
-static bool change_layers(struct resident *r, const struct sbx_layers *l, int *fds, size_t nfds)
-{
-	struct sbx_record done = { .kind = SBX_RECORD_DONE };
-	const uint64_t one = 1;
-	struct sbx_layers plain;
-	pid_t sweeper;
-	int ret = -1;
-
-	if (nfds == 0)
-		return true;
-	sbx_pool_close_door(r->pool);
-	if (r->box->void_fd < 0 || l->count > SBX_MAX_LAYERS ||
-	    (l->drops > SBX_COUNT(l->drop) && l->drops != SBX_DROP_OLD) ||
-	    sbx_layers_take(&plain, l->number, l->count) != (int)nfds - 1)
-		sbx_fail(&done.error, SBX_STAGE_LAUNCHER, 7, -EPROTO);
-	else if (sbx_pool_any(r->pool, SBX_LAUNCHER_BUSY) || sbx_pool_any(r->pool, SBX_LAUNCHER_COPIER))
-		sbx_fail(&done.error, SBX_STAGE_LAUNCHER, 8, -EBUSY);
-	else {
-		SBX_FAULT_ARM(l->fault_at, l->fault_errno);
-		ret = sbx_layers_change(r->box, l, fds + 1, &sweeper, &done.error);
-		SBX_FAULT_ARM(0, 0);
-	}
-	const unsigned number = ret < 0 || sweeper == 0 ? SBX_MAX_LAUNCHERS :
-							  sbx_pool_take(r->pool, SBX_LAUNCHER_SWEEPER);
-	if (number < SBX_MAX_LAUNCHERS)
-		r->pool->pid[number] = sweeper;
-	if (ret >= 0 && sbx_pool_renew(r) < 0)
-		(void)sbx_sys(SYS_write, r->poke, &one, sizeof one); /* as with every other that cannot be made */
-	atomic_store(&r->pool->door, 0);
-	done.status = ret == -2;
-	(void)sbx_send_record(fds[0], &done, NULL, 0, ret > 0 ? ret : -1);
-	if (ret > 0)
-		sbx_close(ret);
-	return ret != -2;
-}
-
-static void *map_memory(size_t size, int how, struct sbx_error *err)
+void *sbx_map_memory(size_t size, int how, struct sbx_error *err)
 {
 	long map = sbx_sys(SYS_mmap, NULL, size, PROT_READ | PROT_WRITE, how | MAP_ANONYMOUS, -1, 0);
 
@@ -134,56 +97,6 @@ static void *map_memory(size_t size, int how, struct sbx_error *err)
 		return (void *)map;
 	sbx_fail(err, SBX_STAGE_LAUNCHER, 0, map);
 	return NULL;
-}
-
-/* COPY, in a child; of what is written to while all others stand still. */
-static void copy_layer(const struct resident *r, unsigned self, const struct sbx_layers *l, int answer)
-{
-	SBX_FAULT_ARM(l->fault_at, l->fault_errno);
-	sbx_binds_forget(r->box->binds);
-	struct sbx_record done = { .kind = SBX_RECORD_DONE };
-	struct sbx_held *held = map_memory(sizeof *held, MAP_PRIVATE, &done.error);
-	int layer = -1;
-
-	sbx_layers_drop(r->box, l);
-	bool still = r->pool->state[self] == SBX_LAUNCHER_COPIER;
-	long ret = held && still ? sbx_proc_hold(held) : 0;
-	if (ret < 0)
-		sbx_fail(&done.error, SBX_STAGE_LAUNCHER, 9, ret);
-	if (held && ret == 0 && l->upper)
-		layer = sbx_layers_copy(r->box, l, &done.error);
-	SBX_FAULT_ARM(0, 0);
-	if (held && ret == 0 && still)
-		sbx_proc_let_go(held);
-	r->pool->state[self] = SBX_LAUNCHER_SWEEPER;
-	(void)sbx_send_record(answer, &done, NULL, 0, layer);
-	for (;;)
-		(void)sbx_sys(SYS_exit_group, 0);
-}
-
-static void start_copy(struct resident *r, const struct sbx_layers *l, int answer)
-{
-	const struct clone_args args = { .exit_signal = SIGCHLD };
-	struct sbx_record failed = { .kind = SBX_RECORD_DONE };
-	long pid = -EPROTO;
-
-	const unsigned char as = l->count || !l->upper ? SBX_LAUNCHER_SWEEPER : SBX_LAUNCHER_COPIER;
-
-	if (r->box->void_fd >= 0 && !r->stopped && l->drops <= SBX_COUNT(l->drop) && l->count <= SBX_MAX_LAYERS)
-		pid = sbx_pool_any(r->pool, SBX_LAUNCHER_COPIER) ? -EBUSY : -EAGAIN;
-	const unsigned number = pid == -EAGAIN ? sbx_pool_take(r->pool, as) : SBX_MAX_LAUNCHERS;
-	if (number < SBX_MAX_LAUNCHERS) {
-		pid = sbx_sys(SYS_clone3, &args, sizeof args);
-		if (pid == 0)
-			copy_layer(r, number, l, answer);
-		r->pool->pid[number] = pid < 0 ? 0 : (pid_t)pid;
-		if (pid < 0)
-			r->pool->state[number] = SBX_LAUNCHER_NONE;
-	}
-	if (pid > 0)
-		return;
-	failed.error.err = (int32_t)-pid;
-	(void)sbx_send_record(answer, &failed, NULL, 0, -1);
 }
 
 /* BIND, UNBIND; also while commands run, who see it at once. */
@@ -221,9 +134,9 @@ static bool hear(struct resident *r)
 	long len = sbx_receive(r->box->keeper, &in, sizeof in, fds, &nfds), ret = -EPROTO;
 	bool layers = len == sizeof in.layers && in.layers.magic == SBX_REQUEST_MAGIC;
 	if (layers && in.layers.kind == SBX_MESSAGE_LAYERS) {
-		more = change_layers(r, &in.layers, fds, nfds);
+		more = sbx_restack(r, &in.layers, fds, nfds);
 	} else if (layers && in.layers.kind == SBX_MESSAGE_COPY && nfds == 1) {
-		start_copy(r, &in.layers, fds[0]);
+		sbx_restack_copy(r, &in.layers, fds[0]);
 	} else if (len == sizeof in.bind && in.bind.magic == SBX_REQUEST_MAGIC &&
 		   (in.bind.kind == SBX_MESSAGE_BIND || in.bind.kind == SBX_MESSAGE_UNBIND)) {
 		change_binds(r, &in.bind, fds, nfds);
@@ -258,6 +171,7 @@ static bool may_stay(const struct sbx_box *box)
 
 static long serve(struct resident *r)
 {
+	static const struct sbx_layers nothing;
 	const short gone = POLLRDHUP | POLLHUP | POLLERR;
 	struct sbx_box *box = r->box;
 	struct pollfd fds[] = {
@@ -272,7 +186,8 @@ static long serve(struct resident *r)
 
 	for (;;) {
 		struct timespec soon = { .tv_nsec = 50000000 };
-		long ret = sbx_sys(SYS_ppoll, fds, SBX_COUNT(fds), again ? &soon : NULL, NULL, 0);
+		bool waits = again || box->retired.count;
+		long ret = sbx_sys(SYS_ppoll, fds, SBX_COUNT(fds), waits ? &soon : NULL, NULL, 0);
 		if (ret < 0 && ret != -EINTR)
 			return ret;
 		if (ret < 0)
@@ -295,6 +210,7 @@ static long serve(struct resident *r)
 			return ret;
 		if (fds[2].revents && !hear(r)) /* after reaping: its answer says that strays are dead */
 			return 0;
+		sbx_restack_sweep(r, &nothing);
 	}
 }
 
@@ -346,15 +262,15 @@ int sbx_resident_run(struct sbx_box *box, struct sbx_error *err)
 	(void)sbx_sys(SYS_rt_sigprocmask, SIG_SETMASK, &all, NULL, sizeof all);
 	(void)sbx_sys(SYS_prctl, PR_SET_NAME, "sbx-init", 0, 0, 0);
 
-	r.pool = map_memory(sizeof *r.pool, MAP_SHARED, err);
+	r.pool = sbx_map_memory(sizeof *r.pool, MAP_SHARED, err);
 	box->pause = map_pause(box->pause_page, err);
 	if (!box->pause)
 		return -1;
-	r.inbox = r.pool ? map_memory(sizeof *r.inbox, MAP_PRIVATE, err) : NULL;
+	r.inbox = r.pool ? sbx_map_memory(sizeof *r.inbox, MAP_PRIVATE, err) : NULL;
 	if (!r.inbox)
 		return -1;
 	bool mounts = box->plan->flags & SBX_PLAN_MOUNTS;
-	box->binds = mounts ? map_memory(sizeof *box->binds, MAP_PRIVATE, err) : NULL;
+	box->binds = mounts ? sbx_map_memory(sizeof *box->binds, MAP_PRIVATE, err) : NULL;
 	if (mounts && !box->binds)
 		return -1;
 	sbx_binds_init(box->binds);

@@ -1,4 +1,4 @@
-/* resident.h - what init of a sandbox that stays knows: resident.c, pool.c. */
+/* resident.h - what init of a sandbox that stays knows: resident.c, pool.c, restack.c. */
 #ifndef SBX_RESIDENT_H
 #define SBX_RESIDENT_H
 
@@ -29,5 +29,13 @@ bool sbx_pool_idle(const struct sbx_pool *pool);
 bool sbx_pool_any(const struct sbx_pool *pool, unsigned char state);
 void sbx_pool_close_door(struct sbx_pool *pool);
 long sbx_pool_renew(struct resident *r);
+
+/* resident.c */
+void *sbx_map_memory(size_t size, int how, struct sbx_error *err);
+
+/* restack.c */
+bool sbx_restack(struct resident *r, const struct sbx_layers *l, int *fds, size_t nfds);
+void sbx_restack_copy(struct resident *r, const struct sbx_layers *l, int answer);
+void sbx_restack_sweep(const struct resident *r, const struct sbx_layers *l);
 
 #endif

@@ -601,6 +601,31 @@ def test_nothing_is_left(spec: Any) -> None:
         del kept, one
 
 
+@pytest.mark.needs_root  # init's descriptors are nobody's business
+def test_overlays_that_were_replaced_end(spec: Any) -> None:
+    """A few may wait for a quiet moment; then there are none."""
+    with Sandbox(spec) as sandbox:
+        fds = Path(f"/proc/{sandbox.pid}/fd")
+        before = len(list(fds.iterdir()))
+        kept = [sandbox.snapshot()]
+        assert len(list(fds.iterdir())) > before
+        for _ in range(20):
+            kept.append(sandbox.snapshot())
+            assert len(list(fds.iterdir())) <= before + 8 + 2  # an answer, and what it lent
+        wait_until(lambda: len(list(fds.iterdir())) == before, "the end of those that were replaced")
+
+
+def test_room_comes_back(spec: Any) -> None:
+    """Of a snapshot that nobody has any more, though the overlay that wrote it ended just before."""
+    with Sandbox(spec.replace(limits=Limits(disk="32M"))) as sandbox:
+        empty = sandbox.snapshot()
+        for _ in range(5):
+            wait_until(lambda: sandbox.shell("head -c 20M /dev/zero > /data/big").ok, "room")
+            sandbox.snapshot().close()
+            sandbox.restore(empty)
+            sandbox.discard()  # what nobody has goes with the next change
+
+
 def test_memory_comes_back() -> None:
     """Of what nobody has any more; of forks that end; of what is discarded."""
     code = """
