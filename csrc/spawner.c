@@ -65,23 +65,25 @@ static int reset_privileges(void)
 static int reset_process(struct sbx_spawner *s)
 {
 	struct stat st;
-	sigset_t set;
+	sigset_t ended, blocked;
 
 	(void)setsid(); /* out of the terminal's foreground group: Ctrl-C is the host's business */
 	for (int sig = 1; sig < 65; sig++)
 		if (sig != SIGKILL && sig != SIGSTOP)
 			(void)signal(sig, SIG_DFL); /* an ignored signal would stay ignored across exec */
-	sigemptyset(&set);
-	sigaddset(&set, SIGCHLD);
+	sigemptyset(&ended);
+	sigaddset(&ended, SIGCHLD);
+	blocked = ended;
+	sigaddset(&blocked, SIGPIPE); /* of an init that is killed while it is told to go */
 	(void)umask(0);
-	if (sigprocmask(SIG_SETMASK, &set, NULL) < 0 || chdir("/") < 0 || stat("/", &st) < 0)
+	if (sigprocmask(SIG_SETMASK, &blocked, NULL) < 0 || chdir("/") < 0 || stat("/", &st) < 0)
 		return -errno;
 	s->root_dev = st.st_dev;
 	s->root_ino = st.st_ino;
 	s->host = FD_HOST;
 	s->host_pidfd = FD_PIDFD;
 	s->net_maker = s->shelf_ns = -1;
-	s->children = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+	s->children = signalfd(-1, &ended, SFD_CLOEXEC | SFD_NONBLOCK);
 	s->proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	return s->children < 0 || s->proc < 0 ? -errno : 0;
 }

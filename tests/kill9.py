@@ -239,7 +239,8 @@ class Conductor:
 
     def kill(self, clients: list[int]) -> tuple[str, int]:
         there = classify(clients)
-        kind = self.random.choice([kind for kind in VICTIMS if kind in there])
+        present = [kind for kind in VICTIMS if kind in there]
+        kind = self.random.choice([kind for kind in present if not self.killed[kind]] or present)
         pid = self.random.choice(there[kind])
         try:
             pidfd = os.pidfd_open(pid)

@@ -25,7 +25,7 @@ from support import (
 )
 
 import sandboxcore
-from sandboxcore import Cause
+from sandboxcore import Cause, Sandbox
 
 # --- by itself --------------------------------------------------------------------------------------
 
@@ -318,6 +318,20 @@ def test_a_spawner_that_was_killed_is_replaced() -> None:
         kill_spawners()
         assert sandboxcore.run(["echo", "x"]).stdout == b"x\n"
         assert not set(first) & set(spawner_pids())
+
+
+def test_a_spawner_survives_a_broken_pipe() -> None:
+    """It gets one when an init is killed in the moment in which it is told to go."""
+    sandboxcore.run(["true"])
+    before = spawner_pids()
+    for pid in before:
+        os.kill(pid, signal.SIGPIPE)
+    assert (
+        sandboxcore.run(["sh", "-c", "kill -PIPE $$"]).signal == signal.SIGPIPE
+    )  # and no payload inherits that
+    with Sandbox(Spec()) as sandbox:
+        assert sandbox.exec(["sh", "-c", "kill -PIPE $$"]).signal == signal.SIGPIPE
+    assert spawner_pids() == before
 
 
 def test_running_commands_survive_their_spawner(tmp_path: Path) -> None:

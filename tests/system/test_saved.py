@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import signal
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 from crashes import killed_at
-from support import Spec, host_program, leaves_nothing, spawner_pids
+from support import Spec, host_program, kill_spawners, leaves_nothing
 from trees import filled, make_source, manifest, ok, same
 
 from sandboxcore import (
@@ -291,7 +289,7 @@ def test_without_the_spawner(source: Path, tmp_path: Path) -> None:
     with Sandbox(Spec(overlay=[(source, "/data")])) as sandbox:
         ok(sandbox, "echo one > /data/one")
         kept = sandbox.snapshot()
-    os.kill(spawner_pids()[0], signal.SIGKILL)
+    kill_spawners()
     for action in (kept.diff, kept.commit, lambda: kept.export(tmp_path / "x.tar")):
         with pytest.raises(SandboxError, match="spawner"):
             action()
