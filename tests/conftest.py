@@ -2,12 +2,17 @@
 
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from support import PYTHON, compile_static
 
 import sandboxcore
 from sandboxcore import host
+
+CSRC = Path(__file__).parents[1] / "csrc"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -50,6 +55,20 @@ def toolbox(tmp_path_factory: pytest.TempPathFactory) -> str:
     if not shutil.which("gcc"):
         pytest.skip("no gcc on PATH")
     return compile_static(tmp_path_factory.mktemp("toolbox") / "toolbox")
+
+
+@pytest.fixture(scope="session")
+def fault_helper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A spawner of which any call after clone can be made to fail."""
+    sys.path.insert(0, str(CSRC))
+    from build_core import CFLAGS, HELPER_SOURCES
+
+    helper = tmp_path_factory.mktemp("fault") / "_spawner"
+    sources = [str(CSRC / name) for name in HELPER_SOURCES]
+    subprocess.run(
+        ["gcc", *CFLAGS, "-static", "-DSBX_FAULT", *sources, "-o", helper], check=True, timeout=300
+    )
+    return helper
 
 
 @pytest.fixture(scope="session")

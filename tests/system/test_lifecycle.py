@@ -326,11 +326,10 @@ def test_a_spawner_survives_a_broken_pipe() -> None:
     before = spawner_pids()
     for pid in before:
         os.kill(pid, signal.SIGPIPE)
-    assert (
-        sandboxcore.run(["sh", "-c", "kill -PIPE $$"]).signal == signal.SIGPIPE
-    )  # and no payload inherits that
+    broken = ["sh", "-c", "kill -PIPE $$"]  # no payload inherits what keeps it alive
+    assert sandboxcore.run(broken).signal == signal.SIGPIPE
     with Sandbox(Spec()) as sandbox:
-        assert sandbox.exec(["sh", "-c", "kill -PIPE $$"]).signal == signal.SIGPIPE
+        assert sandbox.exec(broken).signal == signal.SIGPIPE
     assert spawner_pids() == before
 
 
