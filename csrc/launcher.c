@@ -23,13 +23,10 @@ static unsigned count(const struct sbx_pool *pool, int state)
 	return n;
 }
 
-static unsigned count_all(const struct sbx_pool *pool)
+/* Who is there and stays: not who ends perhaps, or is yet to come, for then a payload could have one process too many. */
+static unsigned count_peers(const struct sbx_pool *pool)
 {
-	unsigned all = 0;
-
-	for (unsigned i = 0; i < pool->used; i++)
-		all += pool->state[i] != SBX_LAUNCHER_NONE;
-	return all;
+	return count(pool, SBX_LAUNCHER_IDLE) + count(pool, SBX_LAUNCHER_BUSY) + count(pool, SBX_LAUNCHER_NURSERY);
 }
 
 static void execute(struct sbx_box *box, const struct sbx_message *msg, size_t len, int *fds, size_t nfds,
@@ -68,7 +65,7 @@ static void dispatch(const struct sbx_launcher *l, size_t len, int *fds, size_t 
 		return;
 	if (len < sizeof *msg || msg->magic != SBX_REQUEST_MAGIC || nfds == 0)
 		return; /* nobody to answer: closing what came is the answer */
-	box->peers = count_all(l->pool);
+	box->peers = count_peers(l->pool);
 	if (msg->kind == SBX_MESSAGE_EXEC)
 		execute(box, msg, len, fds, nfds, &err);
 	else if (msg->kind == SBX_MESSAGE_FILES)

@@ -290,7 +290,11 @@ def test_without_the_spawner(source: Path, tmp_path: Path) -> None:
         ok(sandbox, "echo one > /data/one")
         kept = sandbox.snapshot()
     kill_spawners()
-    for action in (kept.diff, kept.commit, lambda: kept.export(tmp_path / "x.tar")):
+    for action in (
+        kept.diff,
+        lambda: kept.commit(state_dir=tmp_path / "state"),
+        lambda: kept.export(tmp_path / "x.tar"),
+    ):
         with pytest.raises(SandboxError, match="spawner"):
             action()
     assert not (source / "one").exists()

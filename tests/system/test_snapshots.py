@@ -439,8 +439,8 @@ def test_who_was_stopped_stays_so(spec: Any) -> None:
 
 def test_no_limit_of_time_counts_during_a_copy(spec: Any) -> None:
     with Sandbox(spec.replace(limits=Limits(disk="400M"))) as sandbox:
-        process = sandbox.popen(["sleep", "1"], timeout=2)
         ok(sandbox, "head -c 150M /dev/urandom > /data/big")
+        process = sandbox.popen(["sleep", "1"], timeout=2)
         assert sandbox.snapshot().copied
         assert process.wait(PATIENCE) == 0
 
