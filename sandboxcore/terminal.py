@@ -383,14 +383,17 @@ class Joint:
         return min((seconds for seconds in limits if seconds is not None), default=None)
 
     def _heed(self, news: set[int]) -> bool:
-        """Do what signals ask for. False: one is about to end us."""
+        """Do what signals ask for. False: one is about to end us, or our terminal has gone."""
         if news & set(Told.FATAL):
             return False
         if signal.SIGTSTP in news:
             self._near.leave()
             self._told.stop()
         if news & {signal.SIGTSTP, signal.SIGCONT}:
-            self._near.again()
+            try:
+                self._near.again()
+            except termios.error:  # hung up: the kernel sends SIGCONT then, too, and that may be all we hear
+                return False
             if self._near.modes.alternate and self._size:  # have a full-screen program draw anew
                 with contextlib.suppress(termios.error):
                     self._terminal.resize(self._size[0], self._size[1] + 1)

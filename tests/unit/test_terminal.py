@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from sandboxcore.terminal import Keys, Modes, Told
+from sandboxcore.terminal import Joint, Keys, Modes, Near, Told
 
 DETACH = b"\x10\x11"
 
@@ -99,6 +99,20 @@ def test_a_signal_just_before_the_wait_ends_it() -> None:
         assert told.news() == set()
     finally:
         told.close()
+
+
+def test_a_hangup_may_begin_with_sigcont() -> None:
+    """The kernel sends it with SIGHUP, which may be ignored."""
+    master, slave = os.openpty()
+    near = Near(slave, slave)
+    try:
+        near.enter()
+        os.close(master)
+        joint = Joint(near, None, None, Told(), Keys(b""))  # type: ignore[arg-type]
+        assert joint._heed({signal.SIGCONT}) is False
+    finally:
+        near.leave()
+        os.close(slave)
 
 
 def test_whoever_listened_before_is_told_too() -> None:
