@@ -207,8 +207,6 @@ def _pyseccomp() -> ModuleType:
     the program around us did not ask for, and no result where there is no ldconfig. The dynamic
     linker finds both by name.
     """
-    import ctypes.util  # imports subprocess: not needed before the first filter
-
     importer = threading.get_ident()
     names = {"c": None, "seccomp": "libseccomp.so.2"}  # None: the C library this process runs on
 
@@ -217,8 +215,12 @@ def _pyseccomp() -> ModuleType:
         return names[name] if ours else search(name)
 
     with _import_lock:
-        search = ctypes.util.find_library
-        vars(ctypes.util)["find_library"] = find_library
+        # Imports subprocess: not needed before the first filter. Not `import ctypes.util`: while another thread
+        # imports it, too, it may be there already and not yet be known as ctypes.util.
+        from ctypes import util
+
+        search = util.find_library
+        vars(util)["find_library"] = find_library
         try:
             return importlib.import_module("pyseccomp")
         except ModuleNotFoundError as error:
@@ -226,7 +228,7 @@ def _pyseccomp() -> ModuleType:
         except (OSError, RuntimeError) as error:
             raise UnsupportedHost("seccomp filters", "apt-get install libseccomp2") from error
         finally:
-            vars(ctypes.util)["find_library"] = search
+            vars(util)["find_library"] = search
 
 
 # --- The built-in profiles --------------------------------------------------------------------
