@@ -215,8 +215,8 @@ def _pyseccomp() -> ModuleType:
         return names[name] if ours else search(name)
 
     with _import_lock:
-        # Imports subprocess: not needed before the first filter. Not `import ctypes.util`: while another thread
-        # imports it, too, it may be there already and not yet be known as ctypes.util.
+        # Imports subprocess: not needed before the first filter. Not `import ctypes.util`: while another
+        # thread imports it, too, it may be there already and not yet be known as ctypes.util.
         from ctypes import util
 
         search = util.find_library
