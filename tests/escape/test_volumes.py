@@ -4,16 +4,17 @@ import contextlib
 import json
 import os
 import shutil
-import threading
+import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from escape.hostile import AT_FDCWD, Hostile, call, calls, open_for, pack, pointer, read, result
-from support import run_python, snapshot
+from support import PYTHON, run_python, snapshot
 
 import sandboxcore
-from sandboxcore import Sandbox, SandboxError, SandboxSpec, SpecError, VolumeNotFound, Volumes
+from sandboxcore import PIPE, Sandbox, SandboxError, SandboxSpec, SpecError, VolumeNotFound, Volumes
 
 pytestmark = pytest.mark.escape
 
@@ -67,18 +68,17 @@ def test_race_of_a_directory_with_a_link(volumes: Volumes, secret: Path) -> None
     """
     before, data, careless = snapshot(secret), volumes.get("v").path / "data", 0
 
-    def race() -> None:
-        run_python(code, spec=SandboxSpec(volumes=["v:/v"]), timeout=0.8)
-
-    racer = threading.Thread(target=race)
-    racer.start()
-    while racer.is_alive():
-        found = volumes.describe("v")
-        assert (found.bytes or 0) < MiB
-        with contextlib.suppress(FileNotFoundError):
-            careless += "secret" in os.listdir(data / "d")
-    racer.join()
-    assert careless, "who goes by names is led astray"
+    with Sandbox(SandboxSpec(volumes=["v:/v"])) as sandbox:
+        racer = sandbox.popen([PYTHON, "-I", "-S", "-c", textwrap.dedent(code)], stdout=PIPE)
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == b"ready\n"
+        began = time.monotonic()
+        while not careless or time.monotonic() < began + 0.7:
+            found = volumes.describe("v")
+            assert (found.bytes or 0) < MiB
+            with contextlib.suppress(FileNotFoundError):
+                careless += "secret" in os.listdir(data / "d")
+            assert time.monotonic() < began + 30, "who goes by names is led astray"
     volumes.delete("v")
     assert snapshot(secret) == before
 
