@@ -323,10 +323,13 @@ def _users(volume: Path) -> tuple[str, ...]:
     """Who has a volume; marks of those who are gone are removed. The caller holds the lock."""
     found = []
     for path in sorted((volume / "uses").iterdir()):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:  # who ends removes his own, without the lock
+            continue
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            path.unlink()
+            path.unlink(missing_ok=True)
         except BlockingIOError:
             found.append(path.name.rpartition(".")[0])
         finally:

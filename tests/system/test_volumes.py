@@ -144,6 +144,24 @@ def test_exclusive_means_one_sandbox_at_a_time(volumes: Volumes) -> None:
         assert sandboxcore.run(["ls", "/data"], spec=EXCLUSIVE).stdout == b"file\n"
 
 
+def test_a_use_may_end_while_it_is_looked_at(volumes: Volumes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever ends removes the mark of it, which somebody else has just listed."""
+    name = "single"
+    mark, real, ended = volumes.get(name).path / "uses/run-1.0", os.open, []
+
+    def late(path: Any, *args: Any, **options: Any) -> int:
+        if path == mark:
+            mark.unlink()
+            ended.append(path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", late)
+    for look in (lambda: volumes.describe(name), lambda: sandboxcore.run(["true"], spec=EXCLUSIVE)):
+        mark.write_text("")
+        look()
+    assert ended == [mark, mark]
+
+
 def test_a_race_for_an_exclusive_one_has_one_winner(volumes: Volumes) -> None:
     barrier = threading.Barrier(6)
 
