@@ -1,4 +1,4 @@
-"""What tests of what outlives a loop share."""
+"""What tests of sandboxes that outlive their process, or an event loop, share."""
 
 import asyncio
 import contextlib
@@ -14,10 +14,7 @@ from loops import condition, play
 from support import leaves_nothing
 
 import sandboxcore
-from sandboxcore import (
-    SandboxNotFound,
-    aio,
-)
+from sandboxcore import SandboxNotFound, aio
 from sandboxcore.persistent import PersistentSandbox, list_sandboxes
 
 PATIENCE = 30

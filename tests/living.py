@@ -3,14 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
-from support import (
-    PYTHON,
-)
+from support import PYTHON
 
 import sandboxcore
-from sandboxcore import (
-    Sandbox,
-)
+from sandboxcore import Sandbox
 
 CAT = ["cat"]
 SLEEP = ["sleep", "600"]

@@ -9,24 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiostay import (
-    PATIENCE,
-    TURNS,
-    collect,
-    entries,
-    living,
-    mark,
-    sh,
-    spawner_runs,
-    state,
-)
+from aiostay import PATIENCE, TURNS, collect, entries, living, mark, sh, spawner_runs, state
 from loops import cancelled_after, condition, play
 from support import PYTHON, gone, leaves_nothing, marked, wait_until
 
-from sandboxcore import (
-    aio,
-    aio_sandbox,
-)
+from sandboxcore import aio, aio_sandbox
 from sandboxcore.persistent import PersistentSandbox, list_sandboxes
 from sandboxcore.store import Store
 

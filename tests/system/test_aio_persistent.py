@@ -11,18 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiostay import (
-    PATIENCE,
-    SLEEP,
-    entries,
-    living,
-    mark,
-    open_fds,
-    sh,
-    spawner_runs,
-    state,
-    ticking,
-)
+from aiostay import PATIENCE, SLEEP, entries, living, mark, open_fds, sh, spawner_runs, state, ticking
 from loops import condition, play
 from support import gone, host_process, host_program, leaves_nothing, marked
 

@@ -10,25 +10,10 @@ from pathlib import Path
 
 import pytest
 from living import SLEEP, sandbox, shared
-from support import (
-    descendants,
-    gone,
-    host_process,
-    host_program,
-    leaves_nothing,
-    wait_until,
-)
+from support import descendants, gone, host_process, host_program, leaves_nothing, wait_until
 
 import sandboxcore
-from sandboxcore import (
-    Cause,
-    InvalidTransition,
-    Sandbox,
-    SandboxGone,
-    SandboxSpec,
-    SandboxState,
-    SpecError,
-)
+from sandboxcore import Cause, InvalidTransition, Sandbox, SandboxGone, SandboxSpec, SandboxState, SpecError
 
 __all__ = ["sandbox", "shared"]  # fixtures
 

@@ -6,11 +6,7 @@ from pathlib import Path
 
 import pytest
 from living import CAT, SLEEP, python, rootless, sandbox, shared
-from support import (
-    PYTHON,
-    host_program,
-    open_fds,
-)
+from support import PYTHON, host_program, open_fds
 
 import sandboxcore
 from sandboxcore import (

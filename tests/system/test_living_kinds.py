@@ -9,23 +9,10 @@ from typing import Any
 
 import pytest
 from living import CAT, SLEEP, python, sandbox, shared
-from support import (
-    IS_ROOT,
-    can_grant,
-    descendants,
-    leaves_nothing,
-    wait_until,
-)
+from support import IS_ROOT, can_grant, descendants, leaves_nothing, wait_until
 
 import sandboxcore
-from sandboxcore import (
-    DEVNULL,
-    PIPE,
-    ProgramNotFound,
-    Sandbox,
-    SandboxSpec,
-    UnsupportedHost,
-)
+from sandboxcore import DEVNULL, PIPE, ProgramNotFound, Sandbox, SandboxSpec, UnsupportedHost
 from sandboxcore.seccomp import PROFILES
 
 __all__ = ["sandbox", "shared"]  # fixtures

@@ -12,20 +12,9 @@ from typing import Any
 
 import pytest
 from living import CAT, SLEEP, python, sandbox, shared
-from support import (
-    gone,
-    wait_until,
-)
+from support import gone, wait_until
 
-from sandboxcore import (
-    DEVNULL,
-    PIPE,
-    Cause,
-    Exit,
-    Sandbox,
-    Stderr,
-    Stdout,
-)
+from sandboxcore import DEVNULL, PIPE, Cause, Exit, Sandbox, Stderr, Stdout
 
 __all__ = ["sandbox", "shared"]  # fixtures
 

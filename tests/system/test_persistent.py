@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiostay import state
 from support import (
     PYTHON,
     gone,
@@ -46,15 +47,7 @@ from sandboxcore.persistent import PersistentSandbox, gc, list_sandboxes
 from sandboxcore.store import Store
 
 PATIENCE = 30
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
-    """A state directory, empty again at the end."""
-    yield tmp_path / "state"
-    for record in list_sandboxes(tmp_path / "state"):
-        with contextlib.suppress(SandboxNotFound):
-            PersistentSandbox.connect(record.id, state_dir=tmp_path / "state").destroy()
+__all__ = ["state"]  # a fixture
 
 
 @pytest.fixture
