@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from sandboxcore.files import Files
     from sandboxcore.journal import Log
     from sandboxcore.lifecycle import SandboxState
-    from sandboxcore.persistent import PersistentSandbox, gc, list_sandboxes
+    from sandboxcore.persistent import PersistentSandbox
     from sandboxcore.process import run
+    from sandboxcore.records import SandboxRecord
+    from sandboxcore.recovery import gc, list_sandboxes
     from sandboxcore.request import DEVNULL, PIPE, STDOUT
     from sandboxcore.result import Cause, ExecResult, Usage
     from sandboxcore.sandbox import Sandbox
@@ -52,7 +54,6 @@ if TYPE_CHECKING:
     from sandboxcore.seccomp import SeccompPolicy
     from sandboxcore.snapshots import Snapshot
     from sandboxcore.spec import Limits, Mount, SandboxSpec
-    from sandboxcore.store import SandboxRecord
     from sandboxcore.template import Template
     from sandboxcore.volumes import Volume, Volumes, VolumeUsage
 
@@ -77,7 +78,8 @@ _HOME = {
     "groups": ("host_limits",),
     "journal": ("Log",),
     "lifecycle": ("SandboxState",),
-    "persistent": ("PersistentSandbox", "gc", "list_sandboxes"),
+    "persistent": ("PersistentSandbox",),
+    "recovery": ("gc", "list_sandboxes"),
     "process": ("run",),
     "request": ("DEVNULL", "PIPE", "STDOUT"),
     "result": ("Cause", "ExecResult", "Usage"),
@@ -87,7 +89,7 @@ _HOME = {
     "seccomp": ("SeccompPolicy",),
     "snapshots": ("Snapshot",),
     "spec": ("Limits", "Mount", "SandboxSpec"),
-    "store": ("SandboxRecord",),
+    "records": ("SandboxRecord", "SessionRecord"),
     "template": ("Template",),
     "volumes": ("Volume", "VolumeUsage", "Volumes"),
 }

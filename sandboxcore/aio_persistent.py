@@ -10,19 +10,20 @@ import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Self
 
-from sandboxcore import persistent, sandbox
+from sandboxcore import persistent, recovery, sandbox
 from sandboxcore.aio_loop import LOCK_PATIENCE, Flag, freeze, patiently
 from sandboxcore.aio_sandbox import Sandbox
 from sandboxcore.changes import FileChange
 from sandboxcore.lifecycle import SandboxState, check_move
 from sandboxcore.link import ANSWER_PATIENCE, Home
-from sandboxcore.persistent import Collected
+from sandboxcore.records import SandboxRecord
+from sandboxcore.recovery import Collected
 from sandboxcore.resources import LimitChange
 from sandboxcore.saved import SnapshotStore
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.statedir import StatePath
-from sandboxcore.store import SandboxRecord, Store
+from sandboxcore.store import Store
 
 
 class PersistentSandbox(Sandbox):
@@ -140,6 +141,16 @@ class PersistentSandbox(Sandbox):
 
     # --- states ---------------------------------------------------------------------------------
 
+    async def archive(self, why: str = "") -> None:
+        """:meth:`sandboxcore.PersistentSandbox.archive`; it is archived also if this is cancelled."""
+        async with self._moving:
+            self._file_server.close()
+            await asyncio.to_thread(self._own.archive, why)
+
+    async def recover(self) -> None:
+        """:meth:`sandboxcore.PersistentSandbox.recover`, likewise."""
+        await asyncio.to_thread(self._own.recover)
+
     @contextlib.asynccontextmanager
     async def _changing(self) -> AsyncIterator[None]:
         own = self._own
@@ -228,10 +239,10 @@ class PersistentSandbox(Sandbox):
 async def list_sandboxes(
     state_dir: StatePath = None, *, labels: Mapping[str, str] | None = None
 ) -> list[SandboxRecord]:
-    """:func:`sandboxcore.persistent.list_sandboxes`."""
+    """:func:`sandboxcore.recovery.list_sandboxes`."""
     found = []
     with Store(state_dir) as store:
-        for record in persistent._true_records(store, labels or {}):
+        for record in recovery.true_records(store, labels or {}):
             if record is not None:
                 found.append(record)
             await asyncio.sleep(0)
@@ -241,15 +252,15 @@ async def list_sandboxes(
 async def gc(
     state_dir: StatePath = None, *, dry_run: bool = False, unused_layers: float | None = None
 ) -> Collected:
-    """:func:`sandboxcore.persistent.gc`."""
+    """:func:`sandboxcore.recovery.gc`."""
     ended: list[str] = []
     removed: list[str] = []
     groups: list[str] = []
     with Store(state_dir) as store:
-        steps = persistent._collect(
+        steps = recovery.collecting_records(
             store, ended, removed, groups, dry_run=dry_run, unused_layers=unused_layers
         )
         for _ in steps:
             await asyncio.sleep(0)
-    layers, commits = await asyncio.to_thread(persistent._collect_files, state_dir, dry_run=dry_run)
+    layers, commits = await asyncio.to_thread(recovery.collect_files, state_dir, dry_run=dry_run)
     return Collected(tuple(ended), tuple(removed), tuple(groups), layers, commits)

@@ -137,7 +137,7 @@ def gc(dry_run: bool, unused_layers: float | None, as_json: bool, state_dir: str
     groups of sandboxes and of processes that are gone, layers of no snapshot, and images half
     unpacked. Commits that were interrupted are finished.
     """
-    from sandboxcore.persistent import gc as collect
+    from sandboxcore.recovery import gc as collect
 
     seconds = None if unused_layers is None else unused_layers * 86400
     done = collect(state_dir, dry_run=dry_run, unused_layers=seconds)

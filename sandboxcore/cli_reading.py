@@ -58,7 +58,7 @@ def ls(name: str | None, labels: tuple[str, ...], as_json: bool, state_dir: str 
 
 
 def _list_sandboxes(labels: dict[str, str], as_json: bool, state_dir: str | None) -> None:
-    from sandboxcore.persistent import list_sandboxes
+    from sandboxcore.recovery import list_sandboxes
 
     records = list_sandboxes(state_dir, labels=labels)
     if as_json:

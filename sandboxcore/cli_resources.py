@@ -74,7 +74,7 @@ def _named(names: tuple[str, ...], state_dir: str | None) -> Iterator[Row]:
 
 
 def _living(state_dir: str | None) -> Iterator[Row]:
-    from sandboxcore.persistent import list_sandboxes
+    from sandboxcore.recovery import list_sandboxes
 
     for record in list_sandboxes(state_dir):
         if record.state in LIVE:

@@ -15,6 +15,8 @@
     │       └── ProgramNotExecutable (PermissionError)
     ├── InvalidTransition (RuntimeError)     not in this state: .state, .wanted
     ├── SandboxNotFound (LookupError)        no sandbox or command of that name or id
+    ├── SessionNotFound (LookupError)        no session of that id
+    ├── SelectionRefused                     no sandbox is as was asked for: .unmet
     ├── VolumeNotFound (LookupError)         no volume of that name
     ├── SandboxBusy (BlockingIOError)        not now: something runs in it, or somebody has the volume
     ├── SandboxGone (ConnectionError)        its init has ended: killed from outside, or with its host process
@@ -30,6 +32,7 @@ import errno as E
 import functools
 import os
 import subprocess
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -138,6 +141,21 @@ class TooManySandboxes(SandboxError, BlockingIOError):
 
 class SandboxNotFound(SandboxError, LookupError):
     """No sandbox, or no command in it, has this name or id."""
+
+
+class SessionNotFound(SandboxError, LookupError):
+    """No session has this id."""
+
+
+class SelectionRefused(SandboxError):
+    """No sandbox is as :class:`SelectionOptions` ask: ``unmet`` has each requirement that failed, and why."""
+
+    def __init__(self, subject: str, unmet: Mapping[str, str]) -> None:
+        super().__init__(f"{subject}: " + "; ".join(f"{name}: {why}" for name, why in unmet.items()))
+        self.subject, self.unmet = subject, dict(unmet)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.subject, self.unmet)
 
 
 class VolumeNotFound(SandboxError, LookupError):

@@ -28,6 +28,20 @@ def boot_id() -> str:
     return f"{boot} {pid_namespace()}"
 
 
+def this_process() -> str:
+    """What names this process on record: "PID TICKS BOOT"."""
+    return f"{os.getpid()} {start_ticks(os.getpid())} {boot_id()}"
+
+
+def lives(process: str) -> bool:
+    """Whether a process that is on record so is there. One of another pid namespace is, as far as we know."""
+    pid, ticks, boot = process.split(" ", 2)
+    here = boot_id()
+    if boot != here:
+        return boot.split()[:1] == here.split()[:1]
+    return start_ticks(int(pid)) == int(ticks)
+
+
 def pid_of(pidfd: int) -> int:
     """The number behind a pidfd, as this process sees it; 0 when the process is gone: proc(5), fdinfo."""
     lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()

@@ -14,14 +14,16 @@ class SandboxState(enum.StrEnum):
     RUNNING = "running"  # takes commands
     PAUSED = "paused"  # its processes are stopped
     STOPPED = "stopped"  # its processes are gone; it can start again
+    ARCHIVED = "archived"  # put away (a persistent one): it has to be recovered first
     DESTROYED = "destroyed"  # for good
 
 
 _MOVES = {
-    SandboxState.CREATED: {SandboxState.RUNNING, SandboxState.DESTROYED},
+    SandboxState.CREATED: {SandboxState.RUNNING, SandboxState.ARCHIVED, SandboxState.DESTROYED},
     SandboxState.RUNNING: {SandboxState.PAUSED, SandboxState.STOPPED, SandboxState.DESTROYED},
     SandboxState.PAUSED: {SandboxState.RUNNING, SandboxState.STOPPED, SandboxState.DESTROYED},
-    SandboxState.STOPPED: {SandboxState.RUNNING, SandboxState.DESTROYED},
+    SandboxState.STOPPED: {SandboxState.RUNNING, SandboxState.ARCHIVED, SandboxState.DESTROYED},
+    SandboxState.ARCHIVED: {SandboxState.STOPPED, SandboxState.DESTROYED},
     SandboxState.DESTROYED: set(),
 }
 

@@ -7,32 +7,29 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
-from sandboxcore import cgroup, host
+from sandboxcore import host
 from sandboxcore.cgroup import GroupUsage
-from sandboxcore.commit import finish_all
 from sandboxcore.detached import DetachedCommand, Door
-from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SetupError, SpecError
+from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.files import FileServer
-from sandboxcore.groups import remove_later
 from sandboxcore.identity import boot_id, pid_of, start_ticks
 from sandboxcore.journal import Journal
 from sandboxcore.layers import Layers
-from sandboxcore.layerstore import collecting
 from sandboxcore.lifecycle import SandboxState, check_move, new_id
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link
 from sandboxcore.persistent_files import PersistentFiles
-from sandboxcore.plan import Plan, reopened_plan, updated_plan
+from sandboxcore.plan import Plan, completed_plan, reopened_plan, updated_plan
+from sandboxcore.records import CommandRecord, SandboxRecord
+from sandboxcore.recovery import drop_group
 from sandboxcore.request import Request
 from sandboxcore.resources import LimitChange
-from sandboxcore.saved import SnapshotStore
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import Mount, SandboxSpec, StrPath, check_name
-from sandboxcore.statedir import StatePath, private_directory
-from sandboxcore.store import CommandRecord, SandboxRecord, Store
-from sandboxcore.volumes import Volumes
+from sandboxcore.statedir import StatePath
+from sandboxcore.store import Store
 
 _TOUCH = 1.0  # seconds between two notes of activity
 
@@ -109,6 +106,8 @@ class PersistentSandbox(PersistentFiles):
 
     @classmethod
     def _of(cls, store: Store, record: SandboxRecord) -> Self:
+        if record.host:
+            raise SandboxError(f"sandbox {record.name}: it is process {record.host.split()[0]}'s alone")
         self = cls.__new__(cls)
         self._store, self._record, self._state_dir = store, record, store.path
         self.spec = SandboxSpec.from_dict(record.spec)
@@ -168,7 +167,7 @@ class PersistentSandbox(PersistentFiles):
         """It was killed, or the machine was restarted: put that on record, unless somebody did meanwhile."""
         now = time.time()
         self._store.end(record, now)
-        _drop_group(self._store, self.id)
+        drop_group(self._store, self.id)
         self._state, self.stopped_at = SandboxState.STOPPED, now
 
     def _let_go(self) -> None:
@@ -247,10 +246,55 @@ class PersistentSandbox(PersistentFiles):
     def stop(self) -> None:
         """Kill everything in it, wait until it is gone. What is private in it is lost; it can start again."""
         with self._lock, self._store.locked(self.id):
-            check_move(self.name, self.state, SandboxState.STOPPED, "stop")
-            self._link_now().end(wait=ANSWER_PATIENCE)
-            self._let_go()
-            self._note_end(self._record)
+            if self.state is SandboxState.ARCHIVED:
+                raise InvalidTransition(self.name, self._state.value, "stop")
+            check_move(self.name, self._state, SandboxState.STOPPED, "stop")
+            self._stop()
+
+    def _stop(self) -> None:
+        self._link_now().end(wait=ANSWER_PATIENCE)
+        self._let_go()
+        self._note_end(self._record)
+
+    def archive(self, why: str = "") -> None:
+        """Stop it and put it away: nothing of it runs, and it cannot start before :meth:`recover`. What was
+        written to its root or overlays (:attr:`SandboxSpec.writable`, ``overlay=``) is kept on the disk, and
+        is there again when it starts; the rest is lost, as with :meth:`stop`.
+
+        Raises :class:`SandboxBusy` where a snapshot cannot be taken: nothing has changed then.
+        """
+        with self._lock:
+            if self.state is SandboxState.PAUSED:
+                self.resume()
+            self._put_away()
+            with self._store.locked(self.id):
+                check_move(self.name, self.state, SandboxState.ARCHIVED, "archive")
+                self._store.change(
+                    self.id, state=SandboxState.ARCHIVED.value, archived_at=time.time(), archived_why=why
+                )
+                self._look()
+
+    def recover(self) -> None:
+        """Bring it back after :meth:`archive`: it is stopped, and can start."""
+        with self._lock, self._store.locked(self.id):
+            if self.state is not SandboxState.ARCHIVED:
+                raise InvalidTransition(self.name, self._state.value, "recover")
+            self._store.change(
+                self.id, state=SandboxState.STOPPED.value, stopped_at=time.time(), last_active_at=time.time(),
+                archived_at=None, archived_why="",
+            )  # fmt: skip
+            self._look()
+
+    def _put_away(self) -> None:
+        if self.state is not SandboxState.RUNNING:
+            return
+        if not self._plan.data:
+            self._plan = completed_plan(self._plan, self._store.path)
+        if self._plan.overlays:
+            self.keep()
+        with self._store.locked(self.id):
+            if self.state is SandboxState.RUNNING:
+                self._stop()
 
     def close(self) -> None:
         """Let go of the handle; the sandbox stays. Commands of this handle that are not detached end.
@@ -357,151 +401,3 @@ class PersistentSandbox(PersistentFiles):
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 found.append(self._command(record, Journal.open(path)))
         return found
-
-
-def list_sandboxes(
-    state_dir: StatePath = None, *, labels: Mapping[str, str] | None = None
-) -> list[SandboxRecord]:
-    """What is on record, oldest first, corrected by what is really there. ``labels``: only those with all of
-    these."""
-    with Store(state_dir) as store:
-        return [record for record in _true_records(store, labels or {}) if record is not None]
-
-
-def _true_records(store: Store, labels: Mapping[str, str]) -> Iterator[SandboxRecord | None]:
-    """Each sandbox; None for what is not wanted, or was removed just now."""
-    for record in store.all():
-        true = _true_record(store, record)
-        yield true if true is not None and labels.items() <= true.labels.items() else None
-
-
-def _true_record(store: Store, record: SandboxRecord) -> SandboxRecord | None:
-    if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not _runs(store, record):
-        store.end(record, time.time())
-        _drop_group(store, record.id)
-        return store.get(record.id)
-    return record
-
-
-def _drop_group(store: Store, sandbox_id: str) -> None:
-    """Remove the control group of a sandbox that was found dead. Whoever works on it just now takes care of
-    that, or has started it again: then it is another one."""
-    with contextlib.suppress(BlockingIOError), store.locked(sandbox_id, wait=False):
-        now, group = store.get(sandbox_id), store.home(sandbox_id).group
-        if group is not None and now is not None and now.state == SandboxState.STOPPED:
-            remove_later(group)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Collected:
-    """What :func:`gc` did: ids of sandboxes found dead; what no record knew: directories, and files in
-    them as "sandbox/file", remains of volumes, and layers of images as "layers/name"; control groups in which
-    nothing can run any more, as absolute paths; layers that no snapshot has, likewise; directories into which
-    a commit was finished."""
-
-    ended: tuple[str, ...]
-    removed: tuple[str, ...]
-    groups: tuple[str, ...] = ()
-    layers: tuple[str, ...] = ()
-    commits: tuple[str, ...] = ()
-
-
-def gc(
-    state_dir: StatePath = None, *, dry_run: bool = False, unused_layers: float | None = None
-) -> Collected:
-    """Set the records right after crashes: sandboxes whose processes are gone are put down as stopped, and
-    what no record knows is removed (what may still run there is ended first). What somebody works on
-    just now is left alone.
-
-    The control groups of such sandboxes go, and those of all processes on this host that are gone: also of
-    those that had no state directory, or another one. With ``unused_layers``, so do the layers of images that
-    nobody has used for so many seconds: see :func:`sandboxcore.images.collect`."""
-    ended: list[str] = []
-    removed: list[str] = []
-    groups: list[str] = []
-    with Store(state_dir) as store:
-        for _ in _collect(store, ended, removed, groups, dry_run=dry_run, unused_layers=unused_layers):
-            pass
-    layers, commits = _collect_files(state_dir, dry_run=dry_run)
-    return Collected(tuple(ended), tuple(removed), tuple(groups), layers, commits)
-
-
-def _collect_files(state_dir: StatePath, *, dry_run: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What crashes have left of snapshots and commits."""
-    path = private_directory(state_dir)
-    layers = SnapshotStore(path).gc(dry_run=dry_run) if (path / "snapshots").is_dir() else ()
-    return layers, () if dry_run else tuple(finish_all(path / "commits"))
-
-
-def _collect(
-    store: Store,
-    ended: list[str],
-    removed: list[str],
-    groups: list[str] | None = None,
-    *,
-    dry_run: bool,
-    unused_layers: float | None = None,
-) -> Iterator[None]:
-    """A step for each sandbox or layer; no lock is held between them."""
-    found = [] if groups is None else groups
-    for record in store.all():
-        if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not _runs(store, record):
-            ended.append(record.id)
-            if not dry_run:
-                store.end(record, time.time())
-        with contextlib.suppress(BlockingIOError), store.locked(record.id, wait=False):
-            removed += _clear(store, record.id, dry_run=dry_run)
-            if (now := store.get(record.id)) is not None and not _may_run(store, now):
-                found += _clear_group(store.home(record.id), dry_run=dry_run)
-        yield
-    for stray in store.strays():
-        with contextlib.suppress(BlockingIOError), store.locked(stray, wait=False):
-            if store.get(stray) is None and store.home(stray).path.is_dir():
-                removed.append(stray)
-                if not dry_run:
-                    store.home(stray).end()
-                    found += _clear_group(store.home(stray), dry_run=False)
-                    store.remove(stray)
-        yield
-    found += cgroup.collect(dry_run=dry_run)
-    for layer in collecting(store.path, unused_for=unused_layers, dry_run=dry_run):
-        removed.append(f"layers/{layer}")
-        yield
-    removed += [f"volumes/{name}" for name in Volumes(store.path).gc(dry_run=dry_run)]
-
-
-def _may_run(store: Store, record: SandboxRecord) -> bool:
-    return record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and _runs(store, record)
-
-
-def _clear_group(home: Home, *, dry_run: bool) -> list[str]:
-    """Remove the control group of a sandbox that is gone. What is busy still stays for the next time."""
-    group = home.group
-    places = [str(place) for place in group.places() if place.is_dir()] if group else []
-    if group is None or dry_run:
-        return places
-    with contextlib.suppress(SetupError):  # somebody else's
-        group.remove()
-    return [place for place in places if not os.path.exists(place)]
-
-
-def _runs(store: Store, record: SandboxRecord) -> bool:
-    try:
-        link = Link.reopen(store.home(record.id), record.pid, record.ticks, record.boot)
-    except SandboxError:  # of another pid namespace: not ours to say
-        return True
-    if link is not None:
-        link.close()
-    return link is not None
-
-
-def _clear(store: Store, sandbox: str, *, dry_run: bool) -> list[str]:
-    """Remove what a crash left of commands that were not on record yet."""
-    home = store.home(sandbox)
-    try:
-        orphans = store.orphans(sandbox)
-    except FileNotFoundError:  # destroyed meanwhile
-        return []
-    if not dry_run:
-        home.remove(*orphans)
-    return [f"{sandbox}/{name}" for name in orphans]

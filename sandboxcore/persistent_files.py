@@ -105,6 +105,14 @@ class PersistentFiles(Sandbox):
                 link.hear_layer(answer, START_PATIENCE)
             self._write_layers(about["base"], about["now"])
 
+    def keep(self) -> None:
+        """From the next start on, begin with the files as they are now. As :meth:`snapshot`, but that it has
+        no name, and lasts until it begins with something else."""
+        with self._moment() as snapshot:
+            digests = [layer.digest for layer in snapshot.layers]
+            assert all(digests)  # they were written just now
+            self._write_layers([digest for digest in digests if digest], self._layers_file()["now"])
+
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, of this sandbox or of another one with the same overlays: also to one that
         is in memory only, which is put on the disk then. As :meth:`Sandbox.restore`."""

@@ -8,78 +8,42 @@ there may be a record without a sandbox, which the next look corrects, but no sa
 """
 
 import contextlib
-import dataclasses
 import fcntl
-import json
 import os
 import shutil
 import sqlite3
 import tempfile
 import threading
 import time
+import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from sandboxcore.errors import SandboxError, SandboxNotFound, SpecError
 from sandboxcore.link import Home
+from sandboxcore.records import (
+    CHANGES,
+    SCHEMA,
+    TABLES,
+    CommandRecord,
+    Damage,
+    Damaged,
+    Record,
+    SandboxRecord,
+    columns,
+    command_of,
+    row_of,
+    sandbox_of,
+    session_of,
+)
 from sandboxcore.statedir import close_lock, open_lock, private_directory, same_file
 
-SCHEMA = 1
 DATABASE = "state.db"
 PATIENCE = 10.0  # seconds for other processes to finish a change of the database
-_TABLES = """
-CREATE TABLE sandboxes (
-    id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, state TEXT NOT NULL, spec TEXT NOT NULL,
-    labels TEXT NOT NULL, description TEXT NOT NULL, metadata TEXT NOT NULL, owner TEXT,
-    created_at REAL NOT NULL, started_at REAL, stopped_at REAL, last_active_at REAL NOT NULL,
-    pid INTEGER NOT NULL, ticks INTEGER NOT NULL, boot TEXT NOT NULL, omitted TEXT NOT NULL
-) STRICT;
-CREATE TABLE commands (
-    id TEXT PRIMARY KEY, sandbox TEXT NOT NULL REFERENCES sandboxes (id) ON DELETE CASCADE,
-    args TEXT NOT NULL, pty INTEGER NOT NULL, started_at REAL NOT NULL
-) STRICT;
-"""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxRecord:
-    """One persistent sandbox. ``pid``, ``ticks`` and ``boot`` together name its init, whatever became of the
-    number since."""
-
-    id: str
-    name: str
-    state: str
-    spec: dict[str, Any]
-    labels: dict[str, str] = field(default_factory=dict)
-    description: str = ""
-    metadata: dict[str, Any] = field(default_factory=dict)
-    owner: str | None = None
-    created_at: float = 0.0
-    started_at: float | None = None
-    stopped_at: float | None = None
-    last_active_at: float = 0.0
-    pid: int = 0
-    ticks: int = 0
-    boot: str = ""
-    omitted: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommandRecord:
-    """One detached command of a persistent sandbox. How it ended is in its journal."""
-
-    id: str
-    sandbox: str
-    args: list[str]
-    pty: bool
-    started_at: float
-
-
-_JSON = {"spec", "labels", "metadata", "omitted", "args"}
-Record = SandboxRecord | CommandRecord
+Read = TypeVar("Read")
 
 
 class Store:
@@ -120,15 +84,14 @@ class Store:
             _patiently(lambda: db.execute("PRAGMA journal_mode = WAL"))
             db.execute("PRAGMA synchronous = NORMAL")  # whole after a power cut, and then nothing runs anyway
             db.execute("PRAGMA foreign_keys = ON")
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                with _immediate(db):
-                    if db.execute("PRAGMA user_version").fetchone()[0] == 0:  # nobody was faster
-                        for statement in filter(str.strip, _TABLES.split(";")):
+            if _version(db) < SCHEMA:
+                with immediate(db):
+                    for number in range(_version(db) + 1, SCHEMA + 1):  # or somebody was faster
+                        for statement in filter(str.strip, CHANGES[number].split(";")):
                             db.execute(statement)
-                        db.execute(f"PRAGMA user_version = {SCHEMA}")
-            elif version != SCHEMA:
-                raise SandboxError(f"{self.path}: schema {version}, but this version knows {SCHEMA}")
+                    db.execute(f"PRAGMA user_version = {max(_version(db), SCHEMA)}")
+            if _version(db) != SCHEMA:
+                raise SandboxError(f"{self.path}: schema {_version(db)}, but this version knows {SCHEMA}")
         except BaseException:
             db.close()
             raise
@@ -145,6 +108,12 @@ class Store:
     def _do(self, statement: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         with self._lock, self._understood():
             return self._connection().execute(statement, values).fetchall()
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """Several statements, all or none, and nobody else's between them."""
+        with self._lock, self._understood(), immediate(self._connection()) as db:
+            yield db
 
     def close(self) -> None:
         """Let go of the database. Idempotent; whatever is asked next opens it again."""
@@ -163,8 +132,7 @@ class Store:
 
     def add(self, record: Record) -> None:
         """Remember something new. Raises :class:`SpecError` where the name is taken."""
-        values = _row(record)
-        table = "commands" if isinstance(record, CommandRecord) else "sandboxes"
+        values, table = row_of(record), TABLES[type(record)]
         marks = ", ".join("?" * len(values))
         try:
             self._do(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({marks})", list(values.values()))
@@ -177,7 +145,7 @@ class Store:
 
     def change(self, sandbox: str, **values: Any) -> None:
         """Change fields of a sandbox's record, all at once."""
-        plain = {name: json.dumps(value) if name in _JSON else value for name, value in values.items()}
+        plain = columns(values)
         sets = ", ".join(f"{name} = ?" for name in plain)
         self._do(f"UPDATE sandboxes SET {sets} WHERE id = ?", [*plain.values(), sandbox])
 
@@ -190,9 +158,15 @@ class Store:
         )
 
     def get(self, key: str) -> SandboxRecord | None:
-        """The sandbox of an id or, if it is nobody's, of a name."""
+        """The sandbox of an id or, if it is nobody's, of a name or a UUID. Raises :class:`SandboxError` for
+        a record that cannot be read."""
         rows = self._do("SELECT * FROM sandboxes WHERE ? IN (id, name) ORDER BY id = ? DESC", (key, key))
-        return _sandbox(rows[0]) if rows else None
+        if not rows and (other := _id_of(key)):
+            rows = self._do("SELECT * FROM sandboxes WHERE id = ?", (other,))
+        try:
+            return sandbox_of(rows[0]) if rows else None
+        except Damaged as error:
+            raise SandboxError(f"{self.path}: damaged record: {error}") from None
 
     def find(self, key: str) -> SandboxRecord:
         """The same. Raises :class:`SandboxNotFound`."""
@@ -202,17 +176,36 @@ class Store:
         return record
 
     def all(self) -> list[SandboxRecord]:
-        """Every sandbox, oldest first."""
-        return [_sandbox(row) for row in self._do("SELECT * FROM sandboxes ORDER BY created_at, id")]
+        """Every sandbox, oldest first, but for :meth:`damaged` records."""
+        return list(readable(self._do("SELECT * FROM sandboxes ORDER BY created_at, id"), sandbox_of))
+
+    def damaged(self) -> list[Damage]:
+        """Rows that cannot be read: left out elsewhere, and left as they are."""
+        found: list[Damage] = []
+        for table, read in (("sandboxes", sandbox_of), ("commands", command_of), ("sessions", session_of)):
+            for row in self._do(f"SELECT * FROM {table} ORDER BY id"):
+                try:
+                    read(row)
+                except Damaged as error:
+                    found.append(error.damage)
+        return found
 
     def commands(self, sandbox: str) -> list[CommandRecord]:
         """A sandbox's detached commands, oldest first."""
         query = "SELECT * FROM commands WHERE sandbox = ? ORDER BY started_at, id"
-        return [_command(row) for row in self._do(query, (sandbox,))]
+        return list(readable(self._do(query, (sandbox,)), command_of))
 
     def remove(self, sandbox: str) -> None:
-        """Forget a sandbox with its commands, then its directory. The caller holds its lock."""
-        self._do("DELETE FROM sandboxes WHERE id = ?", (sandbox,))
+        """Forget a sandbox with its commands, then its directory; its sessions end. The caller holds its
+        lock."""
+        with self._change() as db:
+            db.execute(
+                "UPDATE sessions SET state = 'terminated', ended_at = ?, ended_why = coalesce("
+                "(SELECT nullif(doomed, '') FROM sandboxes WHERE id = ?), 'its sandbox was destroyed')"
+                " WHERE sandbox = ? AND state != 'terminated'",
+                (time.time(), sandbox, sandbox),
+            )
+            db.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox,))
         shutil.rmtree(self.home(sandbox).path, ignore_errors=True)
 
     def remove_command(self, command: str) -> None:
@@ -228,14 +221,14 @@ class Store:
     def strays(self) -> list[str]:
         """Ids of directories and locks without a record: left by a crash, or being made just now."""
         found = set(os.listdir(self.path / "sandboxes"))  # before the records: a later one is no stray
-        known = {record.id for record in self.all()}
+        known = {row["id"] for row in self._do("SELECT id FROM sandboxes")}
         return sorted({name.removesuffix(".lock") for name in found} - known)
 
     def orphans(self, sandbox: str) -> list[str]:
         """Files in a sandbox's directory that are nobody's. The caller holds its lock."""
         known = {"keeper", "work", "pause", "group", "layers"}
-        for command in self.commands(sandbox):
-            known |= {command.id, f"{command.id}.journal"}
+        for row in self._do("SELECT id FROM commands WHERE sandbox = ?", (sandbox,)):
+            known |= {row["id"], f"{row['id']}.journal"}
         return sorted(set(os.listdir(self.home(sandbox).path)) - known)
 
     def _lock_path(self, sandbox: str) -> Path:
@@ -257,7 +250,7 @@ class Store:
                 try:
                     yield
                 finally:
-                    if self.get(sandbox) is None:
+                    if not self._do("SELECT 1 FROM sandboxes WHERE id = ?", (sandbox,)):
                         path.unlink(missing_ok=True)
                 return
             finally:
@@ -277,33 +270,35 @@ def _patiently(action: Callable[[], Any]) -> None:
             time.sleep(0.01)
 
 
+def _version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _id_of(key: str) -> str | None:
+    """The id that a UUID stands for: its digits."""
+    try:
+        return f"sbx-{uuid.UUID(key).hex}"
+    except ValueError:
+        return None
+
+
+def readable(rows: Iterable[sqlite3.Row], read: Callable[[sqlite3.Row], Read]) -> Iterator[Read]:
+    """Those that are not damaged."""
+    for row in rows:
+        with contextlib.suppress(Damaged):
+            yield read(row)
+
+
 @contextlib.contextmanager
-def _immediate(db: sqlite3.Connection) -> Iterator[None]:
+def immediate(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """A transaction that begins with the right to write."""
     db.execute("BEGIN IMMEDIATE")
     try:
-        yield
+        yield db
         db.execute("COMMIT")
     except BaseException:
         db.execute("ROLLBACK")
         raise
-
-
-def _row(record: Record) -> dict[str, Any]:
-    values = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
-    return {name: json.dumps(value) if name in _JSON else value for name, value in values.items()}
-
-
-def _values(row: sqlite3.Row) -> dict[str, Any]:
-    return {name: json.loads(value) if name in _JSON else value for name, value in dict(row).items()}
-
-
-def _sandbox(row: sqlite3.Row) -> SandboxRecord:
-    return SandboxRecord(**_values(row))
-
-
-def _command(row: sqlite3.Row) -> CommandRecord:
-    values = _values(row)
-    return CommandRecord(**{**values, "pty": bool(values["pty"])})
 
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()

@@ -15,7 +15,8 @@ from support import leaves_nothing
 
 import sandboxcore
 from sandboxcore import SandboxNotFound, aio
-from sandboxcore.persistent import PersistentSandbox, list_sandboxes
+from sandboxcore.persistent import PersistentSandbox
+from sandboxcore.recovery import list_sandboxes
 
 PATIENCE = 30
 SLEEP = ["sleep", "300"]

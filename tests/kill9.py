@@ -33,8 +33,10 @@ from sandboxcore import (
     SpecError,
 )
 from sandboxcore.identity import start_ticks
-from sandboxcore.persistent import PersistentSandbox, gc
-from sandboxcore.store import SandboxRecord, Store
+from sandboxcore.persistent import PersistentSandbox
+from sandboxcore.records import SandboxRecord
+from sandboxcore.recovery import gc
+from sandboxcore.store import Store
 
 PR_SET_CHILD_SUBREAPER = 36
 SENTINELS = ("keep0", "keep1")  # no client stops or destroys these

@@ -14,7 +14,8 @@ from loops import cancelled_after, condition, play
 from support import PYTHON, gone, leaves_nothing, marked, wait_until
 
 from sandboxcore import aio, aio_sandbox
-from sandboxcore.persistent import PersistentSandbox, list_sandboxes
+from sandboxcore.persistent import PersistentSandbox
+from sandboxcore.recovery import list_sandboxes
 from sandboxcore.store import Store
 
 __all__ = ["living", "spawner_runs", "state"]  # fixtures

@@ -43,7 +43,8 @@ from sandboxcore import (
 )
 from sandboxcore.identity import boot_id, start_ticks
 from sandboxcore.link import Home, Link
-from sandboxcore.persistent import PersistentSandbox, gc, list_sandboxes
+from sandboxcore.persistent import PersistentSandbox
+from sandboxcore.recovery import gc, list_sandboxes
 from sandboxcore.store import Store
 
 PATIENCE = 30
@@ -62,7 +63,8 @@ def client(code: str, *args: Any) -> Any:
     prelude = """
         import json, os, signal, sys
         import sandboxcore
-        from sandboxcore.persistent import PersistentSandbox, gc, list_sandboxes
+        from sandboxcore.persistent import PersistentSandbox
+        from sandboxcore.recovery import gc, list_sandboxes
         from sandboxcore.store import Store
     """
     done = host_program(textwrap.dedent(prelude) + textwrap.dedent(code), *map(str, args))
@@ -725,7 +727,8 @@ def test_a_state_dir_that_is_a_file(tmp_path: Path) -> None:
 RACER = """
     import os, random, sys, time
     import sandboxcore as s
-    from sandboxcore.persistent import PersistentSandbox, gc, list_sandboxes
+    from sandboxcore.persistent import PersistentSandbox
+    from sandboxcore.recovery import gc, list_sandboxes
     state, seed, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     rng, end, count = random.Random(seed), time.monotonic() + seconds, 0
     fine = (s.InvalidTransition, s.SandboxNotFound, s.SandboxGone, s.SpecError)

@@ -26,7 +26,8 @@ from support import gone, host_environment, host_process, host_program, kill_spa
 
 import sandboxcore
 from sandboxcore import ProgramNotFound, Sandbox, SandboxError, SandboxSpec
-from sandboxcore.persistent import PersistentSandbox, gc
+from sandboxcore.persistent import PersistentSandbox
+from sandboxcore.recovery import gc
 
 pytestmark = pytest.mark.cgroup
 

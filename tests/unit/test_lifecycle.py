@@ -20,11 +20,16 @@ LEGAL = {
     ("paused", "destroyed"),
     ("stopped", "running"),
     ("stopped", "destroyed"),
+    ("stopped", "archived"),
+    ("created", "archived"),
+    ("archived", "stopped"),
+    ("archived", "destroyed"),
 }
 
 
-def test_there_are_five_states() -> None:
-    assert [state.value for state in SandboxState] == ["created", "running", "paused", "stopped", "destroyed"]
+def test_there_are_six_states() -> None:
+    states = ["created", "running", "paused", "stopped", "archived", "destroyed"]
+    assert [state.value for state in SandboxState] == states
     assert SandboxState("paused") is SandboxState.PAUSED
     assert SandboxState.PAUSED == "paused"
     assert f"{SandboxState.PAUSED}" == "paused"

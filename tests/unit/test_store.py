@@ -15,8 +15,9 @@ import pytest
 from support import host_environment, host_program
 
 from sandboxcore import SandboxError, SandboxNotFound, SpecError
+from sandboxcore.records import SCHEMA, CommandRecord, SandboxRecord
 from sandboxcore.statedir import default_state_dir
-from sandboxcore.store import DATABASE, SCHEMA, CommandRecord, SandboxRecord, Store
+from sandboxcore.store import DATABASE, Store
 
 
 def record(number: int = 1, **more: object) -> SandboxRecord:
@@ -211,7 +212,8 @@ def test_eight_processes_make_it_at_once(tmp_path: Path) -> None:
     """The first of all to use a directory, in the same instant: each finds one database."""
     code = """
         import os, sys
-        from sandboxcore.store import SandboxRecord, Store
+        from sandboxcore.records import SandboxRecord
+        from sandboxcore.store import Store
         from sandboxcore import SpecError
         print("ready", flush=True)
         sys.stdin.readline()

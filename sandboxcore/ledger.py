@@ -1,0 +1,181 @@
+"""The state directory with sessions: who uses which sandbox. Each method is one change, or one look, that no
+other process can come between."""
+
+import contextlib
+import json
+import sqlite3
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sandboxcore.errors import SandboxError, SandboxNotFound, SessionNotFound
+from sandboxcore.records import Damaged, SandboxRecord, SessionRecord, columns, row_of, sandbox_of, session_of
+from sandboxcore.session import LIVE, SessionState, check_move, sources
+from sandboxcore.store import Store, readable
+
+_LIVE = ", ".join(f"'{state}'" for state in LIVE)
+
+
+class Ledger(Store):
+    """A :class:`Store` that knows sessions and settings, too."""
+
+    # --- sessions -------------------------------------------------------------------------------
+
+    def open_session(self, session: SessionRecord) -> None:
+        """A new one. Raises :class:`SandboxNotFound` where its sandbox is gone, or about to be."""
+        values = row_of(session)
+        marks = ", ".join("?" * len(values))
+        with self._change() as db:
+            row = db.execute("SELECT doomed FROM sandboxes WHERE id = ?", (session.sandbox,)).fetchone()
+            if row is None or row["doomed"]:
+                why = f"about to be destroyed: {row['doomed']}" if row else "not on record any more"
+                raise SandboxNotFound(f"sandbox {session.sandbox} is {why}")
+            db.execute(f"INSERT INTO sessions ({', '.join(values)}) VALUES ({marks})", [*values.values()])
+
+    def session(self, session_id: str) -> SessionRecord:
+        """Raises :class:`SessionNotFound`, and :class:`SandboxError` for a record that cannot be read."""
+        rows = self._do("SELECT * FROM sessions WHERE id = ?", (session_id,))
+        if not rows:
+            raise SessionNotFound(f"no session has the id {session_id!r} in {self.path}")
+        return self._read(rows[0])
+
+    def _read(self, row: sqlite3.Row) -> SessionRecord:
+        try:
+            return session_of(row)
+        except Damaged as error:
+            raise SandboxError(f"{self.path}: damaged record: {error}") from None
+
+    def sessions(
+        self,
+        *,
+        states: Sequence[SessionState] = (),
+        client: str | None = None,
+        sandbox: str | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> list[SessionRecord]:
+        """Those that are all of this, oldest first; without ``states`` in any."""
+        wheres, values = ["1"], []
+        if states:
+            wheres.append(f"state IN ({', '.join('?' * len(states))})")
+            values += [str(state) for state in states]
+        for name, value in (("client", client), ("sandbox", sandbox)):
+            if value is not None:
+                wheres.append(f"{name} = ?")
+                values.append(value)
+        rows = self._do(
+            f"SELECT * FROM sessions WHERE {' AND '.join(wheres)} ORDER BY created_at, id", values
+        )
+        wanted = (labels or {}).items()
+        return [session for session in readable(rows, session_of) if wanted <= session.labels.items()]
+
+    def move_session(self, session_id: str, to: SessionState, wanted: str, **changes: Any) -> SessionRecord:
+        """Bring one into another state, and touch it. Raises InvalidTransition, SessionNotFound."""
+        values = columns({"state": to.value, "last_active_at": time.time(), **changes})
+        sets = ", ".join(f"{name} = ?" for name in values)
+        with self._change() as db:
+            row = db.execute("SELECT * FROM sessions WHERE id = ?", (session_id,)).fetchone()
+            if row is None:
+                raise SessionNotFound(f"no session has the id {session_id!r} in {self.path}")
+            check_move(session_id, SessionState(self._read(row).state), to, wanted)
+            db.execute(f"UPDATE sessions SET {sets} WHERE id = ?", [*values.values(), session_id])
+            return self._read(db.execute("SELECT * FROM sessions WHERE id = ?", (session_id,)).fetchone())
+
+    def take_session(self, session_id: str) -> SessionRecord | None:
+        """Make a detached session active, unless somebody was faster or its sandbox is about to go."""
+        done = self._do(
+            "UPDATE sessions SET state = 'active', last_active_at = ? WHERE id = ? AND state = 'detached'"
+            " AND EXISTS (SELECT 1 FROM sandboxes WHERE id = sandbox AND doomed = '') RETURNING *",
+            (time.time(), session_id),
+        )
+        return self._read(done[0]) if done else None
+
+    def end_session(
+        self, session_id: str, why: str, *, unless_touched: float | None = None
+    ) -> tuple[bool, bool]:
+        """Terminate one, for good. Returns whether it was still going on, and whether it was the last one of
+        its sandbox, which is doomed then: nobody gets a new one. ``unless_touched``: only if it was active
+        last at this moment."""
+        now = time.time()
+        states = ", ".join(f"'{state}'" for state in sources(SessionState.TERMINATED))
+        with self._change() as db:
+            rows = db.execute(
+                "UPDATE sessions SET state = 'terminated', ended_at = ?, ended_why = ?"
+                f" WHERE id = ? AND state IN ({states}) AND (? IS NULL OR last_active_at = ?) RETURNING sandbox",
+                (now, why, session_id, unless_touched, unless_touched),
+            ).fetchall()
+            if not rows:
+                return False, False
+            last = db.execute(
+                f"UPDATE sandboxes SET doomed = ? WHERE id = ? AND NOT EXISTS"
+                f" (SELECT 1 FROM sessions WHERE sandbox = ? AND state IN ({_LIVE})) RETURNING id",
+                (why, rows[0]["sandbox"], rows[0]["sandbox"]),
+            ).fetchall()
+            return True, bool(last)
+
+    def touch_sessions(self, sandbox: str, when: float) -> None:
+        """Something has happened in a sandbox: its active sessions, or with none of them the detached ones,
+        were active at that moment."""
+        with self._change() as db:
+            for state in ("active", "detached"):
+                done = db.execute(
+                    "UPDATE sessions SET last_active_at = max(last_active_at, ?)"
+                    " WHERE sandbox = ? AND state = ? RETURNING id",
+                    (when, sandbox, state),
+                ).fetchall()
+                if done:
+                    break
+            db.execute(
+                "UPDATE sandboxes SET last_active_at = max(last_active_at, ?) WHERE id = ?", (when, sandbox)
+            )
+
+    def forget_sessions(self, before: float) -> int:
+        """Forget those that were terminated before this moment. How many."""
+        query = "DELETE FROM sessions WHERE state = 'terminated' AND coalesce(ended_at, created_at) < ?"
+        return len(self._do(query + " RETURNING id", (before,)))
+
+    # --- sandboxes ------------------------------------------------------------------------------
+
+    def doom(self, record: SandboxRecord, why: str) -> bool:
+        """Have nobody get a new session of a sandbox: it is about to be destroyed. False where it has changed
+        since its record was read: somebody used it, started it, gave it more time."""
+        now = row_of(record)
+        same = " AND ".join(f"{name} IS ?" for name in _WATCHED)
+        rows = self._do(
+            f"UPDATE sandboxes SET doomed = ? WHERE id = ? AND {same} RETURNING id",
+            (why, record.id, *(now[name] for name in _WATCHED)),
+        )
+        return bool(rows)
+
+    def insert_private(self, record: SandboxRecord) -> None:
+        """A sandbox that belongs to this process: it has no directory."""
+        assert record.host
+        self.add(record)
+
+    def forget_private(self, sandbox: str) -> None:
+        """It has ended."""
+        with self.locked(sandbox):
+            self.remove(sandbox)
+
+    def without_session(self, before: float) -> list[SandboxRecord]:
+        """Sandboxes whose last session has ended, and that somebody should have destroyed by then."""
+        rows = self._do("SELECT * FROM sandboxes WHERE doomed != '' AND last_active_at < ?", (before,))
+        return list(readable(rows, sandbox_of))
+
+    # --- settings -------------------------------------------------------------------------------
+
+    def setting(self, key: str) -> Any:
+        """What :meth:`set` put there, or None."""
+        rows = self._do("SELECT value FROM settings WHERE key = ?", (key,))
+        with contextlib.suppress(ValueError):
+            return json.loads(rows[0]["value"]) if rows else None
+        raise SandboxError(f"{self.path}: damaged setting {key!r}")
+
+    def set(self, key: str, value: Any) -> None:
+        """Remember a value; None forgets it."""
+        if value is None:
+            self._do("DELETE FROM settings WHERE key = ?", (key,))
+        else:
+            self._do("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+
+
+_WATCHED = ("state", "last_active_at", "expires_at", "policy", "archived_at", "started_at", "pid", "doomed")
