@@ -123,6 +123,10 @@ int sbx_landlock_abi(void);
 
 /* libc's: Python has only sync(2), which waits for everybody. */
 int syncfs(int fd);
+
+/* libc's: Python has none. */
+int inotify_init1(int flags);
+int inotify_add_watch(int fd, const char *path, uint32_t mask);
 /* cdef-end */
 
 /* wire.c: shared by client.c and run.c */

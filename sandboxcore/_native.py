@@ -22,6 +22,7 @@ STAGES: tuple[str, ...] = tuple(
 )
 MAX_PASS = cast(int, lib.SBX_MAX_PASS)
 MAX_LATE = cast(int, lib.SBX_MAX_LATE)
+IN_CLOSE_WRITE = 8  # linux/inotify.h
 
 
 @functools.cache
@@ -166,6 +167,18 @@ def syncfs(fd: int) -> None:
     """Have a file system on disk, syncfs(2). Raises OSError."""
     if lib.syncfs(fd) < 0:
         raise OSError(ffi.errno, os.strerror(ffi.errno))
+
+
+def watch_closes(path: str) -> int:
+    """A descriptor, non-blocking, that is readable when a file was closed that was open for writing,
+    inotify(7). Raises OSError."""
+    fd = lib.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    if fd < 0 or lib.inotify_add_watch(fd, os.fsencode(path), IN_CLOSE_WRITE) < 0:
+        code = ffi.errno
+        if fd >= 0:
+            os.close(fd)
+        raise OSError(code, os.strerror(code), path)
+    return cast(int, fd)
 
 
 def check_plan(plan: bytes) -> None:

@@ -17,6 +17,7 @@ from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Birth, Home, Link
 from sandboxcore.plan import Plan
 from sandboxcore.process import ATTEMPTS, help_spawner, reach_spawner
 from sandboxcore.request import Request
+from sandboxcore.room import Room
 from sandboxcore.spawner import Spawner
 
 Done = TypeVar("Done")
@@ -329,13 +330,19 @@ def unsent(error: OSError) -> _native.NativeFailure:
     return _native.NativeFailure.of("spawner" if code in (E.EPIPE, E.ECONNRESET) else "host", 11, code)
 
 
-async def born(plan: Plan, name: str, home: Home | None, layers: Callable[[Spawner], Sequence[int]]) -> Link:
-    """A sandbox that stands; with ``home``, a persistent one; ``layers`` says with what it begins. Whoever is
-    cancelled here leaves none."""
+async def born(
+    plan: Plan,
+    name: str,
+    home: Home | None,
+    layers: Callable[[Spawner], Sequence[int]],
+    room: Room | None = None,
+) -> Link:
+    """A sandbox that stands; with ``home``, a persistent one; ``layers`` says with what it begins, ``room``
+    where it takes a place. Whoever is cancelled here leaves none."""
 
     async def action(connection: Spawner) -> Link:
         try:
-            birth = Birth.send(plan, connection, name, home, layers(connection))
+            birth = Birth.send(plan, connection, name, home, layers=layers(connection), room=room)
         except SandboxError:
             raise
         except OSError as error:

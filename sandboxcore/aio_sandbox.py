@@ -124,7 +124,7 @@ class Sandbox:
         async with self._changing():
             self._own._may_start()
             own = self._own
-            own._started(await born(own._plan, self.id, self._home(), own._layers.begin))
+            own._started(await born(own._plan, self.id, self._home(), own._layers.begin, own._room))
 
     def _changing(self) -> AbstractAsyncContextManager[Any]:
         """Whoever changes the state is alone."""
@@ -271,9 +271,15 @@ class Sandbox:
         cls, snapshot: Snapshot, *, spec: SandboxSpec | None = None, **about: Any
     ) -> Self:
         """:meth:`sandboxcore.Sandbox.from_snapshot`."""
-        made = cls(snapshot.fitting(spec), **about)
-        made._own._layers = Layers(snapshot.layers)
+        made = cls._from(snapshot, snapshot.fitting(spec), **about)
         await made.start()
+        return made
+
+    @classmethod
+    def _from(cls, snapshot: Snapshot, spec: SandboxSpec, **about: Any) -> Self:
+        """One that begins with a snapshot; not started."""
+        made = cls(spec, **about)
+        made._own._layers = Layers(snapshot.layers)
         return made
 
     async def fork(self, n: int = 1) -> list[Self]:
@@ -282,7 +288,9 @@ class Sandbox:
         with await self.snapshot() as snapshot:
             try:
                 for _ in range(n):
-                    children.append(await type(self).from_snapshot(snapshot))
+                    children.append(self._from(snapshot, snapshot.fitting(None)))
+                    children[-1]._own._room = self._own._room
+                    await children[-1].start()
             except BaseException:
                 for child in children:
                     await child.close()

@@ -1,20 +1,21 @@
 """How many sandboxes of this user there may be at once, over all processes.
 
-A sandbox holds a lock on one of so many files (flock(2)), by its init: the kernel gives it back when that is
-gone, however that happens.
+A sandbox holds a place (:mod:`sandboxcore.places`) by its init: the kernel gives it back when that is gone,
+however that happens.
 """
 
 import contextlib
-import fcntl
 import os
-import random
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from sandboxcore.errors import SandboxError, SpecError, TooManySandboxes
+from sandboxcore.places import Places, checked_maximum
+from sandboxcore.statedir import close_lock
 
 SETTING = "SANDBOXCORE_MAX_SANDBOXES"
+FILE = "places"  # in the directory of this user
 
 _maximum: int | None = None
 
@@ -22,9 +23,7 @@ _maximum: int | None = None
 def set_maximum(number: int | None) -> None:
     """For this process; None: what the environment says, or no limit."""
     global _maximum
-    if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-        raise SpecError(f"max_sandboxes: {number!r} is not a positive whole number")
-    _maximum = number
+    _maximum = None if number is None else checked_maximum(number)
 
 
 def maximum() -> int | None:
@@ -40,28 +39,15 @@ def maximum() -> int | None:
 
 
 def take_place() -> int:
-    """A descriptor that stands for one sandbox, or -1 where there is no limit.
-
-    Raises :class:`TooManySandboxes`.
-    """
+    """A descriptor that stands for one sandbox, for :func:`sandboxcore.statedir.close_lock`, or -1 where
+    there is no limit. Raises :class:`TooManySandboxes`."""
     number = maximum()
     if number is None:
         return -1
-    directory = _directory()
-    first = random.randrange(number)
-    for offset in range(number):
-        name = directory / str((first + offset) % number)
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        else:
-            return fd
-    raise TooManySandboxes(number)
+    fd = Places(_directory() / FILE).take(number)
+    if fd < 0:
+        raise TooManySandboxes(number)
+    return fd
 
 
 @contextlib.contextmanager
@@ -72,7 +58,7 @@ def place() -> Iterator[None]:
         yield
     finally:
         if fd >= 0:
-            os.close(fd)
+            close_lock(fd)
 
 
 def _directory() -> Path:

@@ -128,15 +128,18 @@ class InvalidTransition(SandboxError, RuntimeError):
 
 
 class TooManySandboxes(SandboxError, BlockingIOError):
-    """There are ``maximum`` sandboxes of this user already: ``host_limits(max_sandboxes=)`` or
-    ``SANDBOXCORE_MAX_SANDBOXES``. Close one, or try again later."""
+    """There are ``maximum`` sandboxes already: of this user, by ``host_limits(max_sandboxes=)`` or
+    ``SANDBOXCORE_MAX_SANDBOXES``; or, where ``state_dir`` is not None, of that state directory. Close one, or
+    try again later."""
 
-    def __init__(self, maximum: int) -> None:
-        super().__init__(E.EAGAIN, f"there are {maximum} sandboxes already, which is max_sandboxes")
-        self.maximum = maximum
+    def __init__(self, maximum: int, state_dir: str | None = None) -> None:
+        where = "" if state_dir is None else f" in {state_dir}"
+        text = f"there are {maximum} sandboxes{where} already, which is max_sandboxes"
+        super().__init__(E.EAGAIN, text + (" of this state directory" if where else ""))
+        self.maximum, self.state_dir = maximum, state_dir
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.maximum,)
+        return type(self), (self.maximum, self.state_dir)
 
 
 class SandboxNotFound(SandboxError, LookupError):

@@ -22,8 +22,10 @@ from sandboxcore.groups import ends_with_us, groups_of, limits_of, remove_later
 from sandboxcore.identity import boot_id, start_ticks
 from sandboxcore.plan import Plan
 from sandboxcore.request import sandbox_request
+from sandboxcore.room import Room
 from sandboxcore.spawner import Spawner
 from sandboxcore.spec import Limits
+from sandboxcore.statedir import close_lock
 from sandboxcore.volumes import in_use
 
 START_PATIENCE = 30.0  # seconds for a sandbox, or a program in it, to start
@@ -408,18 +410,22 @@ class Birth:
         connection: Spawner,
         name: str,
         home: Home | None = None,
+        *,
         layers: Sequence[int] = (),
+        room: Room | None = None,
     ) -> Self:
         """Ask a spawner for a sandbox; with ``home``, a persistent one. ``name``: of its control group, if it
-        needs one. ``layers``: what it begins with, the topmost first, by their numbers on the shelf. Raises
-        NativeFailure, SetupError, OSError."""
+        needs one. ``layers``: what it begins with, the topmost first, by their numbers on the shelf.
+        ``room``: where it takes a place. Raises NativeFailure, SetupError, TooManySandboxes, OSError."""
         group = None
         try:
             with contextlib.ExitStack() as stack:
                 found: list[tuple[str, int]] = []
-                place = take_place()
-                if place >= 0:
-                    stack.callback(os.close, place)
+                places = []
+                for take in (take_place, *(() if room is None else (room.take,))):
+                    if (place := take()) >= 0:
+                        stack.callback(close_lock, place)
+                        places.append(place)
                 if plan.controllers:
                     made = groups_of(connection).sandbox(plan, name, persistent=home is not None)
                     group = made.group
@@ -429,7 +435,7 @@ class Birth:
                 if home is not None:
                     home.group = group
                 held = stack.enter_context(in_use(plan.volumes, name))
-                found = [*found, *(("HOLD", fd) for fd in (place, *held) if fd >= 0)]
+                found = [*found, *(("HOLD", fd) for fd in (*places, *held))]
                 return cls._send(plan, connection, home, found, group, layers=layers)
         except BaseException:
             if group is not None:

@@ -358,7 +358,9 @@ class PersistentSandbox(PersistentFiles):
         return cls._from(snapshot, spec=snapshot.fitting(spec), **about)._started_or_gone()
 
     def _begun(self, snapshot: Snapshot) -> Self:
-        return self.from_snapshot(snapshot, state_dir=self._store.path)
+        child = self._from(snapshot, spec=snapshot.fitting(None), state_dir=self._store.path)
+        child._room = self._room
+        return child._started_or_gone()
 
     # --- detached commands ----------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ from sandboxcore.request import (
     make_streams,
 )
 from sandboxcore.result import Decoder, make_result
+from sandboxcore.room import Room
 from sandboxcore.snapshots import Snapshot, Snapshots
 from sandboxcore.spawner import Spawner
 from sandboxcore.spec import Limits, SandboxSpec, parse_size
@@ -65,6 +66,7 @@ class Sandbox(Snapshots):
     """
 
     _state_dir: StatePath = None  # where its volumes are
+    _room: Room | None = None  # where it takes a place while it lives; forks of it, too
 
     def __init__(
         self,
@@ -113,9 +115,15 @@ class Sandbox(Snapshots):
         spec: default that of the snapshot, with its environment and all; another one must have the same root
         and overlays, or :class:`SpecError`.
         """
-        sandbox = cls(snapshot.fitting(spec), **about)
-        sandbox._layers = Layers(snapshot.layers)
+        sandbox = cls._from(snapshot, spec=snapshot.fitting(spec), **about)
         sandbox.start()
+        return sandbox
+
+    @classmethod
+    def _from(cls, snapshot: Snapshot, **about: Any) -> Self:
+        """One that begins with a snapshot; not started."""
+        sandbox = cls(**about)
+        sandbox._layers = Layers(snapshot.layers)
         return sandbox
 
     def fork(self, n: int = 1) -> list[Self]:
@@ -133,7 +141,10 @@ class Sandbox(Snapshots):
         return children
 
     def _begun(self, snapshot: Snapshot) -> Self:
-        return self.from_snapshot(snapshot)
+        child = self._from(snapshot, spec=snapshot.fitting(None))
+        child._room = self._room
+        child.start()
+        return child
 
     # --- states ---------------------------------------------------------------------------------
 
@@ -172,9 +183,7 @@ class Sandbox(Snapshots):
     def _begin(self, home: Home | None) -> Link:
         def action(connection: Spawner) -> Link:
             try:
-                return Birth.send(
-                    self._plan, connection, self.id, home, self._layers.begin(connection)
-                ).wait()
+                return self._asked(connection, home).wait()
             except SandboxError:
                 raise
             except OSError as error:
@@ -183,6 +192,10 @@ class Sandbox(Snapshots):
                 raise _native.NativeFailure.of(stage, 11, code) from error
 
         return with_spawner(self._plan, None, action)
+
+    def _asked(self, connection: Spawner, home: Home | None) -> Birth:
+        layers = self._layers.begin(connection)
+        return Birth.send(self._plan, connection, self.id, home, layers=layers, room=self._room)
 
     def suspend(self) -> None:
         """Stop every process in it, all at once, until :meth:`resume`: by the freezer of its control group,

@@ -10,8 +10,9 @@ PACKAGE = Path(sandboxcore.__file__).parent
 # From the bottom up; modules of one row may not import each other.
 LAYERS = (
     ("errors", "_core", "seccomp_calls"),
-    ("census", "statedir", "identity", "_native", "capabilities", "seccomp_policy"),
-    ("seccomp",),
+    ("statedir", "identity", "_native", "capabilities", "seccomp_policy"),
+    ("seccomp", "places"),
+    ("census", "room"),
     ("spec", "audit", "volume_image"),
     ("host", "volumes", "tarstream"),
     ("unpack",),
