@@ -60,7 +60,7 @@ class PersistentSandbox(PersistentFiles):
             check_name(name)
         self._state_dir = state_dir
         super().__init__(spec, name=name, **about)
-        self._store = Store(state_dir)
+        self._store = self._opened(state_dir)
         record = SandboxRecord(
             id=self.id, name=self.name, state=self._state.value, spec=self.spec.to_dict(), labels=self.labels,
             description=self.description, metadata=self.metadata, owner=self.owner,
@@ -71,15 +71,25 @@ class PersistentSandbox(PersistentFiles):
             with self._store.locked(self.id):  # or gc() would take the directory for a stray
                 try:
                     home.mkdir(mode=0o700)
-                    self._store.add(record)
+                    self._record = self._enrolled(record)
                 except BaseException:
                     with contextlib.suppress(OSError):
                         home.rmdir()
                     raise
         except BaseException:
-            self._store.close()
+            self._closed()
             raise
-        self._record = record
+
+    def _opened(self, state_dir: StatePath) -> Store:
+        return Store(state_dir)
+
+    def _closed(self) -> None:
+        self._store.close()
+
+    def _enrolled(self, record: SandboxRecord) -> SandboxRecord:
+        """Put on record."""
+        self._store.add(record)
+        return record
 
     @classmethod
     def create(cls, spec: SandboxSpec | None = None, **about: Any) -> Self:
@@ -303,7 +313,7 @@ class PersistentSandbox(PersistentFiles):
             for process in list(self._running):
                 process.close()
             self._let_go()
-            self._store.close()
+            self._closed()
 
     def destroy(self) -> None:
         """End it for good and forget it, with the journals of its commands. Idempotent."""
@@ -324,7 +334,7 @@ class PersistentSandbox(PersistentFiles):
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self._let_go()
-            self._store.close()
+            self._closed()
 
     def _ready(self, wanted: str) -> Link:
         with self._lock:
