@@ -120,6 +120,7 @@ class Link:
     ) -> None:
         self.keeper, self.work, self.pidfd = keeper, work, pidfd
         self.pause, self.group = pause, group
+        self.moments: tuple[int, ...] = ()  # of its birth: lifecycle.create_timings
         self._oom_kills = 0  # that are known
         self._answer = answer
         self._guard = threading.Lock()
@@ -400,6 +401,7 @@ class Birth:
         self.answer, self.keeper, self.work, self.stays = answer, keeper, work, stays
         self.pause, self.group = pause, group
         self.pidfd = -1
+        self.moments: list[int] = []  # when a phase was over: group, spawn, setup; begins with its beginning
 
     @classmethod
     def send(
@@ -413,7 +415,7 @@ class Birth:
         """Ask a spawner for a sandbox; with ``home``, a persistent one. ``name``: of its control group, if it
         needs one. ``layers``: what it begins with, the topmost first, by their numbers on the shelf. Raises
         NativeFailure, SetupError, OSError."""
-        group = None
+        group, began = None, time.monotonic_ns()
         try:
             with contextlib.ExitStack() as stack:
                 found: list[tuple[str, int]] = []
@@ -430,7 +432,10 @@ class Birth:
                     home.group = group
                 held = stack.enter_context(in_use(plan.volumes, name))
                 found = [*found, *(("HOLD", fd) for fd in (place, *held) if fd >= 0)]
-                return cls._send(plan, connection, home, found, group, layers=layers)
+                ready = time.monotonic_ns()
+                birth = cls._send(plan, connection, home, found, group, layers=layers)
+                birth.moments = [began, ready]
+                return birth
         except BaseException:
             if group is not None:
                 remove_later(group)
@@ -486,13 +491,16 @@ class Birth:
             raise record.error
         if record.kind == "PIDFD":
             self.pidfd = record.fd
+            self.moments.append(time.monotonic_ns())
         if record.kind != "READY":
             return None
+        self.moments.append(time.monotonic_ns())
         if not self.stays:
             self.answer.close()
         answer = self.answer if self.stays else None
         link = Link(self.keeper, self.work, self.pidfd, answer, pause=self.pause, group=self.group)
         self.pidfd = -1
+        link.moments = tuple(self.moments)
         return link
 
     def abandon(self) -> None:
