@@ -100,7 +100,11 @@ class Directory:
 
     def _emit(self, kind: EventKind, session: SessionRecord | None = None, **about: Any) -> None:
         if session is not None:
-            about = {"session": session.id, "client": session.client or None, "sandbox": session.sandbox} | about
+            about = {
+                "session": session.id,
+                "client": session.client or None,
+                "sandbox": session.sandbox,
+            } | about
             about.setdefault("trace_id", session.trace_id)
         data = {name: about.pop(name) for name in list(about) if name not in _ABOUT}
         self.events.emit(kind, data=data, **about)
@@ -121,9 +125,7 @@ class Directory:
         users = self._users.get(key, {})
         session, client = next(iter(users.items())) if len(users) == 1 else (None, None)
         if self.events.active:
-            self.events.dispatch(
-                Event.noted(kind, data, sandbox=key, session=session, client=client or None)
-            )
+            self.events.dispatch(Event.noted(kind, data, sandbox=key, session=session, client=client or None))
         self._note_activity(key)
 
     def _note_activity(self, key: str) -> None:
@@ -232,11 +234,22 @@ class Directory:
         }  # fmt: skip
         more = self._more(ttl, policy, template, template_help)
         return self._created(
-            spec, about, more, session=None, template=template, start=start, wait=wait, patience=creation_timeout
+            spec,
+            about,
+            more,
+            session=None,
+            template=template,
+            start=start,
+            wait=wait,
+            patience=creation_timeout,
         )
 
     def _more(
-        self, ttl: float | None, policy: LifecyclePolicy | None, template: Template | Snapshot | None, help_: str
+        self,
+        ttl: float | None,
+        policy: LifecyclePolicy | None,
+        template: Template | Snapshot | None,
+        help_: str,
     ) -> dict[str, Any]:
         """What goes on record besides."""
         if ttl is not None and not (isinstance(ttl, int | float) and 0 < ttl < 1e12):

@@ -136,14 +136,20 @@ class Keeping(Directory):
     def cleanup_expired(self) -> int:
         """:meth:`reconcile`; how many sessions and sandboxes it has ended."""
         done = self.reconcile()
-        return sum(1 for action in done.actions if action.kind in ("terminate", "delete") and not action.error)
+        return sum(
+            1 for action in done.actions if action.kind in ("terminate", "delete") and not action.error
+        )
 
     def _is_busy(self, key: str) -> bool:
         return self._busy.get(key, 0) > 0
 
     def _acted(self, action: Action) -> None:
         about = {"session": action.id} if action.kind == "terminate" else {"sandbox": action.id}
-        facts = {"name": action.name, "reason": action.reason, **({"error": action.error} if action.error else {})}
+        facts = {
+            "name": action.name,
+            "reason": action.reason,
+            **({"error": action.error} if action.error else {}),
+        }
         self._emit(_KINDS[action.kind], None, **about, **facts)
         if not action.error:
             self.metrics.count_action(action.kind)

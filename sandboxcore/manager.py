@@ -138,7 +138,9 @@ class SandboxManager(Keeping):
         options, spec_or = options or SelectionOptions(), spec
         spec = spec or (template.spec if template is not None else SandboxSpec())
         if binding and not options.use_pool:
-            raise SpecError(f"{min(binding)}: is bound late only with options.use_pool; else it is the spec's")
+            raise SpecError(
+                f"{min(binding)}: is bound late only with options.use_pool; else it is the spec's"
+            )
         first = self._new_session(client_id, timeouts, metadata, labels)
         found = self._preferred(options, first)
         if found is None and not (options.require_fresh or name or template or binding):
@@ -322,7 +324,9 @@ class SandboxManager(Keeping):
             check_name(sandbox_id)
             about = {"name": sandbox_id, "owner": client_id or None}
             more = self._more(None, None, None, "")
-            sandbox, session = self._new(create_spec, about, more, first, SelectionOptions(), None, wait, None)
+            sandbox, session = self._new(
+                create_spec, about, more, first, SelectionOptions(), None, wait, None
+            )
             new = True
         else:
             raise SandboxNotFound(f"no sandbox has the name or id {sandbox_id!r} in {self.state_dir}")
@@ -485,9 +489,7 @@ class SandboxManager(Keeping):
         self._emit(EventKind.COMMAND_ENDED, args=[os.fsdecode(arg) for arg in argv], **_ended(done))
         return done
 
-    def fork(
-        self, session: AnySession, n: int = 1, *, client_id: str | None = None
-    ) -> list[SandboxSession]:
+    def fork(self, session: AnySession, n: int = 1, *, client_id: str | None = None) -> list[SandboxSession]:
         """Sessions of ``n`` new sandboxes that have the files of this one's as they are now: :meth:`Sandbox.fork`.
         All of them, or none. client_id: default the same."""
         record = self._ledger.session(_id(session))
@@ -520,7 +522,9 @@ class SandboxManager(Keeping):
         return examine(self._ledger, self._room, self.metrics)
 
     def _pool_said(self, kind: str, data: Mapping[str, Any]) -> None:
-        self._emit(EventKind(kind), sandbox=data.get("sandbox"), **{k: v for k, v in data.items() if k != "sandbox"})
+        self._emit(
+            EventKind(kind), sandbox=data.get("sandbox"), **{k: v for k, v in data.items() if k != "sandbox"}
+        )
 
     def _let_go(self) -> None:
         super()._let_go()

@@ -14,6 +14,7 @@ from sandboxcore import host
 from sandboxcore.cgroup import GroupUsage
 from sandboxcore.detached import DetachedCommand, Door
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
+from sandboxcore.events import EventKind
 from sandboxcore.files import FileServer
 from sandboxcore.identity import boot_id, pid_of, start_ticks
 from sandboxcore.journal import Journal
@@ -155,7 +156,8 @@ class PersistentSandbox(PersistentFiles):
             record = self._store.get(self.id)
             if record is None:
                 self._let_go()
-                self._state = SandboxState.DESTROYED
+                was, self._state = self._state, SandboxState.DESTROYED
+                self._note_end_of(was, "elsewhere")
                 return
             if (record.pid, record.ticks) != (self._record.pid, self._record.ticks):
                 self._let_go()
@@ -171,14 +173,17 @@ class PersistentSandbox(PersistentFiles):
                 self._link = Link.reopen(home, record.pid, record.ticks, record.boot)
             if self._link is None or not self._link.alive():
                 self._let_go()
-                self._note_end(record)
+                self._note_end(record, "died")
 
-    def _note_end(self, record: SandboxRecord) -> None:
-        """It was killed, or the machine was restarted: put that on record, unless somebody did meanwhile."""
-        now = time.time()
+    def _note_end(self, record: SandboxRecord, reason: str | None = "asked") -> None:
+        """It was killed, or the machine was restarted: put that on record, unless somebody did meanwhile.
+        Observers are told, unless there is more to come (None)."""
+        now, was = time.time(), self._state
         self._store.end(record, now)
         drop_group(self._store, self.id)
         self._state, self.stopped_at = SandboxState.STOPPED, now
+        if reason is not None:
+            self._note_end_of(was, reason)
 
     def _let_go(self) -> None:
         self._file_server.close()
@@ -218,6 +223,7 @@ class PersistentSandbox(PersistentFiles):
             raise
         self._link = link
         self._look()
+        self._note_start(link)
 
     def _on_record(self, link: Link, plan: Plan) -> None:
         pid, now = pid_of(link.pidfd), time.time()
@@ -243,6 +249,7 @@ class PersistentSandbox(PersistentFiles):
                 self._store.change(self.id, state=SandboxState.RUNNING.value)
                 raise
             self._look()
+            self._note(EventKind.SANDBOX_SUSPENDED)
 
     def resume(self) -> None:
         """Let it go on after :meth:`suspend`."""
@@ -252,6 +259,7 @@ class PersistentSandbox(PersistentFiles):
             self._through(Link.thaw)
             self._store.change(self.id, state=SandboxState.RUNNING.value)
             self._look()
+            self._note(EventKind.SANDBOX_RESUMED)
 
     def stop(self) -> None:
         """Kill everything in it, wait until it is gone. What is private in it is lost; it can start again."""
@@ -324,9 +332,16 @@ class PersistentSandbox(PersistentFiles):
                     if self._link is not None:
                         self._link.end(wait=ANSWER_PATIENCE)
                     self._let_go()
-                    self._store.remove(self.id)
-                    self._state = SandboxState.DESTROYED
+                    self._forget()
             self.close()
+
+    def _forget(self) -> None:
+        """It has ended; the caller holds its lock."""
+        if self._observers:
+            self._settle(lambda command_id: self.command(command_id).result)
+        self._store.remove(self.id)
+        was, self._state = self._state, SandboxState.DESTROYED
+        self._note_end_of(was, "asked")
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -395,10 +410,12 @@ class PersistentSandbox(PersistentFiles):
 
     def _command(self, record: CommandRecord, journal: Journal) -> DetachedCommand:
         home, name = self._store.home(self.id), record.id
-        return DetachedCommand(
+        command = DetachedCommand(
             name, record.args, self._plan, journal, Door(home, name),
             pty=record.pty, started_at=record.started_at,
         )  # fmt: skip
+        command._watch = self._watch_of(name)
+        return command
 
     def _forget_command(self, command: DetachedCommand) -> None:
         command._forget()

@@ -12,6 +12,7 @@ from sandboxcore import _native, durable
 from sandboxcore._native import LayersOrder
 from sandboxcore.archive import Names
 from sandboxcore.errors import SandboxError, SpecError
+from sandboxcore.events import EventKind
 from sandboxcore.layers import Copy, Layers
 from sandboxcore.link import START_PATIENCE
 from sandboxcore.plan import completed_plan
@@ -72,6 +73,7 @@ class PersistentFiles(Sandbox):
             raise SpecError(f"sandbox {self.name}: snapshots of a persistent one are copies")
         with self._moment(name) as snapshot:
             self.snapshots.save(snapshot)
+        self._note_snapshot(snapshot)
         return snapshot
 
     @contextlib.contextmanager
@@ -116,6 +118,10 @@ class PersistentFiles(Sandbox):
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, of this sandbox or of another one with the same overlays: also to one that
         is in memory only, which is put on the disk then. As :meth:`Sandbox.restore`."""
+        self._go_back(snapshot)
+        self._note_snapshot(snapshot, EventKind.SANDBOX_RESTORED)
+
+    def _go_back(self, snapshot: Snapshot) -> None:
         store = self.snapshots
         with store.holding(), self._lock, self._store.locked(self.id), self._quiet("restore"):
             if not snapshot.fits(self.spec):
@@ -146,7 +152,8 @@ class PersistentFiles(Sandbox):
         store = self.snapshots
         with store.holding(), self._lock, self._quiet("discard"):
             layers = tuple(store.layer(digest, self._plan) for digest in self._written_layers())
-            self.restore(Snapshot(None, self.id, self._plan, layers, copied=True))
+            self._go_back(Snapshot(None, self.id, self._plan, layers, copied=True))
+        self._note(EventKind.SANDBOX_DISCARDED)
 
     @classmethod
     def _from(cls, snapshot: Snapshot, **about: Any) -> Self:

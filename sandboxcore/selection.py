@@ -69,7 +69,8 @@ class SelectionOptions:
             raise SpecError("preferred_id and use_pool exclude each other")
         if self.preferred_backend not in (None, BACKEND):
             raise SelectionRefused(
-                "acquire", {"preferred_backend": f"{self.preferred_backend!r} is unknown; there is {BACKEND!r}"}
+                "acquire",
+                {"preferred_backend": f"{self.preferred_backend!r} is unknown; there is {BACKEND!r}"},
             )
 
 
