@@ -335,6 +335,7 @@ async def born(
     name: str,
     home: Home | None,
     layers: Callable[[Spawner], Sequence[int]],
+    *,
     room: Room | None = None,
     patience: float = START_PATIENCE,
 ) -> Link:

@@ -141,7 +141,14 @@ class Sandbox:
             self._own._may_start()
             own = self._own
             own._started(
-                await born(own._plan, self.id, self._home(), own._layers.begin, own._room, own.start_timeout)
+                await born(
+                    own._plan,
+                    self.id,
+                    self._home(),
+                    own._layers.begin,
+                    room=own._room,
+                    patience=own.start_timeout,
+                )
             )
 
     def _changing(self) -> AbstractAsyncContextManager[Any]:

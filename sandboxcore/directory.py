@@ -186,7 +186,8 @@ class Directory:
         return not record.host or record.id in self._private
 
     def set_default_sandbox(self, key: str | None) -> None:
-        """Which one is meant where none is named, for every process; None: none is. Raises SandboxNotFound."""
+        """Which one is meant where none is named, for every process; None: none is. Raises
+        SandboxNotFound."""
         self._ledger.set(DEFAULT_SANDBOX, None if key is None else self._ledger.find(key).id)
 
     def get_default_sandbox(self) -> str | None:
@@ -274,7 +275,8 @@ class Directory:
         patience: float | None = None,
     ) -> Sandbox:
         def enrol(record: SandboxRecord) -> SandboxRecord:
-            return self._ledger.enrol(replace(record, **more), session)
+            first = None if session is None else replace(session, sandbox=record.id)
+            return self._ledger.enrol(replace(record, **more), first)
 
         parts: dict[str, Any] = {**about, "ledger": self._ledger, "enrol": enrol, "room": self._room}
         snapshot = template.snapshot() if isinstance(template, Template) else template

@@ -50,8 +50,8 @@ class EventLog:
     """A file of events. Subscribe its :meth:`append`, or call it. Any number of threads and processes may
     write the same file; each line is whole, and lines of one thread keep their order.
 
-    What a process was writing when it was killed may leave part of a line. The next writer ends that line, says
-    so in an event ``log.torn`` (bytes, sha256 of what was there), and goes on.
+    What a process was writing when it was killed may leave part of a line. The next writer ends that line,
+    says so in an event ``log.torn`` (bytes, sha256 of what was there), and goes on.
 
     Parameters
     ----------

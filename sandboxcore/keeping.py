@@ -114,9 +114,9 @@ class Keeping(Directory):
     # --- the sweep --------------------------------------------------------------------------------
 
     def reconcile(self, *, dry_run: bool = False) -> Reconciled:
-        """Do what is due: terminate sessions that were without activity for too long, and destroy sandboxes with
-        their last session; destroy what has expired; stop, archive, destroy by policy; forget what ended with
-        its process; set right what crashes have left (:func:`gc`). A background thread does it every
+        """Do what is due: terminate sessions that were without activity for too long, and destroy sandboxes
+        with their last session; destroy what has expired; stop, archive, destroy by policy; forget what ended
+        with its process; set right what crashes have left (:func:`gc`). A background thread does it every
         ``sweep_interval`` seconds. What fails is in the result, and the rest is done all the same.
 
         dry_run: only say what would be done, and why.
@@ -170,8 +170,8 @@ class Keeping(Directory):
         return any(action.kind in ("terminate", "delete", "stop", "archive") for action in done.actions)
 
     def destroy_all(self, *, labels: Mapping[str, str] | None = None) -> tuple[Action, ...]:
-        """Destroy every sandbox of the state directory that this process can, or those with all of these labels;
-        the others of other processes' pools are left alone. What was done; what failed says why."""
+        """Destroy every sandbox of the state directory that this process can, or those with all of these
+        labels; the others of other processes' pools are left alone. What was done; what failed says why."""
         done = []
         for record in self.list_sandboxes(labels=labels):
             if not self._is_ours(record):

@@ -98,7 +98,8 @@ class Ledger(Store):
         with self._change() as db:
             rows = db.execute(
                 "UPDATE sessions SET state = 'terminated', ended_at = ?, ended_why = ?"
-                f" WHERE id = ? AND state IN ({states}) AND (? IS NULL OR last_active_at = ?) RETURNING sandbox",
+                f" WHERE id = ? AND state IN ({states}) AND (? IS NULL OR last_active_at = ?)"
+                " RETURNING sandbox",
                 (now, why, session_id, unless_touched, unless_touched),
             ).fetchall()
             if not rows:

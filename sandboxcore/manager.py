@@ -52,17 +52,18 @@ class AttachResult:
 
 
 class SandboxManager(Keeping):
-    """Sandboxes of one state directory, and who uses them. Any thread may use it, and several processes at once.
+    """Sandboxes of one state directory, and who uses them. Any thread may use it, and several processes at
+    once.
 
-    A **session** is one client's use of one sandbox. A client may have several, and a sandbox several sessions,
-    also of different clients who :meth:`attach` to it. A sandbox that :meth:`acquire` made is destroyed with
-    its last session. Sandboxes and sessions outlive this process; those of a pool end with it.
+    A **session** is one client's use of one sandbox. A client may have several, and a sandbox several
+    sessions, also of different clients who :meth:`attach` to it. A sandbox that :meth:`acquire` made is
+    destroyed with its last session. Sandboxes and sessions outlive this process; those of a pool end with it.
 
     Parameters
     ----------
     state_dir: as for :class:`PersistentSandbox`.
-    max_sandboxes: how many may live at once in this state directory, over all processes, warm ones of pools and
-        :meth:`run_ephemeral` included; default 100, None: any number.
+    max_sandboxes: how many may live at once in this state directory, over all processes, warm ones of pools
+        and :meth:`run_ephemeral` included; default 100, None: any number.
     timeouts: of sessions that say nothing else.
     policy: of sandboxes that say nothing else; default none.
     pool: how its pools behave: :class:`PoolConfig`. warm: specs, or names of profiles, whose pools are filled
@@ -118,10 +119,10 @@ class SandboxManager(Keeping):
         creation_timeout: float | None = None,
         **binding: Any,
     ) -> SandboxSession:
-        """A session of a sandbox that is as wanted: ``options.preferred_id``, if there is one; else one that this
-        client has left with ``release(keep_alive=True)`` or :meth:`detach`, of the same spec, whose session
-        goes on; else a warm one, with ``options.use_pool``; else a new one. Never one that another client has
-        used.
+        """A session of a sandbox that is as wanted: ``options.preferred_id``, if there is one; else one that
+        this client has left with ``release(keep_alive=True)`` or :meth:`detach`, of the same spec, whose
+        session goes on; else a warm one, with ``options.use_pool``; else a new one. Never one that another
+        client has used.
 
         Parameters
         ----------
@@ -130,7 +131,8 @@ class SandboxManager(Keeping):
         timeouts, metadata, labels: of the session; its timeouts default to the manager's.
         name, ttl, policy, template, wait, creation_timeout: of a new sandbox, as for :meth:`create`. One with
             a name or template is always new.
-        binding: with ``options.use_pool``, what :meth:`SandboxPool.claim` binds late: env, files, ro, rw, limits.
+        binding: with ``options.use_pool``, what :meth:`SandboxPool.claim` binds late: env, files, ro, rw,
+            limits.
 
         Raises :class:`SelectionRefused`, which names each requirement that failed; :class:`TooManySandboxes`;
         and what :meth:`create` does. Then there is no session.
@@ -154,26 +156,11 @@ class SandboxManager(Keeping):
             return self._pooled(spec, options, first, wait, name=name, **binding)
         about = {"name": name, "labels": dict(options.required_labels), "owner": client_id or None}
         more = self._more(ttl, policy, template, "")
-        made, record = self._new(spec_or, about, more, first, options, template, wait, creation_timeout)
-        self._look_inside(made, options)
-        return self._held(record, EventKind.SESSION_ACQUIRED, new=True)
-
-    def _new(
-        self,
-        spec: SandboxSpec | None,
-        about: Mapping[str, Any],
-        more: Mapping[str, Any],
-        first: SessionRecord,
-        options: SelectionOptions,
-        template: Template | Snapshot | None,
-        wait: float | None,
-        patience: float | None,
-    ) -> tuple[Sandbox, SessionRecord]:
-        """A new persistent sandbox with its first session."""
         made = self._created(
-            spec, about, more, session=first, template=template, wait=wait, patience=patience
+            spec_or, about, more, session=first, template=template, wait=wait, patience=creation_timeout
         )
-        return made, replace(first, sandbox=made.id)
+        self._look_inside(made, options)
+        return self._held(replace(first, sandbox=made.id), EventKind.SESSION_ACQUIRED, new=True)
 
     def _new_session(
         self,
@@ -309,8 +296,8 @@ class SandboxManager(Keeping):
         labels: Mapping[str, str] | None = None,
         wait: float | None = 0.0,
     ) -> AttachResult:
-        """A session of a sandbox by its id, name or UUID, whoever made it: this client's detached one goes on, or
-        there is a new one. A created or stopped sandbox is started.
+        """A session of a sandbox by its id, name or UUID, whoever made it: this client's detached one goes
+        on, or there is a new one. A created or stopped sandbox is started.
 
         create_if_missing: make one of ``create_spec`` with this name where there is none. Raises
         :class:`SandboxNotFound`; :class:`InvalidTransition` for a suspended or archived one.
@@ -324,10 +311,8 @@ class SandboxManager(Keeping):
             check_name(sandbox_id)
             about = {"name": sandbox_id, "owner": client_id or None}
             more = self._more(None, None, None, "")
-            sandbox, session = self._new(
-                create_spec, about, more, first, SelectionOptions(), None, wait, None
-            )
-            new = True
+            sandbox, new = self._created(create_spec, about, more, session=first, wait=wait), True
+            session = replace(first, sandbox=sandbox.id)
         else:
             raise SandboxNotFound(f"no sandbox has the name or id {sandbox_id!r} in {self.state_dir}")
         held = self._held(session, EventKind.SESSION_ATTACHED, new=new)
@@ -371,16 +356,17 @@ class SandboxManager(Keeping):
         return self._held(moved, EventKind.SESSION_RESUMED)
 
     def release(self, session: AnySession, *, keep_alive: bool = False) -> None:
-        """The client has what it wanted. keep_alive: keep the sandbox for it, as :meth:`detach`. Else the session
-        ends, and with the last one of it the sandbox: it is destroyed, or goes back to its pool. Idempotent once
-        the session has ended, but for ``keep_alive``."""
+        """The client has what it wanted. keep_alive: keep the sandbox for it, as :meth:`detach`. Else the
+        session ends, and with the last one of it the sandbox: it is destroyed, or goes back to its pool.
+        Idempotent once the session has ended, but for ``keep_alive``."""
         if keep_alive:
             self.detach(session)
         else:
             self._terminated(_id(session), "released", EventKind.SESSION_RELEASED)
 
     def terminate(self, session: AnySession) -> None:
-        """End a session, and with the last one of it its sandbox, which does not go back to its pool. Idempotent."""
+        """End a session, and with the last one of it its sandbox, which does not go back to its pool.
+        Idempotent."""
         self._terminated(_id(session), "terminated", EventKind.SESSION_TERMINATED)
 
     def _terminated(self, session_id: str, why: str, kind: EventKind) -> None:
@@ -436,8 +422,8 @@ class SandboxManager(Keeping):
         client_id: str | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> list[SandboxSession]:
-        """Sessions, oldest first: of this :class:`SessionState`, or all that have not ended; of this client, with
-        all of these labels."""
+        """Sessions, oldest first: of this :class:`SessionState`, or all that have not ended; of this client,
+        with all of these labels."""
         states = LIVE if state is None else (SessionState(state),)
         found = self._ledger.sessions(states=states, client=client_id, labels=labels)
         return [SandboxSession(self, record) for record in found]
@@ -490,8 +476,8 @@ class SandboxManager(Keeping):
         return done
 
     def fork(self, session: AnySession, n: int = 1, *, client_id: str | None = None) -> list[SandboxSession]:
-        """Sessions of ``n`` new sandboxes that have the files of this one's as they are now: :meth:`Sandbox.fork`.
-        All of them, or none. client_id: default the same."""
+        """Sessions of ``n`` new sandboxes that have the files of this one's as they are now:
+        :meth:`Sandbox.fork`. All of them, or none. client_id: default the same."""
         record = self._ledger.session(_id(session))
         timeouts = SessionTimeouts.from_dict(record.timeouts)
         client = record.client if client_id is None else client_id

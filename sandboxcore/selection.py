@@ -1,5 +1,5 @@
-"""Which sandbox will do: :class:`SelectionOptions`. Each requirement is looked at, and a refusal names those that
-failed."""
+"""Which sandbox will do: :class:`SelectionOptions`. Each requirement is looked at, and a refusal names those
+that failed."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,8 @@ class RequiredCapabilities:
     """What a sandbox must be able to do; ``None`` and empty: does not matter.
 
     network: whether it has the host's network, or none but its own. write_access: whether the payload can
-    write in its working directory; False: nor to anything that outlives the sandbox. min_memory: bytes that it
-    may use at least. readable_paths, writable_paths: absolute, inside; the payload itself tries.
+    write in its working directory; False: nor to anything that outlives the sandbox. min_memory: bytes that
+    it may use at least. readable_paths, writable_paths: absolute, inside; the payload itself tries.
     """
 
     network: bool | None = None
