@@ -14,7 +14,7 @@ from sandboxcore.events import Dispatcher, Event, EventKind
 from sandboxcore.identity import this_process
 from sandboxcore.ledger import Ledger
 from sandboxcore.lifecycle import SandboxState
-from sandboxcore.metrics import Metrics
+from sandboxcore.manager_stats import Metrics
 from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.policy import LifecyclePolicy
 from sandboxcore.records import SandboxRecord, SessionRecord

@@ -183,6 +183,11 @@ class Ledger(Store):
         rows = self._do("SELECT * FROM sandboxes WHERE doomed != '' AND last_active_at < ?", (before,))
         return list(readable(rows, sandbox_of))
 
+    def counts(self, table: str) -> dict[str, int]:
+        """How many "sandboxes" or "sessions" are on record, by state."""
+        rows = self._do(f"SELECT state, count(*) AS many FROM {table} GROUP BY state ORDER BY state")
+        return {str(row["state"]): int(row["many"]) for row in rows}
+
     # --- settings -------------------------------------------------------------------------------
 
     def setting(self, key: str) -> Any:

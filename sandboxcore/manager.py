@@ -22,7 +22,7 @@ from sandboxcore.events import Event, EventKind, current_trace
 from sandboxcore.keeping import Keeping
 from sandboxcore.lifecycle import SandboxState, new_id
 from sandboxcore.managed_session import SandboxSession
-from sandboxcore.manager_stats import Health, ManagerStats, examine, gather
+from sandboxcore.manager_stats import Health, ManagerStats, examine, exposition, gather
 from sandboxcore.policy import LifecyclePolicy
 from sandboxcore.pool_policy import PoolConfig
 from sandboxcore.pools import SandboxPools
@@ -502,6 +502,10 @@ class SandboxManager(Keeping):
     def stats(self) -> ManagerStats:
         """What there is now, over all processes, and what this manager has done."""
         return gather(self._ledger, self._room, self.metrics, self.pools)
+
+    def prometheus(self) -> str:
+        """The same, and more, as text for Prometheus (``text/plain; version=0.0.4``)."""
+        return exposition(self.stats(), self.metrics)
 
     def health(self) -> Health:
         """Whether it works: each part is tried, and whether there is room."""
