@@ -31,7 +31,7 @@ LAYERS = (
     ("process", "lifecycle", "link", "archive"),
     ("commit", "events"),
     ("layers", "eventlog"),
-    ("pipes", "store", "observers"),
+    ("pipes", "store", "observers", "eventchain"),
     ("command", "journal"),
     ("terminal", "replay"),
     ("detached",),
