@@ -39,6 +39,9 @@ if TYPE_CHECKING:
         UnsupportedHost,
         VolumeNotFound,
     )
+    from sandboxcore.eventchain import Verification, read_log, verify_log
+    from sandboxcore.eventlog import EventLog
+    from sandboxcore.events import Event, EventKind
     from sandboxcore.fileops import FileInfo
     from sandboxcore.files import Files
     from sandboxcore.journal import Log
@@ -72,6 +75,9 @@ _HOME = {
     ),
     "cgroup_group": ("GroupUsage",),
     "command": ("Exit", "Process", "Stderr", "Stdout"),
+    "eventchain": ("Verification", "read_log", "verify_log"),
+    "eventlog": ("EventLog",),
+    "events": ("Event", "EventKind"),
     "fileops": ("FileInfo",),
     "files": ("Files",),
     "detached": ("DetachedCommand",),
@@ -108,6 +114,9 @@ __all__ = [
     "CwdNotPermitted",
     "CwdPathInvalid",
     "DetachedCommand",
+    "Event",
+    "EventKind",
+    "EventLog",
     "ExecError",
     "ExecResult",
     "Exit",
@@ -148,6 +157,7 @@ __all__ = [
     "TooManySandboxes",
     "UnsupportedHost",
     "Usage",
+    "Verification",
     "Volume",
     "VolumeNotFound",
     "VolumeUsage",
@@ -155,7 +165,9 @@ __all__ = [
     "gc",
     "host_limits",
     "list_sandboxes",
+    "read_log",
     "run",
+    "verify_log",
 ]
 
 

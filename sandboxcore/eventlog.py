@@ -1,5 +1,5 @@
 """Events in a file, a line of JSON each, that many processes write at once: :class:`EventLog`. With a key
-the lines are chained: :func:`verify_log` finds what was changed."""
+the lines are chained: :func:`sandboxcore.eventchain.verify_log` finds what was changed."""
 
 import contextlib
 import errno as E
@@ -24,14 +24,13 @@ MIN_KEY = 16  # bytes
 MAX_LINE = 16 << 20  # bytes; the kernel takes 2 MiB of arguments at most
 PATIENCE = 5.0  # seconds for another writer to finish
 _BLOCK = 1 << 16
-_START = bytes(32)  # what the first line follows
+START = bytes(32)  # what the first line follows
 _HEX = re.compile(r"[0-9a-f]{64}")
-_CHAIN = frozenset(("seq", "prev", "mac"))
 
 _write = os.write  # tests replace it
 
 
-class _Link(NamedTuple):
+class ChainLink(NamedTuple):
     """Where a chain has come to: the next line's number, and the last line's mac."""
 
     seq: int
@@ -43,15 +42,15 @@ class _At(NamedTuple):
 
     inode: tuple[int, int]
     size: int
-    link: _Link
+    link: ChainLink
 
 
 class EventLog:
     """A file of events. Subscribe its :meth:`append`, or call it. Any number of threads and processes may
     write the same file; each line is whole, and lines of one thread keep their order.
 
-    What a process was writing when it was killed may leave part of a line. The next writer ends that line,
-    says so in an event ``log.torn`` (bytes, sha256 of what was there), and goes on.
+    A process that was killed while it wrote may leave part of a line. The next writer ends that line, says so
+    in an event ``log.torn`` (bytes, sha256 of what was there), and goes on.
 
     Parameters
     ----------
@@ -75,14 +74,14 @@ class EventLog:
         fsync: bool = False,
     ) -> None:
         self.path = Path(os.path.abspath(path))
-        self._key = None if key is None else _checked_key(key)
+        self._key = None if key is None else checked_key(key)
         if max_bytes is not None and max_bytes < 1:
             raise SpecError(f"event log: max_bytes: {max_bytes!r} is not positive")
         if backups is not None and backups < 0:
             raise SpecError(f"event log: backups: {backups!r} is negative")
         self._max, self._backups, self._fsync = max_bytes, backups, fsync
-        self._lock = threading.Lock()
-        self._owner = 0
+        self._lock = threading.RLock()
+        self._busy = False
         self._pending: list[Event] = []
         self._fd, self._pid = -1, os.getpid()
         self._at: _At | None = None
@@ -92,20 +91,19 @@ class EventLog:
     def append(self, event: Event) -> None:
         """Write one. Raises OSError, and TimeoutError where another writer does not finish within 5 s; then
         it is not in the log."""
-        if self._owner == threading.get_ident():  # a finaliser, while this very thread is at it
-            self._pending.append(event)
-            return
         if self._pid != os.getpid():  # forked: flock(2) would not tell us and our parent apart
-            self._lock, self._owner, self._pending = threading.Lock(), 0, []
+            self._lock, self._busy, self._pending = threading.RLock(), False, []
             self._let_go()
         with self._lock:
-            self._owner = threading.get_ident()
+            self._pending.append(event)
+            if self._busy:  # a finaliser, while this very thread is at it
+                return
+            self._busy = True
             try:
-                self._put(event)
                 while self._pending:
                     self._put(self._pending.pop(0))
             finally:
-                self._owner = 0
+                self._busy = False
 
     def close(self) -> None:
         """Let go of the file. Idempotent; nothing can be appended any more."""
@@ -141,13 +139,13 @@ class EventLog:
             line = _last_line(fd)
         if line is None:
             return
-        found = _parsed(line)
+        found = parsed(line)
         if self._key is None:
             if found is not None and "mac" in found:
                 raise SpecError(f"{self.path}: is chained: key= is missing")
         elif found is None or "mac" not in found:
             raise SpecError(f"{self.path}: begun without a key")
-        elif not _is_authentic(self._key, found):
+        elif not is_authentic(self._key, found):
             raise SpecError(f"{self.path}: written with another key, or changed")
 
     @contextlib.contextmanager
@@ -160,8 +158,8 @@ class EventLog:
             if self._fd < 0:
                 self._fd = _opened(self.path)
             fd = self._fd
-            _wait_for(fd, self.path, deadline)
-            if _is_there(fd, self.path):
+            wait_for(fd, self.path, deadline)
+            if is_there(fd, self.path):
                 break
             self._let_go()  # renamed meanwhile
         try:
@@ -185,15 +183,18 @@ class EventLog:
             line, after = self._line(event, self._continued(fd))
             self._append(fd, line, after)
 
-    def _line(self, event: Event, link: _Link) -> tuple[bytes, _Link]:
+    def _line(self, event: Event, link: ChainLink) -> tuple[bytes, ChainLink]:
         data = event.to_dict()
-        if self._key is None:
-            return _canonical(data) + b"\n", link
-        chained = {**data, "seq": link.seq, "prev": link.mac.hex()}
-        mac = _mac(self._key, link.mac, chained)
-        return _canonical({**chained, "mac": mac.hex()}) + b"\n", _Link(link.seq + 1, mac)
+        if self._key is not None:
+            data |= {"seq": link.seq, "prev": link.mac.hex()}
+            link = ChainLink(link.seq + 1, _mac(self._key, link.mac, data))
+            data["mac"] = link.mac.hex()
+        line = canonical(data) + b"\n"
+        if len(line) > MAX_LINE:
+            raise SpecError(f"event log: an event of more than {MAX_LINE} bytes")
+        return line, link
 
-    def _append(self, fd: int, line: bytes, after: _Link) -> None:
+    def _append(self, fd: int, line: bytes, after: ChainLink) -> None:
         size = os.fstat(fd).st_size
         try:
             left = memoryview(line)
@@ -205,16 +206,21 @@ class EventLog:
                 os.ftruncate(fd, size)  # a full disk: leave no half of it
             raise
         if self._fsync:
-            os.fdatasync(fd)
+            os.fsync(fd)
+            if not size:
+                _sync_directory(self.path.parent)
         self._at = _At(_inode(fd), size + len(line), after)
 
-    def _continued(self, fd: int) -> _Link:
+    def _continued(self, fd: int) -> ChainLink:
         """What the next line follows. A torn last line is ended, and told of."""
         at, size = self._at, os.fstat(fd).st_size
         if at is not None and at.inode == _inode(fd) and at.size == size:
             return at.link
         torn = _tail(fd, size)
-        link = _Link(0, _START) if self._key is None else self._last(fd)
+        if torn and parsed(torn) is not None:  # but for the newline it is whole
+            self._append(fd, b"\n", ChainLink(0, START))
+            self._at, torn = None, b""
+        link = ChainLink(0, START) if self._key is None else self._last(fd)
         if torn:
             digest = hashlib.sha256(torn).hexdigest()
             told = Event(kind=EventKind.LOG_TORN, data={"bytes": len(torn), "sha256": digest})
@@ -222,25 +228,25 @@ class EventLog:
             self._append(fd, b"\n" + line, link)
         return link
 
-    def _last(self, fd: int) -> _Link:
+    def _last(self, fd: int) -> ChainLink:
         """From the last line that is one of a chain, here or in the files before."""
         for line in _backwards(fd):
-            if (link := _link_of(line)) is not None:
+            if (link := link_of(line)) is not None:
                 return link
-        for part in reversed(_parts(self.path)):
+        for part in reversed(full_files(self.path)):
             with open(part, "rb") as file:
                 for line in _backwards(file.fileno()):
-                    if (link := _link_of(line)) is not None:
+                    if (link := link_of(line)) is not None:
                         return link
-        return _Link(0, _START)
+        return ChainLink(0, START)
 
     def _rotate(self) -> None:
         """Begin a new file. We hold the lock of this one, so nobody else does."""
-        parts = _parts(self.path)
+        parts = full_files(self.path)
         number = int(parts[-1].suffix[1:]) + 1 if parts else 1
         os.rename(self.path, f"{self.path}.{number:08d}")
         if self._backups is not None:
-            parts = _parts(self.path)
+            parts = full_files(self.path)
             for part in parts[: len(parts) - self._backups]:
                 part.unlink(missing_ok=True)
 
@@ -262,11 +268,11 @@ def _opened(path: Path) -> int:
     return fd
 
 
-def _wait_for(fd: int, path: Path, deadline: float) -> None:
+def wait_for(fd: int, path: Path, deadline: float, how: int = fcntl.LOCK_EX) -> None:
     pause = 0.0002
     while True:
         with contextlib.suppress(BlockingIOError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
             return
         if time.monotonic() >= deadline:
             raise TimeoutError(E.ETIMEDOUT, f"another writer holds it for {PATIENCE:.0f} s", str(path))
@@ -274,11 +280,19 @@ def _wait_for(fd: int, path: Path, deadline: float) -> None:
         pause = min(pause * 2, 0.01)
 
 
-def _is_there(fd: int, path: Path) -> bool:
+def is_there(fd: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _inode(fd: int) -> tuple[int, int]:
@@ -286,7 +300,7 @@ def _inode(fd: int) -> tuple[int, int]:
     return about.st_dev, about.st_ino
 
 
-def _parts(path: Path) -> list[Path]:
+def full_files(path: Path) -> list[Path]:
     """The files that were full, oldest first."""
     name = re.compile(re.escape(path.name) + r"\.\d{8}")
     return sorted(path.with_name(one) for one in os.listdir(path.parent) if name.fullmatch(one))
@@ -315,7 +329,7 @@ def _backwards(fd: int) -> Iterator[bytes]:
 def _last_line(fd: int) -> bytes | None:
     """The last line that is one."""
     for line in _backwards(fd):
-        if _parsed(line) is not None:
+        if parsed(line) is not None:
             return line
     return None
 
@@ -323,25 +337,25 @@ def _last_line(fd: int) -> bytes | None:
 # --- lines ----------------------------------------------------------------------------------------------
 
 
-def _checked_key(key: bytes) -> bytes:
+def checked_key(key: bytes) -> bytes:
     if not isinstance(key, bytes | bytearray) or len(key) < MIN_KEY:
         raise SpecError(f"event log: key: not {MIN_KEY} bytes at least")
     return bytes(key)
 
 
-def _canonical(data: dict[str, Any]) -> bytes:
+def canonical(data: dict[str, Any]) -> bytes:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def _mac(key: bytes, before: bytes, chained: dict[str, Any]) -> bytes:
-    return hmac.digest(key, before + _canonical(chained), "sha256")
+    return hmac.digest(key, before + canonical(chained), "sha256")
 
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not in JSON")
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
     """The mapping of a line, if it is one."""
     try:
         found = json.loads(line.decode("ascii"), parse_constant=_no_constant)
@@ -350,22 +364,22 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _link_of(line: bytes) -> _Link | None:
-    found = _parsed(line) or {}
+def link_of(line: bytes) -> ChainLink | None:
+    found = parsed(line) or {}
     mac, seq = found.get("mac"), found.get("seq")
     if not isinstance(mac, str) or not _HEX.fullmatch(mac) or type(seq) is not int or seq < 0:
         return None
-    return _Link(seq + 1, bytes.fromhex(mac))
+    return ChainLink(seq + 1, bytes.fromhex(mac))
 
 
-def _is_authentic(key: bytes, found: dict[str, Any]) -> bool:
+def is_authentic(key: bytes, found: dict[str, Any]) -> bool:
     """Whether whoever has the key wrote this line, wherever it stands."""
     mac, prev = found.get("mac"), found.get("prev")
     if not (isinstance(mac, str) and isinstance(prev, str) and _HEX.fullmatch(mac) and _HEX.fullmatch(prev)):
         return False
     chained = {name: value for name, value in found.items() if name != "mac"}
-    return hmac.compare_digest(_mac(key, bytes.fromhex(prev), chained), bytes.fromhex(mac))
-
-
-def _event_of(found: dict[str, Any]) -> Event:
-    return Event.from_dict({name: value for name, value in found.items() if name not in _CHAIN})
+    try:
+        ours = _mac(key, bytes.fromhex(prev), chained)
+    except (ValueError, RecursionError):  # nothing that we would write
+        return False
+    return hmac.compare_digest(ours, bytes.fromhex(mac))

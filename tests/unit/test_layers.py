@@ -32,7 +32,7 @@ LAYERS = (
     ("process", "lifecycle", "link", "archive"),
     ("commit", "events"),
     ("layers", "eventlog"),
-    ("pipes", "records", "observers"),
+    ("pipes", "records", "observers", "eventchain"),
     ("store", "session", "policy"),
     ("ledger",),
     ("command", "journal"),
