@@ -18,7 +18,7 @@ from sandboxcore.link import START_PATIENCE
 from sandboxcore.plan import completed_plan
 from sandboxcore.process import with_spawner
 from sandboxcore.sandbox import Sandbox
-from sandboxcore.saved import SnapshotStore
+from sandboxcore.saved import SnapshotStore, distinct
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.store import Store
 
@@ -100,7 +100,7 @@ class PersistentFiles(Sandbox):
         try:
             names = Names(self._plan.overlays, self._plan.id_maps)
             digest = store.keep((layer, *many), names, lasts=False)
-            return [digest] if many else [digest, *below]
+            return [digest] if many else distinct([digest, *below])
         finally:
             del layer
             with link.ask_layers(LayersOrder((), 0, drop=[number], copy=True)) as answer:
@@ -212,6 +212,7 @@ class PersistentFiles(Sandbox):
         return now
 
     def _write_layers(self, base: list[str], now: list[str] | None, copies: Sequence[int] = ()) -> None:
+        base, now = distinct(base), None if now is None else distinct(now)
         data = {"base": base, "now": now, "copies": list(copies), "overlays": self._overlays()}
         durable.write(self._layers_path(), json.dumps(data).encode())
 
