@@ -462,8 +462,7 @@ class SandboxManager(Keeping):
         ``max_sandboxes`` meanwhile. ``options``: files, input, timeout and all that run() takes."""
         with self._place(wait):
             done = process.run(argv, spec=spec, **options)
-        self.metrics.count_command(done.cause.value, done.duration)
-        self._emit(EventKind.COMMAND_ENDED, args=[os.fsdecode(arg) for arg in argv], **_ended(done))
+        self._ran(argv, done)
         return done
 
     def run_pooled(
@@ -471,9 +470,15 @@ class SandboxManager(Keeping):
     ) -> ExecResult:
         """The same in a warm sandbox: :meth:`SandboxPool.run`."""
         done = self.pools.run(argv, spec=spec, **options)
-        self.metrics.count_command(done.cause.value, done.duration)
-        self._emit(EventKind.COMMAND_ENDED, args=[os.fsdecode(arg) for arg in argv], **_ended(done))
+        self._ran(argv, done)
         return done
+
+    def _ran(self, argv: Sequence[Program], done: ExecResult) -> None:
+        """A command that was no session's has ended."""
+        self.metrics.count_command(done.cause.value, done.duration)
+        args = [os.fsdecode(arg) for arg in argv]
+        ended = {"cause": done.cause.value, "returncode": done.returncode, "duration": done.duration}
+        self._emit(EventKind.COMMAND_ENDED, args=args, **ended)
 
     def fork(self, session: AnySession, n: int = 1, *, client_id: str | None = None) -> list[SandboxSession]:
         """Sessions of ``n`` new sandboxes that have the files of this one's as they are now:
@@ -531,7 +536,3 @@ class SandboxManager(Keeping):
 
 def _id(session: AnySession) -> str:
     return session if isinstance(session, str) else session.id
-
-
-def _ended(done: ExecResult) -> dict[str, Any]:
-    return {"cause": done.cause.value, "returncode": done.returncode, "duration": done.duration}

@@ -30,7 +30,9 @@ class Metrics:
         )
         self.commands = Counter("sandboxcore_commands_total", "Commands that ended, by cause.", ("cause",))
         self.durations = Histogram("sandboxcore_command_seconds", "How long commands took.")
-        self.creation = Histogram("sandboxcore_creation_seconds", "How long a start took, as its caller saw it.")
+        self.creation = Histogram(
+            "sandboxcore_creation_seconds", "How long a start took, as its caller saw it."
+        )
         self.phases = Histogram(
             "sandboxcore_creation_phase_seconds", "How long each phase of a start took.", ("phase",)
         )
@@ -62,14 +64,17 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManagerStats:
-    """How many there are of what, over all processes that use the state directory; and, since this manager was
+    """How many there are of what, over all processes that use the state directory; and, since this manager
+    was
     made: ``created`` sandboxes, ``commands`` that ended by their cause, what sweeps have ``timed_out``.
 
     sandboxes, sessions: how many, by state (sessions that have ended less than a day ago included).
     active_sandboxes: running and suspended ones. living, max_sandboxes: places that are taken, and how many
-    there are, None: any number. pool: its stats, of this process, see :class:`PoolStats`; pool_size: warm ones.
-    hit_rate: claims that found a warm one, of all, or None. creation: seconds of a start as its caller sees it:
-    count, sum, min, max, p50, p95, p99. phases: the same of each phase. damaged: records that cannot be read.
+    there are, None: any number. pool: its stats, of this process, see :class:`PoolStats`; pool_size: warm
+    ones.
+    hit_rate: claims that found a warm one, of all, or None. creation: seconds of a start as its caller sees
+    it: count, sum, min, max, p50, p95, p99. phases: the same of each phase. damaged: records that cannot be
+        read.
     timed_out: sessions and sandboxes ended by their timeouts, times to live and policies.
     """
 
@@ -166,9 +171,9 @@ class Health:
     """Whether a manager works.
 
     healthy: a sandbox runs a command, the state directory can be written, there is room. backend: its name;
-    mode: "root" or "rootless". utilisation: of ``max_sandboxes``, 0 to 1, None without. warnings: what does not
-    keep it from working, and what does. last_created: when this manager started a sandbox last, in seconds since
-    the epoch. seconds: what the trial took.
+    mode: "root" or "rootless". utilisation: of ``max_sandboxes``, 0 to 1, None without. warnings: what does
+    not keep it from working, and what does. last_created: when this manager started a sandbox last, in
+    seconds since the epoch. seconds: what the trial took.
     """
 
     healthy: bool

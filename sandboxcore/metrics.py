@@ -210,10 +210,8 @@ class Histogram(Metric):
             series.steps[step] += 1
             series.count += 1
             series.total += value
-            if value < series.least:
-                series.least = value
-            if value > series.most:
-                series.most = value
+            series.least = min(series.least, value)
+            series.most = max(series.most, value)
 
     def _step(self, value: float) -> int:
         inside = min(max(value, self._lowest), self._highest)
