@@ -32,6 +32,8 @@ if TYPE_CHECKING:
         SandboxGone,
         SandboxNotFound,
         SandboxTimeout,
+        SelectionRefused,
+        SessionNotFound,
         SetupError,
         SnapshotNotFound,
         SpecError,
@@ -46,15 +48,22 @@ if TYPE_CHECKING:
     from sandboxcore.files import Files
     from sandboxcore.journal import Log
     from sandboxcore.lifecycle import SandboxState
+    from sandboxcore.managed_session import SandboxSession
+    from sandboxcore.manager import AttachResult, SandboxManager
+    from sandboxcore.manager_stats import Health, ManagerStats
     from sandboxcore.persistent import PersistentSandbox
+    from sandboxcore.policy import Action, LifecyclePolicy
     from sandboxcore.process import run
-    from sandboxcore.records import SandboxRecord
+    from sandboxcore.reconcile import Reconciled
+    from sandboxcore.records import SandboxRecord, SessionRecord
     from sandboxcore.recovery import gc, list_sandboxes
     from sandboxcore.request import DEVNULL, PIPE, STDOUT
     from sandboxcore.result import Cause, ExecResult, Usage
     from sandboxcore.sandbox import Sandbox
     from sandboxcore.saved import SavedSnapshot, SnapshotStore
     from sandboxcore.seccomp import SeccompPolicy
+    from sandboxcore.selection import RequiredCapabilities, SelectionOptions
+    from sandboxcore.session import SessionState, SessionTimeouts
     from sandboxcore.snapshots import Snapshot
     from sandboxcore.spec import Limits, Mount, SandboxSpec
     from sandboxcore.template import Template
@@ -70,7 +79,15 @@ _HOME = {
         *("CwdNotFound", "CwdNotPermitted", "CwdPathInvalid"),
         *("CommandFailed", "ExecError", "InvalidTransition", "ProgramNotExecutable", "ProgramNotFound"),
         *("ProgramPathInvalid", "SandboxBusy", "SandboxError", "SandboxGone", "SandboxNotFound"),
-        *("SandboxTimeout", "SetupError", "SpecError", "TooManySandboxes", "UnsupportedHost"),
+        *(
+            "SandboxTimeout",
+            "SelectionRefused",
+            "SessionNotFound",
+            "SetupError",
+            "SpecError",
+            "TooManySandboxes",
+            "UnsupportedHost",
+        ),
         "VolumeNotFound",
     ),
     "cgroup_group": ("GroupUsage",),
@@ -98,6 +115,13 @@ _HOME = {
     "records": ("SandboxRecord", "SessionRecord"),
     "template": ("Template",),
     "volumes": ("Volume", "VolumeUsage", "Volumes"),
+    "managed_session": ("SandboxSession",),
+    "manager": ("AttachResult", "SandboxManager"),
+    "manager_stats": ("Health", "ManagerStats"),
+    "policy": ("Action", "LifecyclePolicy"),
+    "reconcile": ("Reconciled",),
+    "selection": ("RequiredCapabilities", "SelectionOptions"),
+    "session": ("SessionState", "SessionTimeouts"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -105,7 +129,9 @@ __all__ = [
     "DEVNULL",
     "PIPE",
     "STDOUT",
+    "Action",
     "ArchiveError",
+    "AttachResult",
     "Cause",
     "CheckpointError",
     "CommandFailed",
@@ -124,28 +150,41 @@ __all__ = [
     "FileInfo",
     "Files",
     "GroupUsage",
+    "Health",
     "InvalidTransition",
+    "LifecyclePolicy",
     "LimitChange",
     "Limits",
     "Log",
+    "ManagerStats",
     "Mount",
     "PersistentSandbox",
     "Process",
     "ProgramNotExecutable",
     "ProgramNotFound",
     "ProgramPathInvalid",
+    "Reconciled",
+    "RequiredCapabilities",
     "Sandbox",
     "SandboxBusy",
     "SandboxCapabilities",
     "SandboxError",
     "SandboxGone",
+    "SandboxManager",
     "SandboxNotFound",
     "SandboxRecord",
+    "SandboxSession",
     "SandboxSpec",
     "SandboxState",
     "SandboxTimeout",
     "SavedSnapshot",
     "SeccompPolicy",
+    "SelectionOptions",
+    "SelectionRefused",
+    "SessionNotFound",
+    "SessionRecord",
+    "SessionState",
+    "SessionTimeouts",
     "SetupError",
     "Snapshot",
     "SnapshotNotFound",

@@ -201,7 +201,9 @@ class Sandbox:
     async def stop(self) -> None:
         """Kill everything in it, wait until it is gone. What is private in it is lost; it can start again."""
         async with self._changing():
-            check_move(self._own.name, self.state, SandboxState.STOPPED, "stop")
+            if self.state is SandboxState.ARCHIVED:
+                raise InvalidTransition(self._own.name, self._own._state.value, "stop")
+            check_move(self._own.name, self._own._state, SandboxState.STOPPED, "stop")
             await self._end(SandboxState.STOPPED, wait=True)
 
     async def close(self) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 from sandboxcore.directory import Directory
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
-from sandboxcore.events import EventKind
+from sandboxcore.events import LOGGER, EventKind
 from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.policy import Action, LifecyclePolicy
 from sandboxcore.reconcile import Reconciled, Sweeper, reconcile
-from sandboxcore.records import SandboxRecord
+from sandboxcore.records import Damage, SandboxRecord
+from sandboxcore.session import SessionState
 
 _KINDS: Mapping[str, EventKind] = {
     "stop": EventKind.POLICY_STOP,
@@ -34,6 +35,7 @@ class Keeping(Directory):
             raise SpecError(f"sweep_interval: {sweep_interval!r} is not a positive number of seconds")
         super().__init__(*directory, **options)
         self._sweeping = threading.Lock()
+        self._told: set[Damage] = set()
         self._sweeper = None if sweep_interval is None else Sweeper(self.reconcile, sweep_interval)
 
     # --- times and policies -----------------------------------------------------------------------
@@ -125,8 +127,7 @@ class Keeping(Directory):
             done = reconcile(self._ledger, dry_run=dry_run, busy=self._is_busy, note=self._acted)
             if not dry_run:
                 self._drop_private()
-                for damage in done.collected.damaged:
-                    self._emit(EventKind.RECORD_CORRUPT, record=damage)
+                self._tell_damage()
         return done
 
     def gc(self) -> Reconciled:
@@ -139,6 +140,15 @@ class Keeping(Directory):
         return sum(
             1 for action in done.actions if action.kind in ("terminate", "delete") and not action.error
         )
+
+    def _tell_damage(self) -> None:
+        """Of each damaged record once."""
+        for damage in self._ledger.damaged():
+            if damage not in self._told:
+                self._told.add(damage)
+                about = {"table": damage.table, "record": damage.id, "problem": damage.problem}
+                self._emit(EventKind.RECORD_CORRUPT, None, **about)
+                LOGGER.warning("damaged record: %s %s: %s", damage.table, damage.id, damage.problem)
 
     def _is_busy(self, key: str) -> bool:
         return self._busy.get(key, 0) > 0
@@ -211,4 +221,4 @@ class Keeping(Directory):
             handle.close()
 
 
-_ACTIVE = ("active",)
+_ACTIVE = (SessionState.ACTIVE,)

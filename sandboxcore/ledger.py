@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SessionNotFound, SpecError
-from sandboxcore.records import Damaged, SandboxRecord, SessionRecord, columns, row_of, sandbox_of, session_of
+from sandboxcore.records import Damaged, SandboxRecord, SessionRecord, columns, session_of
 from sandboxcore.session import LIVE, SessionState, check_move, sources
 from sandboxcore.store import Store, insert, readable
 
@@ -98,8 +98,8 @@ class Ledger(Store):
         with self._change() as db:
             rows = db.execute(
                 "UPDATE sessions SET state = 'terminated', ended_at = ?, ended_why = ?"
-                f" WHERE id = ? AND state IN ({states}) AND (? IS NULL OR last_active_at = ?)"
-                " RETURNING sandbox",
+                f" WHERE id = ? AND state IN ({states})"
+                " AND (? IS NULL OR last_active_at = ?) RETURNING sandbox",
                 (now, why, session_id, unless_touched, unless_touched),
             ).fetchall()
             if not rows:
@@ -139,10 +139,22 @@ class Ledger(Store):
         query = "UPDATE sandboxes SET last_active_at = max(last_active_at, ?) WHERE id = ?"
         self._do(query, (now, done[0]["sandbox"]))
 
-    def forget_sessions(self, before: float) -> int:
-        """Forget those that were terminated before this moment. How many."""
-        query = "DELETE FROM sessions WHERE state = 'terminated' AND coalesce(ended_at, created_at) < ?"
-        return len(self._do(query + " RETURNING id", (before,)))
+    def session_states(self) -> dict[str, dict[str, str]]:
+        """The states of all that go on, also of damaged ones, by their sandboxes and ids."""
+        found: dict[str, dict[str, str]] = {}
+        for row in self._do(f"SELECT id, sandbox, state FROM sessions WHERE state IN ({_LIVE})"):
+            found.setdefault(row["sandbox"], {})[row["id"]] = row["state"]
+        return found
+
+    def ended_sessions(self, before: float) -> list[SessionRecord]:
+        """Those that were terminated before this moment."""
+        query = "SELECT * FROM sessions WHERE state = 'terminated' AND coalesce(ended_at, created_at) < ?"
+        return list(readable(self._do(query + " ORDER BY created_at, id", (before,)), session_of))
+
+    def forget_session(self, session_id: str) -> bool:
+        """Forget one that was terminated; whether it was on record."""
+        query = "DELETE FROM sessions WHERE id = ? AND state = 'terminated' RETURNING id"
+        return bool(self._do(query, (session_id,)))
 
     # --- sandboxes ------------------------------------------------------------------------------
 
@@ -158,16 +170,14 @@ class Ledger(Store):
                 insert(db, session)
         return record
 
-    def doom(self, record: SandboxRecord, why: str) -> bool:
+    def doom(self, record: SandboxRecord, why: str, *, used: bool = False) -> bool:
         """Have nobody get a new session of a sandbox: it is about to be destroyed. False where it has changed
-        since its record was read: somebody used it, started it, gave it more time."""
-        now = row_of(record)
-        same = " AND ".join(f"{name} IS ?" for name in _WATCHED)
-        rows = self._do(
-            f"UPDATE sandboxes SET doomed = ? WHERE id = ? AND {same} RETURNING id",
-            (why, record.id, *(now[name] for name in _WATCHED)),
-        )
-        return bool(rows)
+        since its record was read: somebody used it, started it, gave it more time; or has an active session,
+        which with ``used`` does not matter."""
+        if not used:
+            return self.change_unused(record, doomed=why)
+        query = "UPDATE sandboxes SET doomed = ? WHERE id = ? AND expires_at IS ? RETURNING id"
+        return bool(self._do(query, (why, record.id, record.expires_at)))
 
     def doom_anyhow(self, sandbox: str, why: str) -> None:
         """The same, whatever has happened."""
@@ -177,11 +187,6 @@ class Ledger(Store):
         """It has ended."""
         with self.locked(sandbox):
             self.remove(sandbox)
-
-    def without_session(self, before: float) -> list[SandboxRecord]:
-        """Sandboxes whose last session has ended, and that somebody should have destroyed by then."""
-        rows = self._do("SELECT * FROM sandboxes WHERE doomed != '' AND last_active_at < ?", (before,))
-        return list(readable(rows, sandbox_of))
 
     def counts(self, table: str) -> dict[str, int]:
         """How many "sandboxes" or "sessions" are on record, by state."""
@@ -203,6 +208,3 @@ class Ledger(Store):
             self._do("DELETE FROM settings WHERE key = ?", (key,))
         else:
             self._do("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
-
-
-_WATCHED = ("state", "last_active_at", "expires_at", "policy", "archived_at", "started_at", "pid", "doomed")

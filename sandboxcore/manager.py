@@ -396,7 +396,7 @@ class SandboxManager(Keeping):
         with self._guard:
             sandbox = self._private.pop(key, None)
             for known in (self._users, self._touched, self._busy):
-                known.pop(key, None)  # type: ignore[attr-defined]
+                known.pop(key, None)
         if sandbox is None:
             return
         sandbox._observers = ()
@@ -443,8 +443,14 @@ class SandboxManager(Keeping):
         """The latest active session of a client."""
         return self._latest(states=(SessionState.ACTIVE,), client=client_id)
 
-    def _latest(self, states: Sequence[SessionState] = LIVE, **about: str) -> SandboxSession | None:
-        found = self._ledger.sessions(states=states, **about)
+    def _latest(
+        self,
+        states: Sequence[SessionState] = LIVE,
+        *,
+        client: str | None = None,
+        sandbox: str | None = None,
+    ) -> SandboxSession | None:
+        found = self._ledger.sessions(states=states, client=client, sandbox=sandbox)
         found.sort(key=lambda record: (record.state == SessionState.ACTIVE, record.created_at, record.id))
         return SandboxSession(self, found[-1]) if found else None
 
@@ -477,8 +483,12 @@ class SandboxManager(Keeping):
         """A command that was no session's has ended."""
         self.metrics.count_command(done.cause.value, done.duration)
         args = [os.fsdecode(arg) for arg in argv]
-        ended = {"cause": done.cause.value, "returncode": done.returncode, "duration": done.duration}
-        self._emit(EventKind.COMMAND_ENDED, args=args, **ended)
+        ended: dict[str, Any] = {
+            "cause": done.cause.value,
+            "returncode": done.returncode,
+            "duration": done.duration,
+        }
+        self._emit(EventKind.COMMAND_ENDED, None, args=args, **ended)
 
     def fork(self, session: AnySession, n: int = 1, *, client_id: str | None = None) -> list[SandboxSession]:
         """Sessions of ``n`` new sandboxes that have the files of this one's as they are now:
@@ -517,9 +527,8 @@ class SandboxManager(Keeping):
         return examine(self._ledger, self._room, self.metrics)
 
     def _pool_said(self, kind: str, data: Mapping[str, Any]) -> None:
-        self._emit(
-            EventKind(kind), sandbox=data.get("sandbox"), **{k: v for k, v in data.items() if k != "sandbox"}
-        )
+        rest = {name: value for name, value in data.items() if name != "sandbox"}
+        self._emit(EventKind(kind), None, sandbox=data.get("sandbox"), **rest)
 
     def _let_go(self) -> None:
         super()._let_go()

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import socket
 import threading
 import time
 import weakref
@@ -12,20 +11,17 @@ from typing import Any, Self
 
 from sandboxcore import host
 from sandboxcore.cgroup import GroupUsage
-from sandboxcore.detached import DetachedCommand, Door
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.events import EventKind
 from sandboxcore.files import FileServer
 from sandboxcore.identity import boot_id, pid_of, start_ticks
-from sandboxcore.journal import Journal
 from sandboxcore.layers import Layers
-from sandboxcore.lifecycle import SandboxState, check_move, new_id
+from sandboxcore.lifecycle import SandboxState, check_move
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link
-from sandboxcore.persistent_files import PersistentFiles
-from sandboxcore.plan import Plan, completed_plan, reopened_plan, updated_plan
-from sandboxcore.records import CommandRecord, SandboxRecord
+from sandboxcore.persistent_commands import PersistentCommands
+from sandboxcore.plan import Plan, reopened_plan, updated_plan
+from sandboxcore.records import SandboxRecord
 from sandboxcore.recovery import drop_group
-from sandboxcore.request import Request
 from sandboxcore.resources import LimitChange
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import Mount, SandboxSpec, StrPath, check_name
@@ -35,7 +31,7 @@ from sandboxcore.store import Store
 _TOUCH = 1.0  # seconds between two notes of activity
 
 
-class PersistentSandbox(PersistentFiles):
+class PersistentSandbox(PersistentCommands):
     """A sandbox with a name that stays until it is destroyed, whoever made it.
 
     Any process of the same user finds it again with :meth:`connect`. Leaving a ``with`` block, and
@@ -279,18 +275,56 @@ class PersistentSandbox(PersistentFiles):
         written to its root or overlays (:attr:`SandboxSpec.writable`, ``overlay=``) is kept on the disk, and
         is there again when it starts; the rest is lost, as with :meth:`stop`.
 
-        Raises :class:`SandboxBusy` where a snapshot cannot be taken: nothing has changed then.
+        Raises what :meth:`snapshot` does where that cannot be kept: then it goes on as before.
         """
-        with self._lock:
-            if self.state is SandboxState.PAUSED:
-                self.resume()
-            self._put_away()
-            with self._store.locked(self.id):
-                check_move(self.name, self.state, SandboxState.ARCHIVED, "archive")
-                self._store.change(
-                    self.id, state=SandboxState.ARCHIVED.value, archived_at=time.time(), archived_why=why
-                )
-                self._look()
+        self._archive(why, None)
+
+    def _archive(self, why: str, seen: SandboxRecord | None) -> bool:
+        """With ``seen``, only if nobody has used it since that was read; whether that was so."""
+        archived = {"state": "archived", "archived_at": time.time(), "archived_why": why}
+        with self._lock, self._store.locked(self.id):
+            if (before := self.state) not in (SandboxState.RUNNING, SandboxState.PAUSED):
+                check_move(self.name, before, SandboxState.ARCHIVED, "archive")
+                if not self._claim(seen, archived):
+                    return False
+            else:
+                if not self._claim(seen, {"state": SandboxState.PAUSED.value}):
+                    return False
+                self._put_away(before)
+                self._store.change(self.id, **{**archived, "archived_at": time.time()})
+            self._look()
+            return True
+
+    def _claim(self, seen: SandboxRecord | None, values: Mapping[str, Any]) -> bool:
+        if seen is None:
+            self._store.change(self.id, **values)
+            return True
+        return self._store.change_unused(seen, **values)
+
+    def _put_away(self, before: SandboxState) -> None:
+        """Keep its files, and end it. It is on record as paused: nobody begins anything in it meanwhile."""
+        try:
+            if self._plan.overlays:
+                self._keep_last(before)
+        except BaseException:
+            if before is SandboxState.RUNNING:
+                self._store.change(self.id, state=before.value)
+            elif self._link is not None and self._link.alive():
+                self._link.freeze()
+            self._look()
+            raise
+        self._stop()
+
+    def _stop_unused(self, seen: SandboxRecord) -> bool:
+        """:meth:`stop`, if nobody has used it since this was read; whether that was so. Who is about to,
+        finds it paused."""
+        with self._lock, self._store.locked(self.id):
+            if self.state not in (SandboxState.RUNNING, SandboxState.PAUSED):
+                return False
+            if not self._store.change_unused(seen, state=SandboxState.PAUSED.value):
+                return False
+            self._stop()
+            return True
 
     def recover(self) -> None:
         """Bring it back after :meth:`archive`: it is stopped, and can start."""
@@ -302,17 +336,6 @@ class PersistentSandbox(PersistentFiles):
                 archived_at=None, archived_why="",
             )  # fmt: skip
             self._look()
-
-    def _put_away(self) -> None:
-        if self.state is not SandboxState.RUNNING:
-            return
-        if not self._plan.data:
-            self._plan = completed_plan(self._plan, self._store.path)
-        if self._plan.overlays:
-            self.keep()
-        with self._store.locked(self.id):
-            if self.state is SandboxState.RUNNING:
-                self._stop()
 
     def close(self) -> None:
         """Let go of the handle; the sandbox stays. Commands of this handle that are not detached end.
@@ -356,7 +379,9 @@ class PersistentSandbox(PersistentFiles):
             self._look()
             link = super()._ready(wanted)
             if self.last_active_at - self._record.last_active_at > _TOUCH:
-                self._store.change(self.id, last_active_at=self.last_active_at)
+                while not self._store.touch(self.id, self.last_active_at):  # it is being stopped just now
+                    self._look()
+                    link = super()._ready(wanted)
             return link
 
     def usage(self) -> GroupUsage:
@@ -386,47 +411,3 @@ class PersistentSandbox(PersistentFiles):
         child = self._from(snapshot, spec=snapshot.fitting(None), state_dir=self._store.path)
         child._room = self._room
         return child._started_or_gone()
-
-    # --- detached commands ----------------------------------------------------------------------
-
-    def _new_command(
-        self, request: Request, keep: int, *, pty: bool, wait: bool = True
-    ) -> tuple[DetachedCommand, socket.socket]:
-        home, command_id, now = self._store.home(self.id), new_id("cmd"), time.time()
-        args = [os.fsdecode(arg) for arg in request.args]
-        record = CommandRecord(id=command_id, sandbox=self.id, args=args, pty=pty, started_at=now)
-        # Locked, because gc() removes what is on no record
-        with contextlib.ExitStack() as undo, self._store.locked(self.id, wait=wait):
-            if self._store.get(self.id) is None:
-                raise SandboxNotFound(f"sandbox {self.name} is not on record any more")
-            undo.callback(home.remove, command_id, f"{command_id}.journal")
-            journal = Journal.create(home.path / f"{command_id}.journal", keep)
-            undo.callback(journal.close)
-            later = home.bind(command_id)
-            undo.callback(later.close)
-            self._store.add(record)
-            undo.pop_all()
-        return self._command(record, journal), later
-
-    def _command(self, record: CommandRecord, journal: Journal) -> DetachedCommand:
-        home, name = self._store.home(self.id), record.id
-        command = DetachedCommand(
-            name, record.args, self._plan, journal, Door(home, name),
-            pty=record.pty, started_at=record.started_at,
-        )  # fmt: skip
-        command._watch = self._watch_of(name)
-        return command
-
-    def _forget_command(self, command: DetachedCommand) -> None:
-        command._forget()
-        self._store.remove_command(command.id)
-        self._store.home(self.id).remove(command.id, f"{command.id}.journal")
-
-    def commands(self) -> list[DetachedCommand]:
-        """The detached commands, oldest first, ended ones too, whoever started them."""
-        found = []
-        for record in self._store.commands(self.id):
-            path = self._store.home(self.id).path / f"{record.id}.journal"
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                found.append(self._command(record, Journal.open(path)))
-        return found

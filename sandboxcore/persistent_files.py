@@ -4,6 +4,7 @@ what was written since the last restore is copied each time, and what lies below
 import contextlib
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +15,8 @@ from sandboxcore.archive import Names
 from sandboxcore.errors import SandboxError, SpecError
 from sandboxcore.events import EventKind
 from sandboxcore.layers import Copy, Layers
-from sandboxcore.link import START_PATIENCE
+from sandboxcore.lifecycle import SandboxState
+from sandboxcore.link import START_PATIENCE, Link
 from sandboxcore.plan import completed_plan
 from sandboxcore.process import with_spawner
 from sandboxcore.sandbox import Sandbox
@@ -26,6 +28,10 @@ from sandboxcore.store import Store
 def _number() -> int:
     """Of a layer in a sandbox that other processes change, too: one that nobody takes is a random one."""
     return 1024 + int.from_bytes(os.urandom(8)) % (_native.constant("LAYER_NEW") - 1024)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 class _OneCopy(Layers):
@@ -110,10 +116,37 @@ class PersistentFiles(Sandbox):
     def keep(self) -> None:
         """From the next start on, begin with the files as they are now. As :meth:`snapshot`, but that it has
         no name, and lasts until it begins with something else."""
-        with self._moment() as snapshot:
-            digests = [layer.digest for layer in snapshot.layers]
-            assert all(digests)  # they were written just now
-            self._write_layers([digest for digest in digests if digest], self._layers_file()["now"])
+        try:
+            with self.snapshots.holding(), self._lock, self._store.locked(self.id), self._quiet("keep"):
+                self._kept_now()
+        finally:
+            self.snapshots.gc()
+
+    def _kept_now(self) -> None:
+        """The caller holds its lock, and the layers'."""
+        digests = self._copied(self.snapshots, self._written_layers())
+        self._write_layers(digests, self._layers_file()["now"])
+
+    def _keep_last(self, before: SandboxState) -> None:
+        """Keep its files, as they are when nothing runs in it any more. The caller holds its lock, and sees
+        to it that nobody starts anything."""
+        try:
+            with self.snapshots.holding(), self._refusing("archive"):
+                if before is SandboxState.PAUSED:
+                    self._through(Link.thaw)
+                self._kept_now()  # first, for it may fail
+                if self._any_commands():
+                    self._tell(signal.SIGKILL)
+                    self._kept_now()  # what they have written since
+        finally:
+            self.snapshots.gc()
+
+    def _any_commands(self) -> bool:
+        """Whether a launcher has children: proc(5), children. Where that cannot be told, perhaps."""
+        try:
+            return any(_children(launcher) for launcher in _children(self.pid))
+        except OSError:
+            return True
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, of this sandbox or of another one with the same overlays: also to one that
@@ -171,10 +204,10 @@ class PersistentFiles(Sandbox):
         return sandbox
 
     @contextlib.contextmanager
-    def _quiet(self, wanted: str) -> Iterator[None]:
+    def _refusing(self, wanted: str) -> Iterator[None]:
         if not self._plan.data:
             self._plan = completed_plan(self._plan, self._store.path)
-        with super()._quiet(wanted):
+        with super()._refusing(wanted):
             yield
 
     def _may_start(self) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -136,6 +137,9 @@ _KINDS: Mapping[str, type] = {
 }
 
 
+_PROCESS = re.compile(r"[0-9]+ [0-9]+ [^ ].*")  # identity.this_process()
+
+
 class Damaged(ValueError):
     """A row that cannot be read; ``damage`` says why."""
 
@@ -163,6 +167,8 @@ def _values(row: sqlite3.Row, table: str) -> dict[str, Any]:
                 raise ValueError(f"{name} is no {_KINDS[name].__name__}")
         if table in STATES and values["state"] not in STATES[table]:
             raise ValueError(f"state {values['state']!r}")
+        if values.get("host") and not _PROCESS.fullmatch(values["host"]):
+            raise ValueError(f"host {values['host']!r}")
     except ValueError as error:
         raise Damaged(Damage(table=table, id=str(row["id"]), problem=str(error))) from None
     return values

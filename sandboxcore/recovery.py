@@ -40,7 +40,7 @@ def true_records(store: Store, labels: Mapping[str, str]) -> Iterator[SandboxRec
 def true_record(store: Store, record: SandboxRecord) -> SandboxRecord | None:
     if record.host:
         return None if _forgotten(store, record) else record
-    if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not _runs(store, record):
+    if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not runs(store, record):
         store.end(record, time.time())
         drop_group(store, record.id)
         return store.get(record.id)
@@ -125,17 +125,17 @@ def collecting_records(
             if _forgotten(store, record, dry_run=dry_run):
                 ended.append(record.id)
             continue
-        if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not _runs(store, record):
+        if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not runs(store, record):
             ended.append(record.id)
             if not dry_run:
                 store.end(record, time.time())
-        with contextlib.suppress(BlockingIOError), store.locked(record.id, wait=False):
+        with contextlib.suppress(BlockingIOError), _looking_at(store, record.id, dry_run=dry_run):
             removed += _clear(store, record.id, dry_run=dry_run)
             if (now := store.get(record.id)) is not None and not _may_run(store, now):
                 found += _clear_group(store.home(record.id), dry_run=dry_run)
         yield
     for stray in store.strays():
-        with contextlib.suppress(BlockingIOError), store.locked(stray, wait=False):
+        with contextlib.suppress(BlockingIOError), _looking_at(store, stray, dry_run=dry_run):
             if store.get(stray) is None and store.home(stray).path.is_dir():
                 removed.append(stray)
                 if not dry_run:
@@ -150,8 +150,18 @@ def collecting_records(
     removed += [f"volumes/{name}" for name in Volumes(store.path).gc(dry_run=dry_run)]
 
 
+def _looking_at(store: Store, sandbox: str, *, dry_run: bool) -> contextlib.AbstractContextManager[None]:
+    """Hold its lock; raises BlockingIOError where somebody else does. Holding may make its file and remove
+    it: a dry run only looks."""
+    if not dry_run:
+        return store.locked(sandbox, wait=False)
+    if not store.idle(sandbox):
+        raise BlockingIOError(f"somebody works on {sandbox}")
+    return contextlib.nullcontext()
+
+
 def _may_run(store: Store, record: SandboxRecord) -> bool:
-    return record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and _runs(store, record)
+    return record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and runs(store, record)
 
 
 def _clear_group(home: Home, *, dry_run: bool) -> list[str]:
@@ -165,7 +175,8 @@ def _clear_group(home: Home, *, dry_run: bool) -> list[str]:
     return [place for place in places if not os.path.exists(place)]
 
 
-def _runs(store: Store, record: SandboxRecord) -> bool:
+def runs(store: Store, record: SandboxRecord) -> bool:
+    """Whether the init that is on record for a sandbox is there; changes nothing."""
     try:
         link = Link.reopen(store.home(record.id), record.pid, record.ticks, record.boot)
     except SandboxError:  # of another pid namespace: not ours to say

@@ -393,6 +393,12 @@ class Snapshots(LiveBinds):
     def _quiet(self, wanted: str) -> Iterator[None]:
         """What init refuses while something happens in the sandbox. Raises SandboxBusy."""
         self._ready(wanted)
+        with self._refusing(wanted):
+            yield
+
+    @contextlib.contextmanager
+    def _refusing(self, wanted: str) -> Iterator[None]:
+        """The same, whether or not it takes commands."""
         if not self._plan.overlays:
             raise SpecError(f"{wanted}: nothing of sandbox {self.name} is kept; writable=True, or an overlay")
         self._file_server.close(wait=ANSWER_PATIENCE)

@@ -41,6 +41,7 @@ from sandboxcore.records import (
 from sandboxcore.statedir import close_lock, open_lock, private_directory, same_file
 
 DATABASE = "state.db"
+WATCHED = ("state", "last_active_at", "expires_at", "policy", "archived_at", "started_at", "pid", "doomed")
 PATIENCE = 10.0  # seconds for other processes to finish a change of the database
 
 Read = TypeVar("Read")
@@ -148,6 +149,24 @@ class Store:
         sets = ", ".join(f"{name} = ?" for name in plain)
         self._do(f"UPDATE sandboxes SET {sets} WHERE id = ?", [*plain.values(), sandbox])
 
+    def change_unused(self, seen: SandboxRecord, **values: Any) -> bool:
+        """The same, unless somebody has used it since its record was read, has started or stopped it, has
+        given it more time, or has an active session. Whether it was done."""
+        plain, now = columns(values), row_of(seen)
+        sets = ", ".join(f"{name} = ?" for name in plain)
+        same = " AND ".join(f"{name} IS ?" for name in WATCHED)
+        rows = self._do(
+            f"UPDATE sandboxes SET {sets} WHERE id = ? AND {same} AND NOT EXISTS"
+            " (SELECT 1 FROM sessions WHERE sandbox = sandboxes.id AND state = 'active') RETURNING id",
+            [*plain.values(), seen.id, *(now[name] for name in WATCHED)],
+        )
+        return bool(rows)
+
+    def touch(self, sandbox: str, when: float) -> bool:
+        """Put down that one is used; False where it does not run any more."""
+        query = "UPDATE sandboxes SET last_active_at = ? WHERE id = ? AND state = 'running' RETURNING id"
+        return bool(self._do(query, (when, sandbox)))
+
     def end(self, record: SandboxRecord, when: float) -> None:
         """Put a sandbox down as stopped, unless its record has changed since this one was read."""
         self._do(
@@ -229,6 +248,20 @@ class Store:
         for row in self._do("SELECT id FROM commands WHERE sandbox = ?", (sandbox,)):
             known |= {row["id"], f"{row['id']}.journal"}
         return sorted(set(os.listdir(self.home(sandbox).path)) - known)
+
+    def idle(self, sandbox: str) -> bool:
+        """Whether nobody holds a sandbox's lock just now. Makes no file, and removes none."""
+        try:
+            fd = open_lock(self._lock_path(sandbox))
+        except FileNotFoundError:
+            return True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            close_lock(fd)
+        return True
 
     def _lock_path(self, sandbox: str) -> Path:
         return self.path / "sandboxes" / f"{sandbox}.lock"
