@@ -82,12 +82,11 @@ class Keeping:
         """Try it, and again when a place may be free. No thread waits meanwhile."""
         loop = asyncio.get_running_loop()
         deadline = None if wait is None else loop.time() + wait
-        if not self._turn.locked():
-            try:
-                return await attempt()
-            except TooManySandboxes:
-                if wait is not None and wait <= 0:
-                    raise
+        try:  # before its turn, too: it may need no room
+            return await attempt()
+        except TooManySandboxes:
+            if wait is not None and wait <= 0:
+                raise
         try:
             async with asyncio.timeout_at(deadline):
                 await self._turn.acquire()
@@ -169,9 +168,15 @@ class Keeping:
         """:meth:`sandboxcore.SandboxManager.archive`."""
         await self._do(self._own.archive, key, why)
 
-    async def recover(self, key: str, *, start: bool = False) -> None:
+    async def recover(self, key: str, *, start: bool = False, wait: float | None = 0.0) -> None:
         """:meth:`sandboxcore.SandboxManager.recover`."""
-        await self._do(self._own.recover, key, start=start)
+
+        def attempt() -> Awaitable[sandbox.Sandbox]:
+            return self._do(self._own._run, key)
+
+        await self._do(self._own.recover, key)
+        if start:
+            await self._when_there_is_room(attempt, wait)
 
     async def reconcile(self, *, dry_run: bool = False) -> Reconciled:
         """:meth:`sandboxcore.SandboxManager.reconcile`."""

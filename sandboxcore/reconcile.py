@@ -229,7 +229,9 @@ class _Pass:
             return
         seconds = self.now - session.last_active_at
         why = f"timed out: {session.state} without activity for {seconds:.0f} s (timeout {most:g} s)"
+        record = self.records.get(session.sandbox)
         last = self.states[session.sandbox].keys() == {session.id}
+        last = last and record is not None and not record.lasting
 
         def terminate() -> bool:
             nonlocal last
@@ -239,7 +241,6 @@ class _Pass:
         if self._act(replace(action, reason=why), terminate):
             self.sessions.remove(session)
             self.states[session.sandbox].pop(session.id, None)
-            record = self.records.get(session.sandbox)
             if last and record is not None and not record.host and not record.doomed:
                 self._destroy(record, why)
 
