@@ -210,9 +210,9 @@ class Histogram(Metric):
             series.steps[step] += 1
             series.count += 1
             series.total += value
-            if value < series.least:
+            if value < series.least:  # noqa: PLR1730 - during a call a finaliser may count, too
                 series.least = value
-            if value > series.most:
+            if value > series.most:  # noqa: PLR1730
                 series.most = value
 
     def _step(self, value: float) -> int:

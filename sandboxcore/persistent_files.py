@@ -28,6 +28,12 @@ def _number() -> int:
     return 1024 + int.from_bytes(os.urandom(8)) % (_native.constant("LAYER_NEW") - 1024)
 
 
+def _once(digests: list[str]) -> list[str]:
+    """The topmost of those that are the same, such as empty ones: overlayfs takes no directory twice, and
+    below itself it would show nothing."""
+    return list(dict.fromkeys(digests))
+
+
 class _OneCopy(Layers):
     """For a single copy of what was written. ``left``: numbers of copies that somebody who died has left."""
 
@@ -100,7 +106,7 @@ class PersistentFiles(Sandbox):
         try:
             names = Names(self._plan.overlays, self._plan.id_maps)
             digest = store.keep((layer, *many), names, lasts=False)
-            return [digest] if many else [digest, *below]
+            return [digest] if many else _once([digest, *below])
         finally:
             del layer
             with link.ask_layers(LayersOrder((), 0, drop=[number], copy=True)) as answer:
@@ -119,7 +125,7 @@ class PersistentFiles(Sandbox):
             if not snapshot.fits(self.spec):
                 raise SpecError(f"snapshot {snapshot.name}: of a sandbox with other overlays or layers")
             names = Names(self._plan.overlays, self._plan.id_maps)
-            digests = [store.keep((layer,), names) for layer in snapshot.layers]
+            digests = _once([store.keep((layer,), names) for layer in snapshot.layers])
             before = self._layers_file()
             self._write_layers(before["base"], None)  # until it is known
             try:
@@ -155,7 +161,7 @@ class PersistentFiles(Sandbox):
             store = sandbox.snapshots
             names = Names(snapshot.plan.overlays, snapshot.plan.id_maps)
             with store.holding():
-                digests = [store.keep((layer,), names) for layer in snapshot.layers]
+                digests = _once([store.keep((layer,), names) for layer in snapshot.layers])
                 sandbox._write_layers(digests, digests)
         except BaseException:
             sandbox.destroy()
