@@ -18,7 +18,7 @@ from sandboxcore.link import START_PATIENCE
 from sandboxcore.plan import completed_plan
 from sandboxcore.process import with_spawner
 from sandboxcore.sandbox import Sandbox
-from sandboxcore.saved import SnapshotStore
+from sandboxcore.saved import SnapshotStore, distinct
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.store import Store
 
@@ -26,12 +26,6 @@ from sandboxcore.store import Store
 def _number() -> int:
     """Of a layer in a sandbox that other processes change, too: one that nobody takes is a random one."""
     return 1024 + int.from_bytes(os.urandom(8)) % (_native.constant("LAYER_NEW") - 1024)
-
-
-def _once(digests: list[str]) -> list[str]:
-    """The topmost of those that are the same, such as empty ones: overlayfs takes no directory twice, and
-    below itself it would show nothing."""
-    return list(dict.fromkeys(digests))
 
 
 class _OneCopy(Layers):
@@ -106,7 +100,7 @@ class PersistentFiles(Sandbox):
         try:
             names = Names(self._plan.overlays, self._plan.id_maps)
             digest = store.keep((layer, *many), names, lasts=False)
-            return [digest] if many else _once([digest, *below])
+            return [digest] if many else distinct([digest, *below])
         finally:
             del layer
             with link.ask_layers(LayersOrder((), 0, drop=[number], copy=True)) as answer:
@@ -125,7 +119,7 @@ class PersistentFiles(Sandbox):
             if not snapshot.fits(self.spec):
                 raise SpecError(f"snapshot {snapshot.name}: of a sandbox with other overlays or layers")
             names = Names(self._plan.overlays, self._plan.id_maps)
-            digests = _once([store.keep((layer,), names) for layer in snapshot.layers])
+            digests = [store.keep((layer,), names) for layer in snapshot.layers]
             before = self._layers_file()
             self._write_layers(before["base"], None)  # until it is known
             try:
@@ -161,7 +155,7 @@ class PersistentFiles(Sandbox):
             store = sandbox.snapshots
             names = Names(snapshot.plan.overlays, snapshot.plan.id_maps)
             with store.holding():
-                digests = _once([store.keep((layer,), names) for layer in snapshot.layers])
+                digests = [store.keep((layer,), names) for layer in snapshot.layers]
                 sandbox._write_layers(digests, digests)
         except BaseException:
             sandbox.destroy()
@@ -210,6 +204,7 @@ class PersistentFiles(Sandbox):
         return now
 
     def _write_layers(self, base: list[str], now: list[str] | None, copies: Sequence[int] = ()) -> None:
+        base, now = distinct(base), None if now is None else distinct(now)
         data = {"base": base, "now": now, "copies": list(copies), "overlays": self._overlays()}
         durable.write(self._layers_path(), json.dumps(data).encode())
 
