@@ -95,10 +95,12 @@ class PersistentSandbox(Sandbox):
 
     async def restore(self, snapshot: Snapshot) -> None:
         """:meth:`sandboxcore.PersistentSandbox.restore`, likewise."""
+        self._file_server.close(wait=ANSWER_PATIENCE)  # init would take it for a command
         await asyncio.to_thread(self._own.restore, snapshot)
 
     async def discard(self) -> None:
         """:meth:`sandboxcore.PersistentSandbox.discard`, likewise."""
+        self._file_server.close(wait=ANSWER_PATIENCE)
         await asyncio.to_thread(self._own.discard)
 
     async def diff(self, since: Snapshot | None = None) -> list[FileChange]:
