@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from sandboxcore.journal import Log
     from sandboxcore.lifecycle import SandboxState
     from sandboxcore.persistent import PersistentSandbox, gc, list_sandboxes
+    from sandboxcore.pool import SandboxPool
+    from sandboxcore.pool_policy import PoolConfig, PoolStats
+    from sandboxcore.pools import SandboxPools
     from sandboxcore.process import run
     from sandboxcore.request import DEVNULL, PIPE, STDOUT
     from sandboxcore.result import Cause, ExecResult, Usage
@@ -78,6 +81,9 @@ _HOME = {
     "journal": ("Log",),
     "lifecycle": ("SandboxState",),
     "persistent": ("PersistentSandbox", "gc", "list_sandboxes"),
+    "pool": ("SandboxPool",),
+    "pool_policy": ("PoolConfig", "PoolStats"),
+    "pools": ("SandboxPools",),
     "process": ("run",),
     "request": ("DEVNULL", "PIPE", "STDOUT"),
     "result": ("Cause", "ExecResult", "Usage"),
@@ -119,6 +125,8 @@ __all__ = [
     "Log",
     "Mount",
     "PersistentSandbox",
+    "PoolConfig",
+    "PoolStats",
     "Process",
     "ProgramNotExecutable",
     "ProgramNotFound",
@@ -129,6 +137,8 @@ __all__ = [
     "SandboxError",
     "SandboxGone",
     "SandboxNotFound",
+    "SandboxPool",
+    "SandboxPools",
     "SandboxRecord",
     "SandboxSpec",
     "SandboxState",

@@ -1,8 +1,9 @@
-"""The same for asyncio: :func:`run`, :class:`Sandbox`, :class:`PersistentSandbox`, :class:`Process` and
-:class:`DetachedCommand` under the same names.
+"""The same for asyncio: :func:`run`, :class:`Sandbox`, :class:`PersistentSandbox`, :class:`SandboxPool`,
+:class:`Process` and :class:`DetachedCommand` under the same names.
 
 Everything waits by the event loop's own callbacks; no thread waits for it. (Control groups are tidied up and
-made ahead by a thread, one for the process, whoever uses them.) What still blocks:
+made ahead by a thread, one for the process, whoever uses them; and each pool has one, which starts sandboxes
+ahead of time.) What still blocks:
 
 - what starting a program takes anyway: the first use in a process starts the spawner, and looks at what the
   host can do; the first control group is made. That takes some tens of milliseconds.
@@ -27,6 +28,7 @@ from sandboxcore.aio_exec import converse
 from sandboxcore.aio_files import Files
 from sandboxcore.aio_loop import with_spawner
 from sandboxcore.aio_persistent import PersistentSandbox, gc, list_sandboxes
+from sandboxcore.aio_pool import SandboxPool, SandboxPools
 from sandboxcore.aio_process import Process
 from sandboxcore.aio_sandbox import Sandbox
 from sandboxcore.census import place
@@ -58,6 +60,8 @@ __all__ = [
     "PersistentSandbox",
     "Process",
     "Sandbox",
+    "SandboxPool",
+    "SandboxPools",
     "Stderr",
     "Stdout",
     "gc",
