@@ -50,6 +50,13 @@ class View:
     commands: int
 
 
+def prime(sandbox: Sandbox) -> None:
+    """Have a first request behind it: with that, init makes a second launcher, and what it is made of is in
+    memory. Else whoever claims it pays for that, with half of what a command costs. Raises OSError."""
+    os.close(_lent(sandbox, "/", os.O_PATH | os.O_DIRECTORY))
+    sandbox._file_server.close()
+
+
 def look(sandbox: Sandbox) -> View:
     """Read everything back. Takes about two milliseconds, and has to be done while nothing runs there.
 
@@ -77,8 +84,10 @@ def look(sandbox: Sandbox) -> View:
         sandbox._file_server.close()
 
 
-def survivors(before: View, after: View) -> list[str]:
+def survivors(before: View, after: View | None) -> list[str]:
     """What is not as it was in the one that nobody had used, which still exists; nothing: it is as new."""
+    if after is None:
+        return ["nothing was read back"]
     found = [
         f"{kind} namespace: the same"
         for kind, number in before.namespaces.items()
