@@ -286,7 +286,7 @@ class PersistentSandbox(PersistentCommands):
     def _put_away(self, before: SandboxState) -> None:
         """Keep its files, and end it. It is on record as paused: nobody begins anything in it meanwhile."""
         try:
-            if self._plan.overlays:
+            if self._whole_plan().overlays:
                 self._keep_last(before)
         except BaseException:
             if before is SandboxState.RUNNING:
