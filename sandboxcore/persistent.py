@@ -330,16 +330,22 @@ class PersistentSandbox(PersistentCommands):
 
     def destroy(self) -> None:
         """End it for good and forget it, with the journals of its commands. Idempotent."""
+        self._destroy()
+
+    def _destroy(self) -> bool:
+        """Whether it was still on record."""
+        there = False
         with self._lock:
             if self._state is not SandboxState.DESTROYED:
                 with self._store.locked(self.id):
-                    self._look()
+                    there = self.state is not SandboxState.DESTROYED
                     if self._link is not None:
                         self._link.end(wait=ANSWER_PATIENCE)
                     self._let_go()
                     self._store.remove(self.id)
                     self._state = SandboxState.DESTROYED
             self.close()
+        return there
 
     def __exit__(self, *exc: object) -> None:
         self.close()
