@@ -304,7 +304,7 @@ class PersistentSandbox(PersistentCommands):
     def _put_away(self, before: SandboxState) -> None:
         """Keep its files, and end it. It is on record as paused: nobody begins anything in it meanwhile."""
         try:
-            if self._plan.overlays:
+            if self._whole_plan().overlays:
                 self._keep_last(before)
         except BaseException:
             if before is SandboxState.RUNNING:
@@ -348,15 +348,21 @@ class PersistentSandbox(PersistentCommands):
 
     def destroy(self) -> None:
         """End it for good and forget it, with the journals of its commands. Idempotent."""
+        self._destroy()
+
+    def _destroy(self) -> bool:
+        """Whether it was still on record."""
+        there = False
         with self._lock:
             if self._state is not SandboxState.DESTROYED:
                 with self._store.locked(self.id):
-                    self._look()
+                    there = self.state is not SandboxState.DESTROYED
                     if self._link is not None:
                         self._link.end(wait=ANSWER_PATIENCE)
                     self._let_go()
                     self._forget()
             self.close()
+        return there
 
     def _forget(self) -> None:
         """It has ended; the caller holds its lock."""

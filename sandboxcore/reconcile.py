@@ -132,6 +132,8 @@ class _Pass:
         try:
             if not do():
                 return False
+        except SandboxNotFound:  # somebody else has destroyed it just now
+            return False
         except Exception as error:
             self._cannot(action, error)
             return False
@@ -286,12 +288,8 @@ class _Pass:
                 return False
             if not self.ledger.idle(record.id):
                 raise BlockingIOError("somebody works on it just now; the next time")
-            try:
-                with PersistentSandbox.connect(record.id, state_dir=self.ledger.path) as sandbox:
-                    sandbox.destroy()
-            except SandboxNotFound:  # somebody else has done it just now
-                return False
-            return True
+            with PersistentSandbox.connect(record.id, state_dir=self.ledger.path) as sandbox:
+                return sandbox._destroy()
 
         if self._act(action, destroy):
             del self.records[record.id]
