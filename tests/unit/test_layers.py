@@ -46,7 +46,7 @@ LAYERS = (
     ("binds",),
     ("snapshots",),
     ("sandbox", "saved"),
-    ("persistent_files", "template", "checkpoint", "recovery"),
+    ("persistent_files", "template", "checkpoint", "recovery", "inhabitants"),
     ("persistent_commands",),
     ("persistent", "aio_loop", "aio_streams"),
     ("reconcile", "pool_policy", "pool_binding", "pool_reset", "selection"),
