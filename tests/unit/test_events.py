@@ -60,6 +60,7 @@ def started(**data: Any) -> Event:
 # --- as data ----------------------------------------------------------------------------------------
 
 
+@settings(max_examples=50, deadline=None)
 @given(events)
 def test_an_event_survives_json(event: Event) -> None:
     again = Event.from_dict(json.loads(json.dumps(event.to_dict())))
@@ -121,7 +122,7 @@ def test_neither_a_mapping_nor_too_deep() -> None:
             Event.from_dict(wrong)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(st.sampled_from([*GOOD, "more"]), plain))
 def test_anything_else_is_refused_as_such(change: dict[str, Any]) -> None:
     with contextlib.suppress(SpecError):

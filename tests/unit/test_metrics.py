@@ -5,7 +5,7 @@ import re
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandboxcore.errors import SpecError
@@ -148,7 +148,8 @@ def test_names_that_meet_are_refused() -> None:
         prometheus(Histogram("a", "A"), Counter("a_count", "A"))
 
 
-@given(st.text(), st.text())
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=50), st.text(max_size=50))
 def test_any_text_is_escaped(help: str, value: str) -> None:
     counter = Counter("a_total", help, ["b"])
     counter.inc(b=value)
@@ -191,6 +192,7 @@ def test_nothing_has_no_percentiles() -> None:
             histogram.observe(value)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(1e-6, 1e5), min_size=1), st.integers(0, 100))
 def test_percentiles_are_as_near_as_is_said(values: list[float], percent: int) -> None:
     histogram = Histogram("a", "A")
