@@ -64,17 +64,10 @@ class PersistentSandbox(Sandbox):
             own._look()
             if own._link is not None:
                 own._link.end(wait=0)
-            self._forget()
+            own._forget()
         if own._state is SandboxState.DESTROYED:
             own.close()
         return own._state is SandboxState.DESTROYED
-
-    def _forget(self) -> None:
-        """The caller holds its lock."""
-        own = self._own
-        own._let_go()
-        own._store.remove(own.id)
-        own._state = SandboxState.DESTROYED
 
     @classmethod
     async def connect(cls, key: str, *, state_dir: StatePath = None) -> Self:
@@ -232,7 +225,7 @@ class PersistentSandbox(Sandbox):
                         await self._end(SandboxState.STOPPED, wait=True)
                 finally:
                     if own._state not in (SandboxState.RUNNING, SandboxState.PAUSED):
-                        self._forget()
+                        own._forget()
         self._close()
 
 

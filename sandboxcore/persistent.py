@@ -158,12 +158,12 @@ class PersistentSandbox(PersistentCommands):
             if self._link is None or not self._link.alive():
                 self._let_go()
                 self._note_end(record)
+                drop_group(self._store, self.id)
 
     def _note_end(self, record: SandboxRecord) -> None:
-        """It was killed, or the machine was restarted: put that on record, unless somebody did meanwhile."""
+        """Put down that it runs no more, unless somebody did meanwhile, or has started it again."""
         now = time.time()
         self._store.end(record, now)
-        drop_group(self._store, self.id)
         self._state, self.stopped_at = SandboxState.STOPPED, now
 
     def _let_go(self) -> None:
@@ -341,11 +341,16 @@ class PersistentSandbox(PersistentCommands):
                     there = self.state is not SandboxState.DESTROYED
                     if self._link is not None:
                         self._link.end(wait=ANSWER_PATIENCE)
-                    self._let_go()
-                    self._store.remove(self.id)
-                    self._state = SandboxState.DESTROYED
+                    self._forget()
             self.close()
         return there
+
+    def _forget(self) -> None:
+        """Nothing of it runs. The caller holds its lock."""
+        self._let_go()
+        drop_group(self._store, self.id)  # of one that was found dead
+        self._store.remove(self.id)
+        self._state = SandboxState.DESTROYED
 
     def __exit__(self, *exc: object) -> None:
         self.close()
