@@ -170,13 +170,13 @@ class PersistentSandbox(PersistentCommands):
             if self._link is None or not self._link.alive():
                 self._let_go()
                 self._note_end(record, "died")
+                drop_group(self._store, self.id)
 
     def _note_end(self, record: SandboxRecord, reason: str | None = "asked") -> None:
-        """It was killed, or the machine was restarted: put that on record, unless somebody did meanwhile.
-        Observers are told, unless there is more to come (None)."""
+        """Put down that it runs no more, unless somebody did meanwhile, or has started it again. Observers are
+        told, unless there is more to come (None)."""
         now, was = time.time(), self._state
         self._store.end(record, now)
-        drop_group(self._store, self.id)
         self._state, self.stopped_at = SandboxState.STOPPED, now
         if reason is not None:
             self._note_end_of(was, reason)
@@ -359,15 +359,16 @@ class PersistentSandbox(PersistentCommands):
                     there = self.state is not SandboxState.DESTROYED
                     if self._link is not None:
                         self._link.end(wait=ANSWER_PATIENCE)
-                    self._let_go()
                     self._forget()
             self.close()
         return there
 
     def _forget(self) -> None:
-        """It has ended; the caller holds its lock."""
+        """Nothing of it runs. The caller holds its lock."""
+        self._let_go()
         if self._observers:
             self._settle(lambda command_id: self.command(command_id).result)
+        drop_group(self._store, self.id)  # of one that was found dead
         self._store.remove(self.id)
         was, self._state = self._state, SandboxState.DESTROYED
         self._note_end_of(was, "asked")

@@ -18,7 +18,7 @@ from sandboxcore.ledger import Ledger
 from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.policy import Action, due
 from sandboxcore.records import SandboxRecord, SessionRecord
-from sandboxcore.recovery import Collected, drop_group, gc, runs
+from sandboxcore.recovery import Collected, gc, runs
 from sandboxcore.session import LIVE, SessionState, SessionTimeouts, is_timed_out
 
 KEEP_SESSIONS = 86400.0  # seconds for which one that was terminated can still be looked up
@@ -171,7 +171,6 @@ class _Pass:
             self.ended.append(record.id)
             if not self.dry_run:
                 self.ledger.end(record, self.now)
-                drop_group(self.ledger, record.id)
             record = replace(record, state="stopped", stopped_at=self.now, pid=0, ticks=0)
         self.records[record.id] = record
 
@@ -326,7 +325,8 @@ class _Pass:
         gone = {action.id for action in self.actions if action.kind in ("delete", "forget")}
         ended = [*self.ended, *(one for one in found.ended if one not in gone and one not in self.ended)]
         removed = tuple(one for one in found.removed if one.partition("/")[0] not in gone)
-        return replace(found, ended=tuple(ended), removed=removed)
+        groups = tuple(one for one in found.groups if os.path.basename(one).partition(".")[0] not in gone)
+        return replace(found, ended=tuple(ended), removed=removed, groups=groups)
 
 
 class Sweeper:
