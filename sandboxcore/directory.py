@@ -98,7 +98,7 @@ class Directory:
 
     # --- who hears ------------------------------------------------------------------------------
 
-    def _emit(self, kind: EventKind, session: SessionRecord | None = None, **about: Any) -> None:
+    def _emit(self, kind: EventKind, session: SessionRecord | None = None, /, **about: Any) -> None:
         if session is not None:
             about = {
                 "session": session.id,
@@ -274,6 +274,10 @@ class Directory:
         wait: float | None = 0.0,
         patience: float | None = None,
     ) -> Sandbox:
+        deadline = None if wait is None else time.monotonic() + wait
+        if start:  # look first: one that finds no place is made, put on record and removed in vain
+            self._when_there_is_room(self._check_room, wait)
+
         def enrol(record: SandboxRecord) -> SandboxRecord:
             first = None if session is None else replace(session, sandbox=record.id)
             return self._ledger.enrol(replace(record, **more), first)
@@ -290,7 +294,7 @@ class Directory:
             self._watched(made)
             self._emit(EventKind.SANDBOX_CREATED, session, sandbox=made.id, name=made.name, owner=made.owner)
             if start:
-                self._started(made, wait)
+                self._started(made, None if deadline is None else deadline - time.monotonic())
         except BaseException:
             made.destroy()
             raise
@@ -317,6 +321,10 @@ class Directory:
                 left = None if deadline is None else deadline - time.monotonic()
                 if (left is not None and left <= 0) or not self._room.wait(left):
                     raise
+
+    def _check_room(self) -> None:
+        if self._room.free() == 0:
+            raise TooManySandboxes(self._room.maximum or 0, str(self.state_dir))
 
     def _make_room(self) -> bool:
         """End what is due. Whether there was any."""

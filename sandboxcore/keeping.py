@@ -35,6 +35,7 @@ class Keeping(Directory):
             raise SpecError(f"sweep_interval: {sweep_interval!r} is not a positive number of seconds")
         super().__init__(*directory, **options)
         self._sweeping = threading.Lock()
+        self._swept_at, self._swept = 0.0, False  # when room was made last, and whether there was any to make
         self._told: set[Damage] = set()
         self._sweeper = None if sweep_interval is None else Sweeper(self.reconcile, sweep_interval)
 
@@ -130,6 +131,17 @@ class Keeping(Directory):
                 self._tell_damage()
         return done
 
+    def _make_room(self) -> bool:
+        """End what is due, once for all who wait for it."""
+        asked = time.monotonic()
+        with self._sweeping:
+            if self._swept_at < asked:
+                self._swept_at = time.monotonic()
+                done = reconcile(self._ledger, crashes=False, busy=self._is_busy, note=self._acted)
+                self._drop_private()
+                self._swept = any(action.kind in _ENDS for action in done.actions)
+            return self._swept
+
     def gc(self) -> Reconciled:
         """The same as :meth:`reconcile`."""
         return self.reconcile()
@@ -175,10 +187,6 @@ class Keeping(Directory):
         """A sandbox of a pool is not wanted any more."""
         raise NotImplementedError
 
-    def _make_room(self) -> bool:
-        done = self.reconcile()
-        return any(action.kind in ("terminate", "delete", "stop", "archive") for action in done.actions)
-
     def destroy_all(self, *, labels: Mapping[str, str] | None = None) -> tuple[Action, ...]:
         """Destroy every sandbox of the state directory that this process can, or those with all of these
         labels; the others of other processes' pools are left alone. What was done; what failed says why."""
@@ -222,3 +230,4 @@ class Keeping(Directory):
 
 
 _ACTIVE = (SessionState.ACTIVE,)
+_ENDS = ("terminate", "delete", "stop", "archive")

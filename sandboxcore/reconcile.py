@@ -69,6 +69,7 @@ def reconcile(
     *,
     now: float | None = None,
     dry_run: bool = False,
+    crashes: bool = True,
     busy: Callable[[str], bool] = lambda sandbox: False,
     note: Callable[[Action], None] = lambda action: None,
 ) -> Reconciled:
@@ -81,10 +82,11 @@ def reconcile(
     the time to live ends its sandbox. Sandboxes of another process that lives are its own to destroy.
 
     now: seconds since the epoch. dry_run: nothing changes, and the actions are those that would be done.
+    crashes: False leaves what they have left, which takes longest to look for, for another time.
     busy: whether this process runs something in a sandbox, which counts as activity. note: called with each
     action that was done, or has failed.
     """
-    return _Pass(ledger, time.time() if now is None else now, dry_run, busy, note).run()
+    return _Pass(ledger, time.time() if now is None else now, dry_run, busy, note).run(crashes=crashes)
 
 
 class _Pass:
@@ -108,7 +110,7 @@ class _Pass:
         self.records = {record.id: record for record in ledger.all()}
         self.busy = {sandbox for sandbox in self.records if busy(sandbox)}
 
-    def run(self) -> Reconciled:
+    def run(self, *, crashes: bool) -> Reconciled:
         for record in list(self.records.values()):
             self._attend(record)
         for record in list(self.records.values()):
@@ -121,7 +123,7 @@ class _Pass:
                 self._by_policy(record)
         for record in doomed:
             self._destroy(record, record.doomed)
-        collected = self._collected()
+        collected = self._collected() if crashes else Collected((), ())
         self._forget_sessions()
         return Reconciled(dry_run=self.dry_run, actions=tuple(self.actions), collected=collected)
 
@@ -250,7 +252,8 @@ class _Pass:
             return
         seconds = self.now - session.last_active_at
         why = f"timed out: {session.state} without activity for {seconds:.0f} s (timeout {most:g} s)"
-        last = self.states[session.sandbox].keys() == {session.id}
+        states = self.states.get(session.sandbox, {})  # read later than the session: it may have ended
+        last = states.keys() == {session.id}
 
         def terminate() -> bool:
             nonlocal last
@@ -259,7 +262,7 @@ class _Pass:
 
         if self._act(replace(action, reason=why), terminate):
             self.sessions.remove(session)
-            self.states[session.sandbox].pop(session.id, None)
+            states.pop(session.id, None)
             record = self.records.get(session.sandbox)
             if last and record is not None and not record.host and not record.doomed:
                 self._destroy(record, why)

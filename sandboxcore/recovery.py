@@ -182,12 +182,9 @@ def _clear_group(home: Home, *, dry_run: bool) -> list[str]:
 def runs(store: Store, record: SandboxRecord) -> bool:
     """Whether the init that is on record for a sandbox is there; changes nothing."""
     try:
-        link = Link.reopen(store.home(record.id), record.pid, record.ticks, record.boot)
+        return Link.runs(store.home(record.id), record.pid, record.ticks, record.boot)
     except SandboxError:  # of another pid namespace: not ours to say
         return True
-    if link is not None:
-        link.close()
-    return link is not None
 
 
 def _clear(store: Store, sandbox: str, *, dry_run: bool) -> list[str]:
