@@ -173,8 +173,8 @@ class PersistentSandbox(PersistentCommands):
                 drop_group(self._store, self.id)
 
     def _note_end(self, record: SandboxRecord, reason: str | None = "asked") -> None:
-        """Put down that it runs no more, unless somebody did meanwhile, or has started it again. Observers are
-        told, unless there is more to come (None)."""
+        """Put down that it runs no more, unless somebody did meanwhile, or has started it again. Observers
+        are told, unless there is more to come (None)."""
         now, was = time.time(), self._state
         self._store.end(record, now)
         self._state, self.stopped_at = SandboxState.STOPPED, now
