@@ -160,7 +160,15 @@ class Link:
     @classmethod
     def runs(cls, home: Home, pid: int, ticks: int, boot: str) -> bool:
         """Whether that process is there, without a way to it. Raises what :meth:`reopen` does."""
-        return cls._is_here(home, boot) and pid > 0 and start_ticks(pid) == ticks
+        if not cls._is_here(home, boot) or not pid:
+            return False
+        try:
+            os.close(os.pidfd_open(pid))
+        except OSError as error:
+            if error.errno not in (E.ESRCH, E.EINVAL, E.ENOENT):
+                raise
+            return False  # gone; or the number is a thread's now
+        return start_ticks(pid) == ticks
 
     @classmethod
     def reopen(cls, home: Home, pid: int, ticks: int, boot: str) -> Self | None:

@@ -55,7 +55,7 @@ class Store:
         self.path = private_directory(state_dir)
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
-        self._held: set[str] = set()  # sandboxes whose locks it holds
+        self._held: set[tuple[str, int]] = set()  # sandboxes whose locks it holds, by threads
         _stores.add(self)
         with self._understood():
             self._prepare()
@@ -251,8 +251,8 @@ class Store:
         return sorted(set(os.listdir(self.home(sandbox).path)) - known)
 
     def holds(self, sandbox: str) -> bool:
-        """Whether a sandbox's lock is held by this very store."""
-        return sandbox in self._held
+        """Whether a sandbox's lock is held by this very store, for this thread."""
+        return (sandbox, threading.get_ident()) in self._held
 
     def idle(self, sandbox: str) -> bool:
         """Whether nobody holds a sandbox's lock just now. Makes no file, and removes none."""
@@ -284,11 +284,12 @@ class Store:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 if not same_file(fd, path):  # it was removed while we waited
                     continue
-                self._held.add(sandbox)
+                held = (sandbox, threading.get_ident())
+                self._held.add(held)
                 try:
                     yield
                 finally:
-                    self._held.discard(sandbox)
+                    self._held.discard(held)
                     if not self._do("SELECT 1 FROM sandboxes WHERE id = ?", (sandbox,)):
                         path.unlink(missing_ok=True)
                 return
