@@ -229,7 +229,7 @@ def test_a_pool_that_nobody_has_any_more() -> None:
         thread = pool._stock._thread
         assert thread is not None
         stock = pool._stock
-        wait_until(lambda: stock._parked, "the thread to sleep")
+        wait_until(lambda stock=stock: stock._parked, "the thread to sleep")
         del pool, stock
         gc.collect()
         thread.join(PATIENCE)
