@@ -183,7 +183,8 @@ class Stock(Shelf):
 
     def _add(self, member: Member, kind: str, **data: Any) -> None:
         with self._changed:
-            wanted = self.state == "open" and len(self._members) < self.config.max_warm
+            going_on = self.state == "open"
+            wanted = going_on and len(self._members) < self.config.max_warm
             if wanted:
                 self._members.append(member)
                 self._changed.notify_all()
@@ -191,7 +192,7 @@ class Stock(Shelf):
             self.note(kind, member.sandbox, **data)
             self.on_change()
         else:
-            self._discard(member, "surplus", wait=True)
+            self._discard(member, "surplus" if going_on else "draining", wait=True)
 
     def _fail(self, error: Exception | None) -> None:
         """Try again later, and later still if there is no other reason than that there are too many."""

@@ -36,7 +36,7 @@ def spawner_runs() -> None:
 
 
 @asynccontextmanager
-async def ready(spec: SandboxSpec | None = None, **config: Any):  # noqa: ANN201
+async def ready(spec: SandboxSpec | None = None, **config: Any):
     async with aio.SandboxPool(spec, PoolConfig(**{"min_warm": 1, "max_warm": 4} | config)) as pool:
         assert await pool.wait_ready(PATIENCE)
         yield pool
@@ -239,7 +239,7 @@ def test_whoever_is_cancelled_leaves_nothing(asked: dict[str, Any]) -> None:
         async def run() -> None:
             await pool.run(["sleep", "0.001"])
 
-        for turns in range(0, 14):
+        for turns in range(14):
             await cancelled_after(turns, claim())
             await cancelled_after(turns, run())
         await condition(lambda: pool.stats().claimed == 0, "nobody to have one")
@@ -272,7 +272,6 @@ def test_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
             async with await pool.claim(network="private"):
                 async with await pool.claim():
                     with pytest.raises(TooManySandboxes):
-                        await pool.claim()
                         await pool.claim()
 
     sandboxcore.host_limits(max_sandboxes=2)

@@ -173,7 +173,7 @@ def cold_error(**asked: Any) -> SandboxError | OSError:
     ],
 )
 def test_what_fails_late_fails_as_it_would_have_at_once(asked: dict[str, Any], kind: type[Exception]) -> None:
-    expected = cold_error(**{name: value for name, value in asked.items()})
+    expected = cold_error(**asked)
     with ready(binds="ro") as pool:
         (warm,) = members(pool)
         with pytest.raises(kind) as caught:

@@ -94,7 +94,6 @@ def test_files_in_an_overlay_are_found(overlays: None) -> None:
         before = look(sandbox)
         sandbox.shell("mkdir -p /etc/deep && echo x >/etc/deep/file", check=True)
         assert survivors(before, look(sandbox)) != []
-        sandbox.discard()
 
 
 # --- the pool -----------------------------------------------------------------------------------------------
