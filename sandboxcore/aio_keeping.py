@@ -172,9 +172,15 @@ class Keeping:
         """:meth:`sandboxcore.SandboxManager.archive`."""
         await self._do(self._own.archive, key, why)
 
-    async def recover(self, key: str, *, start: bool = False) -> None:
+    async def recover(self, key: str, *, start: bool = False, wait: float | None = 0.0) -> None:
         """:meth:`sandboxcore.SandboxManager.recover`."""
-        await self._do(self._own.recover, key, start=start)
+
+        def attempt() -> Awaitable[sandbox.Sandbox]:
+            return self._do(self._own._run, key)
+
+        await self._do(self._own.recover, key)
+        if start:
+            await self._when_there_is_room(attempt, wait)
 
     async def reconcile(self, *, dry_run: bool = False) -> Reconciled:
         """:meth:`sandboxcore.SandboxManager.reconcile`."""

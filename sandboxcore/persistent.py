@@ -61,7 +61,7 @@ class PersistentSandbox(PersistentCommands):
         record = SandboxRecord(
             id=self.id, name=self.name, state=self._state.value, spec=self.spec.to_dict(), labels=self.labels,
             description=self.description, metadata=self.metadata, owner=self.owner,
-            created_at=self.created_at, last_active_at=self.created_at,
+            created_at=self.created_at, last_active_at=self.created_at, lasting=True,
         )  # fmt: skip
         home = self._store.home(self.id).path
         try:

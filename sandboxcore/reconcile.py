@@ -253,7 +253,8 @@ class _Pass:
         seconds = self.now - session.last_active_at
         why = f"timed out: {session.state} without activity for {seconds:.0f} s (timeout {most:g} s)"
         states = self.states.get(session.sandbox, {})  # read later than the session: it may have ended
-        last = states.keys() == {session.id}
+        record = self.records.get(session.sandbox)
+        last = states.keys() == {session.id} and record is not None and not record.lasting
 
         def terminate() -> bool:
             nonlocal last
@@ -263,7 +264,6 @@ class _Pass:
         if self._act(replace(action, reason=why), terminate):
             self.sessions.remove(session)
             states.pop(session.id, None)
-            record = self.records.get(session.sandbox)
             if last and record is not None and not record.host and not record.doomed:
                 self._destroy(record, why)
 

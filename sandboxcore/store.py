@@ -104,6 +104,8 @@ class Store:
         """What the system or SQLite says is an error of the state directory."""
         try:
             yield
+        except SandboxError:  # some are OSErrors, too
+            raise
         except (OSError, sqlite3.Error) as error:
             raise SandboxError(f"{self.path}: {error}") from error
 
