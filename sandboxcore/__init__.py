@@ -32,6 +32,8 @@ if TYPE_CHECKING:
         SandboxGone,
         SandboxNotFound,
         SandboxTimeout,
+        SelectionRefused,
+        SessionNotFound,
         SetupError,
         SnapshotNotFound,
         SpecError,
@@ -39,19 +41,32 @@ if TYPE_CHECKING:
         UnsupportedHost,
         VolumeNotFound,
     )
+    from sandboxcore.eventchain import Verification, read_log, verify_log
+    from sandboxcore.eventlog import EventLog
+    from sandboxcore.events import Event, EventKind
     from sandboxcore.fileops import FileInfo
     from sandboxcore.files import Files
     from sandboxcore.journal import Log
     from sandboxcore.lifecycle import SandboxState
+    from sandboxcore.managed_session import SandboxSession
+    from sandboxcore.manager import AttachResult, SandboxManager
+    from sandboxcore.manager_stats import Health, ManagerStats
     from sandboxcore.persistent import PersistentSandbox
+    from sandboxcore.policy import Action, LifecyclePolicy
+    from sandboxcore.pool import SandboxPool
+    from sandboxcore.pool_policy import PoolConfig, PoolStats
+    from sandboxcore.pools import SandboxPools
     from sandboxcore.process import run
-    from sandboxcore.records import SandboxRecord
+    from sandboxcore.reconcile import Reconciled
+    from sandboxcore.records import SandboxRecord, SessionRecord
     from sandboxcore.recovery import gc, list_sandboxes
     from sandboxcore.request import DEVNULL, PIPE, STDOUT
     from sandboxcore.result import Cause, ExecResult, Usage
     from sandboxcore.sandbox import Sandbox
     from sandboxcore.saved import SavedSnapshot, SnapshotStore
     from sandboxcore.seccomp import SeccompPolicy
+    from sandboxcore.selection import RequiredCapabilities, SelectionOptions
+    from sandboxcore.session import SessionState, SessionTimeouts
     from sandboxcore.snapshots import Snapshot
     from sandboxcore.spec import Limits, Mount, SandboxSpec
     from sandboxcore.template import Template
@@ -67,11 +82,22 @@ _HOME = {
         *("CwdNotFound", "CwdNotPermitted", "CwdPathInvalid"),
         *("CommandFailed", "ExecError", "InvalidTransition", "ProgramNotExecutable", "ProgramNotFound"),
         *("ProgramPathInvalid", "SandboxBusy", "SandboxError", "SandboxGone", "SandboxNotFound"),
-        *("SandboxTimeout", "SetupError", "SpecError", "TooManySandboxes", "UnsupportedHost"),
+        *(
+            "SandboxTimeout",
+            "SelectionRefused",
+            "SessionNotFound",
+            "SetupError",
+            "SpecError",
+            "TooManySandboxes",
+            "UnsupportedHost",
+        ),
         "VolumeNotFound",
     ),
     "cgroup_group": ("GroupUsage",),
     "command": ("Exit", "Process", "Stderr", "Stdout"),
+    "eventchain": ("Verification", "read_log", "verify_log"),
+    "eventlog": ("EventLog",),
+    "events": ("Event", "EventKind"),
     "fileops": ("FileInfo",),
     "files": ("Files",),
     "detached": ("DetachedCommand",),
@@ -80,6 +106,9 @@ _HOME = {
     "lifecycle": ("SandboxState",),
     "persistent": ("PersistentSandbox",),
     "recovery": ("gc", "list_sandboxes"),
+    "pool": ("SandboxPool",),
+    "pool_policy": ("PoolConfig", "PoolStats"),
+    "pools": ("SandboxPools",),
     "process": ("run",),
     "request": ("DEVNULL", "PIPE", "STDOUT"),
     "result": ("Cause", "ExecResult", "Usage"),
@@ -92,6 +121,13 @@ _HOME = {
     "records": ("SandboxRecord", "SessionRecord"),
     "template": ("Template",),
     "volumes": ("Volume", "VolumeUsage", "Volumes"),
+    "managed_session": ("SandboxSession",),
+    "manager": ("AttachResult", "SandboxManager"),
+    "manager_stats": ("Health", "ManagerStats"),
+    "policy": ("Action", "LifecyclePolicy"),
+    "reconcile": ("Reconciled",),
+    "selection": ("RequiredCapabilities", "SelectionOptions"),
+    "session": ("SessionState", "SessionTimeouts"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -99,7 +135,9 @@ __all__ = [
     "DEVNULL",
     "PIPE",
     "STDOUT",
+    "Action",
     "ArchiveError",
+    "AttachResult",
     "Cause",
     "CheckpointError",
     "CommandFailed",
@@ -108,6 +146,9 @@ __all__ = [
     "CwdNotPermitted",
     "CwdPathInvalid",
     "DetachedCommand",
+    "Event",
+    "EventKind",
+    "EventLog",
     "ExecError",
     "ExecResult",
     "Exit",
@@ -115,28 +156,45 @@ __all__ = [
     "FileInfo",
     "Files",
     "GroupUsage",
+    "Health",
     "InvalidTransition",
+    "LifecyclePolicy",
     "LimitChange",
     "Limits",
     "Log",
+    "ManagerStats",
     "Mount",
     "PersistentSandbox",
+    "PoolConfig",
+    "PoolStats",
     "Process",
     "ProgramNotExecutable",
     "ProgramNotFound",
     "ProgramPathInvalid",
+    "Reconciled",
+    "RequiredCapabilities",
     "Sandbox",
     "SandboxBusy",
     "SandboxCapabilities",
     "SandboxError",
     "SandboxGone",
+    "SandboxManager",
     "SandboxNotFound",
+    "SandboxPool",
+    "SandboxPools",
     "SandboxRecord",
+    "SandboxSession",
     "SandboxSpec",
     "SandboxState",
     "SandboxTimeout",
     "SavedSnapshot",
     "SeccompPolicy",
+    "SelectionOptions",
+    "SelectionRefused",
+    "SessionNotFound",
+    "SessionRecord",
+    "SessionState",
+    "SessionTimeouts",
     "SetupError",
     "Snapshot",
     "SnapshotNotFound",
@@ -148,6 +206,7 @@ __all__ = [
     "TooManySandboxes",
     "UnsupportedHost",
     "Usage",
+    "Verification",
     "Volume",
     "VolumeNotFound",
     "VolumeUsage",
@@ -155,7 +214,9 @@ __all__ = [
     "gc",
     "host_limits",
     "list_sandboxes",
+    "read_log",
     "run",
+    "verify_log",
 ]
 
 

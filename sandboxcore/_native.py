@@ -228,6 +228,11 @@ class Streams:
     limit: int | None = None
     owner: tuple[int, int] | None = None
 
+    @property
+    def counted(self) -> tuple[int, ...]:
+        """The streams whose bytes are counted."""
+        return (*self.capture, *(number for number, _ in self.relay))
+
 
 METERS = tuple(
     name.lower()

@@ -83,7 +83,7 @@ class Files:
 
     def __init__(self, sandbox: "Sandbox", server: AsyncFileServer) -> None:
         self._sandbox, self._server = sandbox, server
-        self._operations = Operations(sandbox.spec, sandbox._plan.host)
+        self._operations = Operations(sandbox.spec, sandbox._plan.host, sandbox)
         self._trees = TreeOperations(self._operations)
 
     async def _ask(self, ask: Ask) -> int:

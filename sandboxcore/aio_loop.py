@@ -335,10 +335,12 @@ async def born(
     name: str,
     home: Home | None,
     layers: Callable[[Spawner], Sequence[int]],
+    *,
     room: Room | None = None,
+    patience: float = START_PATIENCE,
 ) -> Link:
     """A sandbox that stands; with ``home``, a persistent one; ``layers`` says with what it begins, ``room``
-    where it takes a place. Whoever is cancelled here leaves none."""
+    where it takes a place; ``patience``: seconds. Whoever is cancelled here leaves none."""
 
     async def action(connection: Spawner) -> Link:
         try:
@@ -348,7 +350,7 @@ async def born(
         except OSError as error:
             raise unsent(error) from error
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + START_PATIENCE
+        deadline = loop.time() + patience
         try:
             while True:
                 await readable(birth.answer.fileno(), deadline - loop.time())

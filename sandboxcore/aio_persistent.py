@@ -89,10 +89,12 @@ class PersistentSandbox(Sandbox):
 
     async def restore(self, snapshot: Snapshot) -> None:
         """:meth:`sandboxcore.PersistentSandbox.restore`, likewise."""
+        self._file_server.close(wait=ANSWER_PATIENCE)  # init would take it for a command
         await asyncio.to_thread(self._own.restore, snapshot)
 
     async def discard(self) -> None:
         """:meth:`sandboxcore.PersistentSandbox.discard`, likewise."""
+        self._file_server.close(wait=ANSWER_PATIENCE)
         await asyncio.to_thread(self._own.discard)
 
     async def diff(self, since: Snapshot | None = None) -> list[FileChange]:
@@ -161,6 +163,10 @@ class PersistentSandbox(Sandbox):
         return self._own._home()
 
     def _is_now(self, state: SandboxState) -> None:
+        self._on_record(state)
+        self._note_pause(state)
+
+    def _on_record(self, state: SandboxState) -> None:
         self._own._store.change(self._own.id, state=state.value)
         self._own._look()
 
@@ -171,12 +177,14 @@ class PersistentSandbox(Sandbox):
         async with self._changing():
             check_move(own.name, self.state, SandboxState.PAUSED, "suspend")
             # On record first: a paused one that runs, because we die here, can be resumed; the reverse hangs.
-            self._is_now(SandboxState.PAUSED)
+            self._on_record(SandboxState.PAUSED)
             try:
                 await self._through(lambda link: freeze(link, stands.set))
             finally:
                 if not stands.is_set():
-                    self._is_now(SandboxState.RUNNING)
+                    self._on_record(SandboxState.RUNNING)
+                else:
+                    self._note_pause(SandboxState.PAUSED)
 
     def _updated(self, changes: Mapping[str, Any]) -> Mapping[str, LimitChange]:
         self._own._look()
@@ -196,7 +204,7 @@ class PersistentSandbox(Sandbox):
             os.close(watch)
             own._let_go()
             if gone.is_set():
-                own._note_end(own._record)
+                own._note_end(own._record, "asked" if state is SandboxState.STOPPED else None)
         if not gone.is_set():
             raise TimeoutError("a process in uninterruptible sleep cannot be killed yet")
 
@@ -222,7 +230,7 @@ class PersistentSandbox(Sandbox):
                 own._look()
                 try:
                     if own._link is not None:
-                        await self._end(SandboxState.STOPPED, wait=True)
+                        await self._end(SandboxState.DESTROYED, wait=True)
                 finally:
                     if own._state not in (SandboxState.RUNNING, SandboxState.PAUSED):
                         own._forget()

@@ -7,7 +7,7 @@ import os
 import signal
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,9 +33,11 @@ from sandboxcore.cgroup import GroupUsage
 from sandboxcore.changes import FileChange
 from sandboxcore.detached import DEFAULT_KEEP
 from sandboxcore.errors import InvalidTransition, SandboxGone, SetupError
+from sandboxcore.events import EventKind
 from sandboxcore.layers import Copy, Layers
 from sandboxcore.lifecycle import SandboxState, check_move
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link
+from sandboxcore.observers import Observer
 from sandboxcore.request import DEVNULL, PIPE, File, FileContent, Program, Request, StrOrBytes
 from sandboxcore.resources import LimitChange
 from sandboxcore.result import Decoder, ExecResult
@@ -119,12 +121,35 @@ class Sandbox:
         """When it took or finished its last command."""
         return self._own.last_active_at
 
+    @property
+    def timings(self) -> Mapping[str, float]:
+        """:attr:`sandboxcore.Sandbox.timings`."""
+        return self._own.timings
+
+    def observe(self, callback: Observer) -> Callable[[], None]:
+        """:meth:`sandboxcore.Sandbox.observe`. It is called by the loop's thread; for the snapshots and
+        commits of a persistent one, by another."""
+        return self._own.observe(callback)
+
+    def trace(self, trace_id: str) -> AbstractContextManager[None]:
+        """:meth:`sandboxcore.Sandbox.trace`: for the task that enters it, and those that it starts."""
+        return self._own.trace(trace_id)
+
     async def start(self) -> None:
         """Start it, also again after :meth:`stop`; then everything private in it is new and empty."""
         async with self._changing():
             self._own._may_start()
             own = self._own
-            own._started(await born(own._plan, self.id, self._home(), own._layers.begin, own._room))
+            own._started(
+                await born(
+                    own._plan,
+                    self.id,
+                    self._home(),
+                    own._layers.begin,
+                    room=own._room,
+                    patience=own.start_timeout,
+                )
+            )
 
     def _changing(self) -> AbstractAsyncContextManager[Any]:
         """Whoever changes the state is alone."""
@@ -167,6 +192,11 @@ class Sandbox:
 
     def _is_now(self, state: SandboxState) -> None:
         self._own._state = state
+        self._note_pause(state)
+
+    def _note_pause(self, state: SandboxState) -> None:
+        paused = state is SandboxState.PAUSED
+        self._own._note(EventKind.SANDBOX_SUSPENDED if paused else EventKind.SANDBOX_RESUMED)
 
     async def stop(self) -> None:
         """Kill everything in it, wait until it is gone. What is private in it is lost; it can start again."""
@@ -227,6 +257,11 @@ class Sandbox:
     async def snapshot(self, name: str | None = None, *, copy: bool | None = None) -> Snapshot:
         """:meth:`sandboxcore.Sandbox.snapshot`. It takes init about a millisecond, during which the loop
         waits, so that nobody can be cancelled between; but for a copy."""
+        taken = await self._taken(name, copy)
+        self._own._note_snapshot(taken)
+        return taken
+
+    async def _taken(self, name: str | None = None, copy: bool | None = None) -> Snapshot:
         own = self._own
         async with self._still():
             with own._quiet("snapshot"):
@@ -248,7 +283,7 @@ class Sandbox:
 
     async def diff(self, since: Snapshot | None = None) -> list[FileChange]:
         """:meth:`sandboxcore.Sandbox.diff`; a thread of its own reads what is in the layers."""
-        with await self.snapshot() as now:
+        with await self._taken() as now:
             return await asyncio.to_thread(now.diff, since)
 
     async def commit(
@@ -259,8 +294,10 @@ class Sandbox:
         state_dir: str | os.PathLike[str] | None = None,
     ) -> list[FileChange]:
         """:meth:`sandboxcore.Sandbox.commit`; a thread of its own writes, also if this is cancelled."""
-        with await self.snapshot() as now:
-            return await asyncio.to_thread(now.commit, paths, dry_run=dry_run, state_dir=state_dir)
+        with await self._taken() as now:
+            changes = await asyncio.to_thread(now.commit, paths, dry_run=dry_run, state_dir=state_dir)
+        self._own._note_commit(changes, dry_run=dry_run)
+        return changes
 
     @asynccontextmanager
     async def _still(self) -> AsyncIterator[None]:
@@ -287,7 +324,7 @@ class Sandbox:
     async def fork(self, n: int = 1) -> list[Self]:
         """:meth:`sandboxcore.Sandbox.fork`."""
         children: list[Self] = []
-        with await self.snapshot() as snapshot:
+        with await self._taken() as snapshot:
             try:
                 for _ in range(n):
                     children.append(self._from(snapshot, snapshot.fitting(None)))
@@ -297,6 +334,7 @@ class Sandbox:
                 for child in children:
                     await child.close()
                 raise
+        self._own._note(EventKind.SANDBOX_FORKED, children=[child.id for child in children])
         return children
 
     # --- what comes and goes while it runs --------------------------------------------------------
@@ -389,8 +427,13 @@ class Sandbox:
             pass_fds=pass_fds,
             record=record,
         )
-        done = await self._converse(link, request, streams, seconds)
-        return own._concluded(request, streams, done, Decoder(text, encoding, errors), check=check)
+        with own._watched(request.args, streams) as watch:
+            done = await self._converse(link, request, streams, seconds)
+            result = own._concluded(request, streams, done, Decoder(text, encoding, errors))
+            watch.ended(result)
+        if check:
+            result.check_returncode()
+        return result
 
     async def _ready(self, wanted: str, seconds: float | None) -> Link:
         """The link, when it takes a command at once."""
@@ -509,10 +552,11 @@ class Sandbox:
             lambda: own._new_command(request, kept, pty=bool(pty), wait=False), LOCK_PATIENCE, self._held()
         )
         try:
-            with later:  # also where nothing is sent
-                link = await self._ready("detach", own._deadline(timeout, own._bounds(limits)))
-                ending = own._released(link, request, command, later)
-            await await_start(command, ending)
+            with own._watching(command):
+                with later:  # also where nothing is sent
+                    link = await self._ready("detach", own._deadline(timeout, own._bounds(limits)))
+                    ending = own._released(link, request, command, later)
+                await await_start(command, ending)
         except BaseException:
             own._forget_command(command)
             raise

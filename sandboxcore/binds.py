@@ -8,11 +8,12 @@ import select
 import socket
 from collections.abc import Generator, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sandboxcore import _native
 from sandboxcore.capabilities import SandboxCapabilities
 from sandboxcore.errors import SandboxBusy, SandboxError, SetupError, SpecError
+from sandboxcore.events import EventKind
 from sandboxcore.files import Files, FileServer
 from sandboxcore.host import HostFeatures
 from sandboxcore.link import ANSWER_PATIENCE, Link
@@ -156,6 +157,10 @@ class LiveBinds(Resources):
                 self._capabilities = None
                 yield answer, ANSWER_PATIENCE
                 link.hear_bind(answer)
+            self._note_bind(EventKind.SANDBOX_BOUND, wanted)
+        except GeneratorExit:
+            self._note_bind(EventKind.SANDBOX_BOUND, wanted, error="interrupted")
+            raise
         except _native.NativeFailure as failure:
             error = self._rendered(None, failure, link)
             self._binds.pop(number, None)
@@ -195,7 +200,12 @@ class LiveBinds(Resources):
         for number in sorted(inside, key=lambda number: self._binds[number].target, reverse=True):
             self._capabilities = None
             yield from self._unbinding_one(number, lazy=lazy)
-            self._binds.pop(number, None)
+            if (bind := self._binds.pop(number, None)) is not None:
+                self._note_bind(EventKind.SANDBOX_UNBOUND, bind, lazy=lazy)
+
+    def _note_bind(self, kind: EventKind, bind: Mount, **more: Any) -> None:
+        about = {"source": bind.source, "target": bind.target, "read_only": bind.read_only}
+        self._note(kind, **about, **more)
 
     def _unbinding_one(self, number: int, *, lazy: bool) -> Steps:
         link, path = self._link_now(), self._binds[number].target

@@ -18,6 +18,7 @@ from typing import IO, Any, Literal, Self
 from sandboxcore import _native
 from sandboxcore.identity import pid_of
 from sandboxcore.link import Link
+from sandboxcore.observers import UNWATCHED, Unwatched
 from sandboxcore.pipes import Exchange, Outputs, Pipes, Terminal, close_quietly, poll_once
 from sandboxcore.plan import Plan
 from sandboxcore.process import render
@@ -59,8 +60,15 @@ class Ending:
     The socket is the command's life: closing it kills the command and everything below it.
     """
 
-    def __init__(self, plan: Plan, request: Request, sock: socket.socket, link: Link | None = None) -> None:
-        self.plan, self.request, self.sock, self.link = plan, request, sock, link
+    def __init__(
+        self,
+        plan: Plan,
+        request: Request,
+        sock: socket.socket,
+        link: Link | None = None,
+        watch: Unwatched = UNWATCHED,
+    ) -> None:
+        self.plan, self.request, self.sock, self.link, self.watch = plan, request, sock, link, watch
         self.began = time.monotonic_ns()
         self.result: ExecResult | None = None
         self.started = False
@@ -82,8 +90,10 @@ class Ending:
         if record is None:
             self._finish(None)
         elif record.error is not None:
+            error = render(self.plan, self.request, record.error)
+            self.watch.failed(error)
             self.close()
-            raise render(self.plan, self.request, record.error)
+            raise error
         elif record.kind == "APPLIED":
             self._applied += record.text
         elif record.kind == "LENT":
@@ -123,7 +133,8 @@ class Ending:
                     raise TimeoutError(f"{self.request.args[0]!r} did not start within {patience} s")
                 with contextlib.suppress(BlockingIOError):
                     self.hear()
-        except BaseException:
+        except BaseException as error:
+            self.watch.failed(error)
             self.close()
             raise
 
@@ -141,6 +152,7 @@ class Ending:
         streams, decode = _native.Streams(capture=()), Decoder(False, None, None)
         result = make_result(self.plan, self.request.args, streams, done, decode, limits=bounds)
         self.result = result
+        self.watch.ended(result)
         self.sock.close()  # as with Popen, nothing but pipes stays open behind the end
         pidfd, self.pidfd = self.pidfd, -1
         if pidfd >= 0:
@@ -161,6 +173,8 @@ class Ending:
 
     def close(self) -> None:
         """Let go. Kills the command if it still runs. Idempotent."""
+        if not self.foreign:
+            self.watch.let_go()
         if self.sock.fileno() >= 0 and not self.foreign:
             with contextlib.suppress(OSError):  # a thread that waits in poll(2) would keep it open: wake it
                 self.sock.shutdown(socket.SHUT_RDWR)

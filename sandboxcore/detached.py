@@ -20,6 +20,7 @@ from sandboxcore.command import Event, Exit, Scope, Stderr, Stdout
 from sandboxcore.errors import SandboxGone, SpecError
 from sandboxcore.journal import Journal, Log
 from sandboxcore.link import ANSWER_PATIENCE, Home
+from sandboxcore.observers import UNWATCHED, Unwatched
 from sandboxcore.pipes import Terminal
 from sandboxcore.plan import Plan
 from sandboxcore.request import Program
@@ -104,13 +105,16 @@ class DetachedCommand:
         self.id, self.args, self.pty, self.started_at = command_id, tuple(args), pty, started_at
         self._plan, self._journal, self._door = plan, journal, door
         self._lost: ExecResult | None = None
+        self._watch: Unwatched = UNWATCHED
 
     def again(self) -> "DetachedCommand":
         """Another handle of it, to be closed on its own."""
-        return DetachedCommand(
+        other = DetachedCommand(
             self.id, self.args, self._plan, self._journal.again(), self._door,
             pty=self.pty, started_at=self.started_at,
         )  # fmt: skip
+        other._watch = self._watch
+        return other
 
     # --- how it is ------------------------------------------------------------------------------
 
@@ -118,6 +122,12 @@ class DetachedCommand:
     def result(self) -> ExecResult | None:
         """None while it runs, then an :class:`ExecResult` without output. Cause ``killed`` where its sandbox
         or its launcher was killed, ``setup`` where it never started."""
+        result = self._result()
+        if result is not None:
+            self._watch.ended(result)
+        return result
+
+    def _result(self) -> ExecResult | None:
         head = self._journal.head()
         if head.state != "ENDED" and self._lost is None and not self._reachable():
             head = self._journal.head()  # it may have ended between the look and the question

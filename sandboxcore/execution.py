@@ -23,6 +23,7 @@ from sandboxcore.errors import (
 from sandboxcore.groups import limits_of
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Link
+from sandboxcore.observers import Observed
 from sandboxcore.pipes import Pipes, check_buffering
 from sandboxcore.plan import Plan, command_limits, tightened
 from sandboxcore.process import render
@@ -48,7 +49,7 @@ _RUNNING = SandboxState.RUNNING
 USER_VARIABLES = ("TERM", "COLORTERM", "LANG")  # what a terminal is and speaks
 
 
-class Execution:
+class Execution(Observed):
     """The part of :class:`Sandbox` that starts commands. Needs a link, a plan and a state."""
 
     name: str
@@ -149,21 +150,26 @@ class Execution:
             record=record,
         )
         seconds = self._deadline(timeout, self._bounds(limits))
-        try:
-            with link:
-                done = _native.run(
-                    link.work.fileno(),
-                    request.data,
-                    streams,
-                    seconds,
-                    request.pass_fds,
-                    sandbox=link.pidfd,
-                    pause=link.pause,
-                    kill_flood=self.spec.limits.output_action == "kill",
-                )
-        except _native.NativeFailure as failure:
-            raise self._rendered(request, failure, link) from None
-        return self._concluded(request, streams, done, Decoder(text, encoding, errors), check=check)
+        with self._watched(request.args, streams) as watch:
+            try:
+                with link:
+                    done = _native.run(
+                        link.work.fileno(),
+                        request.data,
+                        streams,
+                        seconds,
+                        request.pass_fds,
+                        sandbox=link.pidfd,
+                        pause=link.pause,
+                        kill_flood=self.spec.limits.output_action == "kill",
+                    )
+            except _native.NativeFailure as failure:
+                raise self._rendered(request, failure, link) from None
+            result = self._concluded(request, streams, done, Decoder(text, encoding, errors))
+            watch.ended(result)
+        if check:
+            result.check_returncode()
+        return result
 
     def _captured(
         self,
@@ -187,8 +193,6 @@ class Execution:
         streams: _native.Streams,
         done: _native.NativeResult,
         decode: Decoder,
-        *,
-        check: bool,
     ) -> ExecResult:
         if done.applied:
             done.group_limits = self._group_limits()
@@ -196,8 +200,6 @@ class Execution:
             link.explain(done)
         result = make_result(self._plan, request.args, streams, done, decode, limits=request.limits)
         self.last_active_at = time.time()
-        if check:
-            result.check_returncode()
         return result
 
     def _group_limits(self) -> dict[str, Any] | None:
@@ -335,7 +337,9 @@ class Execution:
         pipes = Pipes(stdio, self._owner(extras.ids))
         try:
             request = Request(self._plan, argv, stdio=pipes.stdio, extras=extras, **options)
-            ending = Ending(self._plan, request, self._submit(link, request, pipes.theirs), link)
+            with self._watched(request.args, pty=bool(pty)) as watch:
+                sock = self._submit(link, request, pipes.theirs)
+                ending = Ending(self._plan, request, sock, link, watch)
         except BaseException:
             pipes.close()
             raise

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import IO, Any, Literal, TypeVar
 
 from sandboxcore import _native
+from sandboxcore.events import EventKind
 from sandboxcore.host import ID_RANGE, HostFeatures
+from sandboxcore.observers import Observed, Operated, noted
 from sandboxcore.spec import SandboxSpec
 
 Path = str | os.PathLike[str]
@@ -172,11 +174,11 @@ def copy_data(source: int, target: int, size: int) -> Steps[None]:
     os.ftruncate(target, min(size, os.fstat(source).st_size))
 
 
-class Operations:
+class Operations(Operated):
     """The operations on one sandbox's files; see :class:`sandboxcore.files.Files` for what each does."""
 
-    def __init__(self, spec: SandboxSpec, host: HostFeatures) -> None:
-        self.workdir = spec.workdir
+    def __init__(self, spec: SandboxSpec, host: HostFeatures, observed: Observed | None = None) -> None:
+        self.workdir, self.observed = spec.workdir, observed
         self._host = host
         self._ids = spec.ids()
 
@@ -251,6 +253,7 @@ class Operations:
             with contextlib.suppress(FileExistsError):
                 yield Ask("MKDIR", above, flags=_native.constant("FILE_PARENTS"), mode=0o755, at=at)
 
+    @noted(EventKind.FILE_OPENED, "path", "mode")
     def open(
         self,
         path: Path,
@@ -280,6 +283,7 @@ class Operations:
 
     # --- contents -------------------------------------------------------------------------------
 
+    @noted(EventKind.FILE_READ, "path")
     def read(self, path: Path, offset: int, size: int | None) -> Steps[bytes]:
         """The bytes of a file."""
         if offset < 0 or (size is not None and size < 0):
@@ -301,6 +305,7 @@ class Operations:
             raise _too_large(name)
         return bytes(data)
 
+    @noted(EventKind.FILE_WRITTEN, "path")
     def write(
         self,
         path: Path,
@@ -398,8 +403,13 @@ class Operations:
 
     # --- changing -------------------------------------------------------------------------------
 
+    @noted(EventKind.FILE_MADE, "path")
     def mkdir(self, path: Path, mode: int, parents: bool, exist_ok: bool) -> Steps[None]:
         """Make a directory."""
+        yield from self.folder(path, mode, parents, exist_ok)
+
+    def folder(self, path: Path, mode: int, parents: bool, exist_ok: bool) -> Steps[None]:
+        """The same as a part of another operation."""
         name = self.resolve(path)
         flags = _native.constant("FILE_PARENTS") if parents else 0
         try:
@@ -410,6 +420,7 @@ class Operations:
             if (yield from self.stat(name, True)).type != "directory":
                 raise
 
+    @noted(EventKind.FILE_REMOVED, "path")
     def remove(self, path: Path, recursive: bool, missing_ok: bool) -> Steps[None]:
         """Remove a file, a link, an empty directory, or a tree."""
         name = self.resolve(path)
@@ -425,14 +436,17 @@ class Operations:
             if not missing_ok:
                 raise
 
+    @noted(EventKind.FILE_RENAMED, "path", "to")
     def rename(self, old: Path, new: Path) -> Steps[None]:
         """Rename, as rename(2)."""
         yield Ask("RENAME", self.resolve(old), self.resolve(new))
 
+    @noted(EventKind.FILE_LINKED, "target", "path")
     def symlink(self, target: Path, path: Path) -> Steps[None]:
         """Make a symbolic link."""
         yield Ask("SYMLINK", os.fsdecode(target), self.resolve(path))
 
+    @noted(EventKind.FILE_CHANGED, "path", "mode")
     def chmod(self, path: Path, mode: int) -> Steps[None]:
         """Change the permission bits."""
         yield Ask("CHMOD", self.resolve(path), mode=check_mode(mode))

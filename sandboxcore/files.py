@@ -135,7 +135,7 @@ class Files:
 
     def __init__(self, sandbox: "Sandbox", server: FileServer) -> None:
         self._sandbox, self._server = sandbox, server
-        self._operations = Operations(sandbox.spec, sandbox._plan.host)
+        self._operations = Operations(sandbox.spec, sandbox._plan.host, sandbox)
         self._trees = TreeOperations(self._operations)
 
     def _ask(self, ask: Ask) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
+from sandboxcore.events import EventKind
 from sandboxcore.fileops import (
     CHUNK,
     READ_MAX,
@@ -30,6 +31,7 @@ from sandboxcore.fileops import (
     type_of,
     write_all,
 )
+from sandboxcore.observers import Operated, noted
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -170,14 +172,19 @@ class _Sink:
         return len(data)
 
 
-class TreeOperations:
+class TreeOperations(Operated):
     """Copies and archives; see :class:`sandboxcore.files.Files` for what each does."""
 
     def __init__(self, operations: Operations) -> None:
-        self._files = operations
+        self._files, self.observed = operations, operations.observed
+
+    def resolve(self, path: Path) -> str:
+        """The absolute path inside."""
+        return self._files.resolve(path)
 
     # --- out ------------------------------------------------------------------------------------
 
+    @noted(EventKind.FILE_COPIED_OUT, "path", "host")
     def copy_out(self, path: Path, host_path: Path, how: Manner) -> Steps[None]:
         """Copy to the host."""
         name, target = self._files.resolve(path), os.path.abspath(os.fsdecode(host_path))
@@ -232,11 +239,12 @@ class TreeOperations:
 
     # --- in -------------------------------------------------------------------------------------
 
+    @noted(EventKind.FILE_COPIED_IN, "host", "path")
     def copy_in(self, host_path: Path, path: Path, how: Manner) -> Steps[None]:
         """Copy from the host."""
         name, origin = self._files.resolve(path), os.path.abspath(os.fsdecode(host_path))
         if os.path.isdir(origin):
-            yield from self._files.mkdir(name, 0o755, True, True)
+            yield from self._files.folder(name, 0o755, True, True)
             base = yield from self._files.acquire(name, os.O_RDONLY | os.O_DIRECTORY)
             tree = HostTree(origin, follow=True)
             with closing(base), contextlib.closing(tree):
@@ -307,6 +315,7 @@ class TreeOperations:
 
     # --- archives -------------------------------------------------------------------------------
 
+    @noted(EventKind.FILE_COPIED_OUT, "path", archive=True)
     def tar(self, path: Path, fileobj: IO[bytes] | None, skip: bool) -> Steps[bytes | None]:
         """Write an archive."""
         top = self._files.resolve(path)
@@ -359,10 +368,11 @@ class TreeOperations:
         archive.addfile(member, _Plain(fd, info.size) if fd >= 0 else None)
         archive.members.clear()
 
+    @noted(EventKind.FILE_COPIED_IN, "", "path", archive=True)
     def untar(self, data: bytes | IO[bytes], path: Path, skip: bool) -> Steps[None]:
         """Extract an archive."""
         top = self._files.resolve(path)
-        yield from self._files.mkdir(top, 0o755, True, True)
+        yield from self._files.folder(top, 0o755, True, True)
         base = yield from self._files.acquire(top, os.O_RDONLY | os.O_DIRECTORY)
         stream = io.BytesIO(data) if isinstance(data, bytes | bytearray) else data
         modes = []

@@ -8,10 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sandboxcore.errors import SandboxError, SandboxNotFound, SessionNotFound
-from sandboxcore.records import Damaged, SandboxRecord, SessionRecord, columns, row_of, session_of
+from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SessionNotFound, SpecError
+from sandboxcore.records import Damaged, SandboxRecord, SessionRecord, columns, session_of
 from sandboxcore.session import LIVE, SessionState, check_move, sources
-from sandboxcore.store import Store, readable
+from sandboxcore.store import Store, insert, readable
 
 _LIVE = ", ".join(f"'{state}'" for state in LIVE)
 
@@ -23,14 +23,12 @@ class Ledger(Store):
 
     def open_session(self, session: SessionRecord) -> None:
         """A new one. Raises :class:`SandboxNotFound` where its sandbox is gone, or about to be."""
-        values = row_of(session)
-        marks = ", ".join("?" * len(values))
         with self._change() as db:
             row = db.execute("SELECT doomed FROM sandboxes WHERE id = ?", (session.sandbox,)).fetchone()
             if row is None or row["doomed"]:
                 why = f"about to be destroyed: {row['doomed']}" if row else "not on record any more"
                 raise SandboxNotFound(f"sandbox {session.sandbox} is {why}")
-            db.execute(f"INSERT INTO sessions ({', '.join(values)}) VALUES ({marks})", [*values.values()])
+            insert(db, session)
 
     def session(self, session_id: str) -> SessionRecord:
         """Raises :class:`SessionNotFound`, and :class:`SandboxError` for a record that cannot be read."""
@@ -129,6 +127,18 @@ class Ledger(Store):
                 "UPDATE sandboxes SET last_active_at = max(last_active_at, ?) WHERE id = ?", (when, sandbox)
             )
 
+    def touch_session(self, session_id: str) -> None:
+        """It is active at this moment. Raises :class:`InvalidTransition` where it has ended."""
+        now = time.time()
+        done = self._do(
+            "UPDATE sessions SET last_active_at = ? WHERE id = ? AND state != 'terminated' RETURNING sandbox",
+            (now, session_id),
+        )
+        if not done:
+            raise InvalidTransition(f"session {session_id}", self.session(session_id).state, "touch")
+        query = "UPDATE sandboxes SET last_active_at = max(last_active_at, ?) WHERE id = ?"
+        self._do(query, (now, done[0]["sandbox"]))
+
     def session_states(self) -> dict[str, dict[str, str]]:
         """The states of all that go on, also of damaged ones, by their sandboxes and ids."""
         found: dict[str, dict[str, str]] = {}
@@ -148,6 +158,18 @@ class Ledger(Store):
 
     # --- sandboxes ------------------------------------------------------------------------------
 
+    def enrol(self, record: SandboxRecord, session: SessionRecord | None = None) -> SandboxRecord:
+        """A new sandbox, and with it perhaps its first session. Raises :class:`SpecError` where the name is
+        taken."""
+        with self._change() as db:
+            try:
+                insert(db, record)
+            except sqlite3.IntegrityError:
+                raise SpecError(f"name: {record.name!r} is the name of another sandbox") from None
+            if session is not None:
+                insert(db, session)
+        return record
+
     def doom(self, record: SandboxRecord, why: str, *, used: bool = False) -> bool:
         """Have nobody get a new session of a sandbox: it is about to be destroyed. False where it has changed
         since its record was read: somebody used it, started it, gave it more time; or has an active session,
@@ -157,15 +179,19 @@ class Ledger(Store):
         query = "UPDATE sandboxes SET doomed = ? WHERE id = ? AND expires_at IS ? RETURNING id"
         return bool(self._do(query, (why, record.id, record.expires_at)))
 
-    def insert_private(self, record: SandboxRecord) -> None:
-        """A sandbox that belongs to this process: it has no directory."""
-        assert record.host
-        self.add(record)
+    def doom_anyhow(self, sandbox: str, why: str) -> None:
+        """The same, whatever has happened."""
+        self._do("UPDATE sandboxes SET doomed = ? WHERE id = ?", (why, sandbox))
 
     def forget_private(self, sandbox: str) -> None:
         """It has ended."""
         with self.locked(sandbox):
             self.remove(sandbox)
+
+    def counts(self, table: str) -> dict[str, int]:
+        """How many "sandboxes" or "sessions" are on record, by state."""
+        rows = self._do(f"SELECT state, count(*) AS many FROM {table} GROUP BY state ORDER BY state")
+        return {str(row["state"]): int(row["many"]) for row in rows}
 
     # --- settings -------------------------------------------------------------------------------
 

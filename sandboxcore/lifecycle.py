@@ -3,6 +3,8 @@
 import enum
 import os
 import time
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from sandboxcore.errors import InvalidTransition
 
@@ -37,6 +39,21 @@ def check_move(name: str, state: SandboxState, to: SandboxState, wanted: str) ->
     """Raise :class:`InvalidTransition` unless ``to`` may follow ``state``."""
     if not can_move(state, to):
         raise InvalidTransition(name, state.value, wanted)
+
+
+PHASES = ("plan", "group", "spawn", "setup")
+
+
+def create_timings(began: int, moments: Sequence[int], ended: int) -> Mapping[str, float]:
+    """Seconds that a start took, by phase, from moments in ns of CLOCK_MONOTONIC.
+
+    plan: the spec compiled, the spawner reached, and started if there was none. group: a place among the
+    host's sandboxes, the control group if it needs one, volumes. spawn: until its init exists. setup: until
+    it is isolated and takes commands. total: all of it; of a persistent one with putting it on record.
+    """
+    marks = (began, *moments)
+    found = {name: (marks[i + 1] - marks[i]) / 1e9 for i, name in enumerate(PHASES) if i + 1 < len(marks)}
+    return MappingProxyType({**found, "total": (ended - began) / 1e9})
 
 
 def new_id(prefix: str) -> str:

@@ -122,6 +122,7 @@ class Link:
     ) -> None:
         self.keeper, self.work, self.pidfd = keeper, work, pidfd
         self.pause, self.group = pause, group
+        self.moments: tuple[int, ...] = ()  # of its birth: lifecycle.create_timings
         self._oom_kills = 0  # that are known
         self._answer = answer
         self._guard = threading.Lock()
@@ -402,6 +403,7 @@ class Birth:
         self.answer, self.keeper, self.work, self.stays = answer, keeper, work, stays
         self.pause, self.group = pause, group
         self.pidfd = -1
+        self.moments: list[int] = []  # when a phase was over: group, spawn, setup; begins with its beginning
 
     @classmethod
     def send(
@@ -417,7 +419,7 @@ class Birth:
         """Ask a spawner for a sandbox; with ``home``, a persistent one. ``name``: of its control group, if it
         needs one. ``layers``: what it begins with, the topmost first, by their numbers on the shelf.
         ``room``: where it takes a place. Raises NativeFailure, SetupError, TooManySandboxes, OSError."""
-        group = None
+        group, began = None, time.monotonic_ns()
         try:
             with contextlib.ExitStack() as stack:
                 found: list[tuple[str, int]] = []
@@ -436,7 +438,10 @@ class Birth:
                     home.group = group
                 held = stack.enter_context(in_use(plan.volumes, name))
                 found = [*found, *(("HOLD", fd) for fd in (*places, *held))]
-                return cls._send(plan, connection, home, found, group, layers=layers)
+                ready = time.monotonic_ns()
+                birth = cls._send(plan, connection, home, found, group, layers=layers)
+                birth.moments = [began, ready]
+                return birth
         except BaseException:
             if group is not None:
                 remove_later(group)
@@ -492,13 +497,16 @@ class Birth:
             raise record.error
         if record.kind == "PIDFD":
             self.pidfd = record.fd
+            self.moments.append(time.monotonic_ns())
         if record.kind != "READY":
             return None
+        self.moments.append(time.monotonic_ns())
         if not self.stays:
             self.answer.close()
         answer = self.answer if self.stays else None
         link = Link(self.keeper, self.work, self.pidfd, answer, pause=self.pause, group=self.group)
         self.pidfd = -1
+        link.moments = tuple(self.moments)
         return link
 
     def abandon(self) -> None:
@@ -507,9 +515,9 @@ class Birth:
         self.answer.close()
         Link(self.keeper, self.work, self.pidfd, group=self.group).end(wait=0)
 
-    def wait(self) -> Link:
+    def wait(self, patience: float = START_PATIENCE) -> Link:
         """Block until it stands. Raises NativeFailure, SandboxTimeout."""
-        deadline = time.monotonic() + START_PATIENCE
+        deadline = time.monotonic() + patience
         try:
             while True:
                 if not _poll(self.answer.fileno(), max(0.0, deadline - time.monotonic())):

@@ -12,6 +12,7 @@ from typing import Any, Self
 from sandboxcore import host
 from sandboxcore.cgroup import GroupUsage
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
+from sandboxcore.events import EventKind
 from sandboxcore.files import FileServer
 from sandboxcore.identity import boot_id, pid_of, start_ticks
 from sandboxcore.layers import Layers
@@ -56,7 +57,7 @@ class PersistentSandbox(PersistentCommands):
             check_name(name)
         self._state_dir = state_dir
         super().__init__(spec, name=name, **about)
-        self._store = Store(state_dir)
+        self._store = self._opened(state_dir)
         record = SandboxRecord(
             id=self.id, name=self.name, state=self._state.value, spec=self.spec.to_dict(), labels=self.labels,
             description=self.description, metadata=self.metadata, owner=self.owner,
@@ -67,15 +68,25 @@ class PersistentSandbox(PersistentCommands):
             with self._store.locked(self.id):  # or gc() would take the directory for a stray
                 try:
                     home.mkdir(mode=0o700)
-                    self._store.add(record)
+                    self._record = self._enrolled(record)
                 except BaseException:
                     with contextlib.suppress(OSError):
                         home.rmdir()
                     raise
         except BaseException:
-            self._store.close()
+            self._closed()
             raise
-        self._record = record
+
+    def _opened(self, state_dir: StatePath) -> Store:
+        return Store(state_dir)
+
+    def _closed(self) -> None:
+        self._store.close()
+
+    def _enrolled(self, record: SandboxRecord) -> SandboxRecord:
+        """Put on record."""
+        self._store.add(record)
+        return record
 
     @classmethod
     def create(cls, spec: SandboxSpec | None = None, **about: Any) -> Self:
@@ -141,7 +152,8 @@ class PersistentSandbox(PersistentCommands):
             record = self._store.get(self.id)
             if record is None:
                 self._let_go()
-                self._state = SandboxState.DESTROYED
+                was, self._state = self._state, SandboxState.DESTROYED
+                self._note_end_of(was, "elsewhere")
                 return
             if (record.pid, record.ticks) != (self._record.pid, self._record.ticks):
                 self._let_go()
@@ -157,14 +169,17 @@ class PersistentSandbox(PersistentCommands):
                 self._link = Link.reopen(home, record.pid, record.ticks, record.boot)
             if self._link is None or not self._link.alive():
                 self._let_go()
-                self._note_end(record)
+                self._note_end(record, "died")
                 drop_group(self._store, self.id)
 
-    def _note_end(self, record: SandboxRecord) -> None:
-        """Put down that it runs no more, unless somebody did meanwhile, or has started it again."""
-        now = time.time()
+    def _note_end(self, record: SandboxRecord, reason: str | None = "asked") -> None:
+        """Put down that it runs no more, unless somebody did meanwhile, or has started it again. Observers
+        are told, unless there is more to come (None)."""
+        now, was = time.time(), self._state
         self._store.end(record, now)
         self._state, self.stopped_at = SandboxState.STOPPED, now
+        if reason is not None:
+            self._note_end_of(was, reason)
 
     def _let_go(self) -> None:
         self._file_server.close()
@@ -204,6 +219,7 @@ class PersistentSandbox(PersistentCommands):
             raise
         self._link = link
         self._look()
+        self._note_start(link)
 
     def _on_record(self, link: Link, plan: Plan) -> None:
         pid, now = pid_of(link.pidfd), time.time()
@@ -229,6 +245,7 @@ class PersistentSandbox(PersistentCommands):
                 self._store.change(self.id, state=SandboxState.RUNNING.value)
                 raise
             self._look()
+            self._note(EventKind.SANDBOX_SUSPENDED)
 
     def resume(self) -> None:
         """Let it go on after :meth:`suspend`."""
@@ -238,6 +255,7 @@ class PersistentSandbox(PersistentCommands):
             self._through(Link.thaw)
             self._store.change(self.id, state=SandboxState.RUNNING.value)
             self._look()
+            self._note(EventKind.SANDBOX_RESUMED)
 
     def stop(self) -> None:
         """Kill everything in it, wait until it is gone. What is private in it is lost; it can start again."""
@@ -326,7 +344,7 @@ class PersistentSandbox(PersistentCommands):
             for process in list(self._running):
                 process.close()
             self._let_go()
-            self._store.close()
+            self._closed()
 
     def destroy(self) -> None:
         """End it for good and forget it, with the journals of its commands. Idempotent."""
@@ -346,11 +364,14 @@ class PersistentSandbox(PersistentCommands):
         return there
 
     def _forget(self) -> None:
-        """Nothing of it runs. The caller holds its lock."""
+        """It has ended; the caller holds its lock."""
         self._let_go()
+        if self._observers:
+            self._settle(lambda command_id: self.command(command_id).result)
         drop_group(self._store, self.id)  # of one that was found dead
         self._store.remove(self.id)
-        self._state = SandboxState.DESTROYED
+        was, self._state = self._state, SandboxState.DESTROYED
+        self._note_end_of(was, "asked")
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -358,7 +379,7 @@ class PersistentSandbox(PersistentCommands):
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self._let_go()
-            self._store.close()
+            self._closed()
 
     def _ready(self, wanted: str) -> Link:
         with self._lock:

@@ -38,10 +38,12 @@ class PersistentCommands(PersistentFiles):
 
     def _command(self, record: CommandRecord, journal: Journal) -> DetachedCommand:
         home, name = self._store.home(self.id), record.id
-        return DetachedCommand(
+        command = DetachedCommand(
             name, record.args, self._plan, journal, Door(home, name),
             pty=record.pty, started_at=record.started_at,
         )  # fmt: skip
+        command._watch = self._watch_of(name)
+        return command
 
     def _forget_command(self, command: DetachedCommand) -> None:
         command._forget()

@@ -13,13 +13,14 @@ from sandboxcore import _native, durable
 from sandboxcore._native import LayersOrder
 from sandboxcore.archive import Names
 from sandboxcore.errors import SandboxError, SpecError
+from sandboxcore.events import EventKind
 from sandboxcore.layers import Copy, Layers
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.link import START_PATIENCE, Link
 from sandboxcore.plan import Plan, completed_plan
 from sandboxcore.process import with_spawner
 from sandboxcore.sandbox import Sandbox
-from sandboxcore.saved import SnapshotStore
+from sandboxcore.saved import SnapshotStore, distinct
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.store import Store
 
@@ -78,6 +79,7 @@ class PersistentFiles(Sandbox):
             raise SpecError(f"sandbox {self.name}: snapshots of a persistent one are copies")
         with self._moment(name) as snapshot:
             self.snapshots.save(snapshot)
+        self._note_snapshot(snapshot)
         return snapshot
 
     @contextlib.contextmanager
@@ -104,7 +106,7 @@ class PersistentFiles(Sandbox):
         try:
             names = Names(self._plan.overlays, self._plan.id_maps)
             digest = store.keep((layer, *many), names, lasts=False)
-            return [digest] if many else [digest, *below]
+            return [digest] if many else distinct([digest, *below])
         finally:
             del layer
             with link.ask_layers(LayersOrder((), 0, drop=[number], copy=True)) as answer:
@@ -149,6 +151,10 @@ class PersistentFiles(Sandbox):
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, of this sandbox or of another one with the same overlays: also to one that
         is in memory only, which is put on the disk then. As :meth:`Sandbox.restore`."""
+        self._go_back(snapshot)
+        self._note_snapshot(snapshot, EventKind.SANDBOX_RESTORED)
+
+    def _go_back(self, snapshot: Snapshot) -> None:
         store = self.snapshots
         with store.holding(), self._lock, self._store.locked(self.id), self._quiet("restore"):
             if not snapshot.fits(self.spec):
@@ -179,7 +185,8 @@ class PersistentFiles(Sandbox):
         store = self.snapshots
         with store.holding(), self._lock, self._quiet("discard"):
             layers = tuple(store.layer(digest, self._plan) for digest in self._written_layers())
-            self.restore(Snapshot(None, self.id, self._plan, layers, copied=True))
+            self._go_back(Snapshot(None, self.id, self._plan, layers, copied=True))
+        self._note(EventKind.SANDBOX_DISCARDED)
 
     @classmethod
     def _from(cls, snapshot: Snapshot, **about: Any) -> Self:
@@ -243,6 +250,7 @@ class PersistentFiles(Sandbox):
         return now
 
     def _write_layers(self, base: list[str], now: list[str] | None, copies: Sequence[int] = ()) -> None:
+        base, now = distinct(base), None if now is None else distinct(now)
         data = {"base": base, "now": now, "copies": list(copies), "overlays": self._overlays()}
         durable.write(self._layers_path(), json.dumps(data).encode())
 

@@ -206,6 +206,13 @@ def updated_plan(plan: Plan, spec: SandboxSpec) -> Plan:
     return replace(plan, spec=spec, rlimits=tuple(rlimits), group_limits=limits, restated=True)
 
 
+def rebound_plan(plan: Plan, env: Mapping[str, str]) -> Plan:
+    """The commands' side of the plan of a running sandbox whose commands get these variables, too."""
+    spec = plan.spec.replace(env={**plan.spec.env, **env})
+    merged = _environment(spec)
+    return replace(plan, spec=spec, env=merged, env_items=_environment_items(merged))
+
+
 _cache: dict[tuple[str, HostFeatures, Path | None], Plan] = {}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from sandboxcore.errors import SandboxNotFound, SpecError
 from sandboxcore.identity import lives
+from sandboxcore.inhabitants import is_awaited
 from sandboxcore.ledger import Ledger
 from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.policy import Action, due
@@ -75,9 +76,9 @@ def reconcile(
 
     Sandboxes and sessions that ended with their process are forgotten; sessions without activity for too
     long are terminated, and sandboxes destroyed whose last one it was; sandboxes are stopped, archived and
-    destroyed by their policy and their time to live; what crashes have left is cleared away. The output of a
-    detached command is activity. While a session is active, only the time to live ends its sandbox. Sandboxes
-    of another process that lives are its own to destroy.
+    destroyed by their policy and their time to live; what crashes have left is cleared away. A command that
+    somebody waits for is activity, and so is the output of a detached one. While a session is active, only
+    the time to live ends its sandbox. Sandboxes of another process that lives are its own to destroy.
 
     now: seconds since the epoch. dry_run: nothing changes, and the actions are those that would be done.
     busy: whether this process runs something in a sandbox, which counts as activity. note: called with each
@@ -116,7 +117,7 @@ class _Pass:
             self._end_session(session)
         doomed = [record for record in self.records.values() if record.doomed and not record.host]
         for record in list(self.records.values()):
-            if not record.doomed and record.id not in self.busy:
+            if not record.doomed:
                 self._by_policy(record)
         for record in doomed:
             self._destroy(record, record.doomed)
@@ -157,6 +158,8 @@ class _Pass:
 
     def _attend(self, record: SandboxRecord) -> None:
         """Note what has happened in a sandbox since somebody looked, and whether it is still there."""
+        if record.id not in self.busy and self._is_awaited(record):
+            self.busy.add(record.id)
         when = self.now if record.id in self.busy else self._written(record)
         touched = self._touched(record.id, when)
         if touched or when > record.last_active_at:
@@ -170,6 +173,23 @@ class _Pass:
                 self.ledger.end(record, self.now)
             record = replace(record, state="stopped", stopped_at=self.now, pid=0, ticks=0)
         self.records[record.id] = record
+
+    def _is_awaited(self, record: SandboxRecord) -> bool:
+        """Whether some process waits for a command in it; looked at where something might be due."""
+        if record.state != "running" or not (self._is_due(record) and self._runs(record)):
+            return False
+        try:
+            return is_awaited(self.ledger, record)
+        except OSError:  # no free descriptor, say
+            return True
+
+    def _is_due(self, record: SandboxRecord) -> bool:
+        try:
+            return due(record, self.now) is not None or any(
+                is_timed_out(session, self.now) for session in self._of(record.id)
+            )
+        except SpecError:
+            return False
 
     def _runs(self, record: SandboxRecord) -> bool:
         try:
@@ -196,9 +216,8 @@ class _Pass:
         for state in (SessionState.ACTIVE, SessionState.DETACHED):
             found = [one for one in self._of(sandbox) if one.state == state]
             if found:
-                return {
-                    one.id: replace(one, last_active_at=when) for one in found if one.last_active_at < when
-                }
+                later = (one for one in found if one.last_active_at < when)
+                return {one.id: replace(one, last_active_at=when) for one in later}
         return {}
 
     def _of(self, sandbox: str) -> Iterator[SessionRecord]:
@@ -260,7 +279,7 @@ class _Pass:
             self._cannot(Action(kind="stop", id=record.id, name=record.name, reason=reason), error)
             return
         expired = record.expires_at is not None and self.now >= record.expires_at
-        used = SessionState.ACTIVE in self.states.get(record.id, {}).values()
+        used = record.id in self.busy or SessionState.ACTIVE in self.states.get(record.id, {}).values()
         if action is None or (used and not expired):
             return
         if action.kind == "delete":

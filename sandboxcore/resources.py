@@ -1,13 +1,14 @@
 """What a living sandbox uses, and may use: :meth:`Sandbox.usage`, :meth:`Sandbox.update`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from sandboxcore import cgroup
 from sandboxcore.cgroup import Group, GroupUsage
 from sandboxcore.cgroup_values import LIMITS
 from sandboxcore.errors import SpecError, UnsupportedHost
+from sandboxcore.events import EventKind
 from sandboxcore.execution import Execution
 from sandboxcore.groups import change_limits
 from sandboxcore.plan import updated_plan
@@ -67,12 +68,13 @@ class Resources(Execution):
         link = self._link
         if link is None:
             self._limits_now(self.spec.replace(limits=limits), running=False)
-            return {name: LimitChange(getattr(before, name), wanted[name], "next start") for name in wanted}
+            found = {name: LimitChange(getattr(before, name), wanted[name], "next start") for name in wanted}
+            return self._note_changes(found)
         if fixed := [name for name in wanted if name in FIXED]:
             raise SpecError(f"limits.{fixed[0]}: fixed when the sandbox starts")
         in_force = self._change_group(link.group, wanted)
         self._limits_now(self.spec.replace(limits=limits), running=True)
-        return {
+        found = {
             name: LimitChange(
                 getattr(before, name),
                 in_force.get(name, wanted[name]),
@@ -80,6 +82,12 @@ class Resources(Execution):
             )
             for name in wanted
         }
+        return self._note_changes(found)
+
+    def _note_changes(self, changes: dict[str, LimitChange]) -> dict[str, LimitChange]:
+        if self._observers:
+            self._note(EventKind.SANDBOX_UPDATED, limits={name: asdict(one) for name, one in changes.items()})
+        return changes
 
     def _change_group(self, group: Group | None, wanted: Mapping[str, Any]) -> dict[str, Any]:
         grouped = {name: value for name, value in wanted.items() if name in LIMITS}

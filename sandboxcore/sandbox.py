@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from sandboxcore import _native, host
@@ -24,12 +24,14 @@ from sandboxcore.errors import (
     SandboxTimeout,
     SpecError,
 )
+from sandboxcore.events import EventKind
 from sandboxcore.files import Files, FileServer
 from sandboxcore.identity import pid_of
 from sandboxcore.journal import Journal
 from sandboxcore.layers import Layers
-from sandboxcore.lifecycle import SandboxState, check_move, new_id
+from sandboxcore.lifecycle import SandboxState, check_move, create_timings, new_id
 from sandboxcore.link import ANSWER_PATIENCE, START_PATIENCE, Birth, Home, Link
+from sandboxcore.observers import Unwatched
 from sandboxcore.plan import compile_plan
 from sandboxcore.process import with_spawner
 from sandboxcore.request import (
@@ -66,7 +68,10 @@ class Sandbox(Snapshots):
     """
 
     _state_dir: StatePath = None  # where its volumes are
+    start_timeout = START_PATIENCE  # seconds for it to start; then SetupError (ETIME)
     _room: Room | None = None  # where it takes a place while it lives; forks of it, too
+    _began = 0  # its last start, ns
+    _timings: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self,
@@ -138,6 +143,7 @@ class Sandbox(Snapshots):
                 for child in children:
                     child.destroy()
                 raise
+        self._note(EventKind.SANDBOX_FORKED, children=[child.id for child in children])
         return children
 
     def _begun(self, snapshot: Snapshot) -> Self:
@@ -153,7 +159,7 @@ class Sandbox(Snapshots):
         """A :class:`SandboxState`. One that was killed from outside is stopped."""
         with self._lock:
             if self._link is not None and not self._link.alive():
-                self._end(SandboxState.STOPPED)
+                self._end(SandboxState.STOPPED, reason="died")
             return self._state
 
     @property
@@ -162,6 +168,12 @@ class Sandbox(Snapshots):
         with self._lock:
             return 0 if self._link is None else pid_of(self._link.pidfd)
 
+    @property
+    def timings(self) -> Mapping[str, float]:
+        """Seconds that its last start by this handle took, by phase: plan, group, spawn, setup, total; see
+        :func:`sandboxcore.lifecycle.create_timings`. Empty if there was none."""
+        return self._timings
+
     def start(self) -> None:
         """Start it, also again after :meth:`stop`; then everything private in it is new and empty."""
         with self._lock:
@@ -169,6 +181,7 @@ class Sandbox(Snapshots):
             self._started(self._begin(None))
 
     def _may_start(self) -> None:
+        self._began = time.monotonic_ns()
         check_move(self.name, self.state, SandboxState.RUNNING, "start")
         if self._state is SandboxState.PAUSED:
             raise InvalidTransition(self.name, "paused", "start; resume it")
@@ -179,11 +192,17 @@ class Sandbox(Snapshots):
         self._state = SandboxState.RUNNING
         self.started_at = self.last_active_at = time.time()
         self.stopped_at = None
+        self._note_start(link)
+
+    def _note_start(self, link: Link) -> None:
+        self._timings = create_timings(self._began, link.moments, time.monotonic_ns())
+        if self._observers:
+            self._note(EventKind.SANDBOX_STARTED, pid=pid_of(link.pidfd), timings=dict(self._timings))
 
     def _begin(self, home: Home | None) -> Link:
         def action(connection: Spawner) -> Link:
             try:
-                return self._asked(connection, home).wait()
+                return self._asked(connection, home).wait(self.start_timeout)
             except SandboxError:
                 raise
             except OSError as error:
@@ -204,6 +223,7 @@ class Sandbox(Snapshots):
             check_move(self.name, self.state, SandboxState.PAUSED, "suspend")
             self._through(Link.freeze)
             self._state = SandboxState.PAUSED
+            self._note(EventKind.SANDBOX_SUSPENDED)
 
     def resume(self) -> None:
         """Let it go on after :meth:`suspend`."""
@@ -212,6 +232,7 @@ class Sandbox(Snapshots):
                 raise InvalidTransition(self.name, self._state.value, "resume")
             self._through(Link.thaw)
             self._state = SandboxState.RUNNING
+            self._note(EventKind.SANDBOX_RESUMED)
 
     def stop(self) -> None:
         """Kill everything in it, wait until it is gone. What is private in it is lost; it can start again."""
@@ -233,20 +254,34 @@ class Sandbox(Snapshots):
         """The same as :meth:`close`."""
         self.close()
 
-    def _end(self, state: SandboxState, *, wait: float = 0) -> None:
+    def _end(self, state: SandboxState, *, wait: float = 0, reason: str = "asked") -> None:
         self._file_server.close()
         self._layers.end()
         self._binds.clear()
         link, self._link = self._link, None
-        self._state = state
+        was, self._state = self._state, state
         self.stopped_at = self.stopped_at or time.time()
         for command in list(self._detached.values()):  # not left to a collector, which takes the socket first
             command._door.close()
-        if link is not None:
-            if os.getpid() == self._pid:
-                link.end(wait=wait)
-            else:  # a forked child: the sandbox is its parent's
+        if os.getpid() != self._pid:  # a forked child: the sandbox is its parent's
+            if link is not None:
                 link.close()
+            return
+        try:
+            if link is not None:
+                link.end(wait=wait)
+        finally:
+            self._note_end_of(was, reason)
+
+    def _note_end_of(self, was: SandboxState, reason: str) -> None:
+        """It has left a state for stopped or destroyed, and its detached commands have ended."""
+        if not self._observers:
+            return
+        self._settle(lambda command_id: self.command(command_id).result)
+        if self._state is not was:
+            gone = self._state is SandboxState.DESTROYED
+            kind = EventKind.SANDBOX_DESTROYED if gone else EventKind.SANDBOX_STOPPED
+            self._note(kind, was=was.value, reason=reason)
 
     def __enter__(self) -> Self:
         if self.state is SandboxState.CREATED:
@@ -261,7 +296,7 @@ class Sandbox(Snapshots):
     def __del__(self) -> None:
         if getattr(self, "_link", None) is not None:
             with contextlib.suppress(Exception):
-                self._end(SandboxState.DESTROYED)
+                self._end(SandboxState.DESTROYED, reason="forgotten")
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.name} {self._state.value}>"
@@ -308,9 +343,10 @@ class Sandbox(Snapshots):
         )
         command, later = self._new_command(request, kept, pty=bool(pty))
         try:
-            ending = self._released(link, request, command, later)
-            ending.await_start(START_PATIENCE)
-            ending.close()
+            with self._watching(command):
+                ending = self._released(link, request, command, later)
+                ending.await_start(START_PATIENCE)
+                ending.close()
         except BaseException:
             self._forget_command(command)
             raise
@@ -366,6 +402,15 @@ class Sandbox(Snapshots):
         )
         self._detached[command.id] = command.again()  # whoever has the other may close it
         return command, theirs
+
+    def _watching(self, command: DetachedCommand) -> Unwatched:
+        """A detached command that is about to start."""
+        about = {"command": command.id, "detached": True, "pty": command.pty}
+        command._watch = self._watched(command.args, _native.Streams(), **about)
+        self._keep_watch(command.id, command._watch)
+        if (ours := self._detached.get(command.id)) is not None:
+            ours._watch = command._watch
+        return command._watch
 
     def _forget_command(self, command: DetachedCommand) -> None:
         if (ours := self._detached.pop(command.id, None)) is not None:

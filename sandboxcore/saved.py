@@ -16,7 +16,7 @@ import struct
 import tarfile
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class SnapshotStore:
             if not replace and self._record(name).exists():
                 raise SpecError(f"name: {name!r} is the name of another snapshot")
             names = Names(snapshot.plan.overlays, snapshot.plan.id_maps)
-            digests = tuple(self.keep((layer,), names) for layer in snapshot.layers)
+            digests = tuple(distinct(self.keep((layer,), names) for layer in snapshot.layers))
             saved = SavedSnapshot(
                 name=name,
                 id=snapshot.id,
@@ -115,7 +115,7 @@ class SnapshotStore:
         with self.holding():
             saved = self.describe(name)
             plan = compile_plan(spec or SandboxSpec.from_dict(saved.spec), host.features(), self.path.parent)
-            layers = tuple(self.layer(digest, plan) for digest in saved.layers)
+            layers = tuple(self.layer(digest, plan) for digest in distinct(saved.layers))
         snapshot = Snapshot(saved.name, saved.sandbox, plan, layers, copied=True)
         snapshot.id, snapshot.created_at = saved.id, saved.created_at
         return snapshot
@@ -243,6 +243,12 @@ class SnapshotStore:
         with open(self.path / "lock", "ab") as file:
             fcntl.flock(file, how)
             yield
+
+
+def distinct(digests: Iterable[str]) -> list[str]:
+    """Each layer once, the topmost first: one that is there again hides all that it has further below, and no
+    overlay takes a directory twice."""
+    return list(dict.fromkeys(digests))
 
 
 def _parsed(path: Path) -> SavedSnapshot:

@@ -17,6 +17,7 @@ from sandboxcore.binds import LiveBinds
 from sandboxcore.changes import Base, FileChange, View, compare, described, may_be_same
 from sandboxcore.commit import Change, Place, commit, finish_all
 from sandboxcore.errors import CommitError, SandboxBusy, SandboxError, SpecError
+from sandboxcore.events import EventKind
 from sandboxcore.layers import Copy, Layer, Layers
 from sandboxcore.lifecycle import new_id
 from sandboxcore.link import ANSWER_PATIENCE
@@ -310,6 +311,18 @@ class Snapshots(LiveBinds):
         Only of a sandbox whose spec has ``writable=True`` or overlays; else :class:`SpecError`. Raises
         :class:`SandboxBusy` where something does not stand still within 2 s, or where there are 64 layers.
         """
+        taken = self._taken(name, copy)
+        self._note_snapshot(taken)
+        return taken
+
+    def _note_snapshot(self, snapshot: Snapshot, kind: EventKind = EventKind.SANDBOX_SNAPSHOT) -> None:
+        self._note(kind, snapshot=snapshot.id, name=snapshot.name, copied=snapshot.copied)
+
+    def _note_commit(self, changes: list[FileChange], *, dry_run: bool) -> None:
+        if not dry_run:
+            self._note(EventKind.SANDBOX_COMMITTED, changes=len(changes))
+
+    def _taken(self, name: str | None = None, copy: bool | None = None) -> Snapshot:
         with self._lock, self._quiet("snapshot"):
             if self._sealed(copy):
                 return self._snapshot(name, None)
@@ -334,7 +347,7 @@ class Snapshots(LiveBinds):
     @contextlib.contextmanager
     def _moment(self) -> Iterator[Snapshot]:
         """A snapshot that nobody else wants."""
-        with self.snapshot() as now:
+        with self._taken() as now:
             yield now
 
     def diff(self, since: Snapshot | None = None) -> list[FileChange]:
@@ -353,7 +366,9 @@ class Snapshots(LiveBinds):
         """Put what was written into the host's directories: :meth:`Snapshot.commit` of a snapshot that is
         taken for it, on which the sandbox goes on as before. Raises what :meth:`snapshot` does."""
         with self._moment() as now:
-            return now.commit(paths, dry_run=dry_run, state_dir=state_dir)
+            changes = now.commit(paths, dry_run=dry_run, state_dir=state_dir)
+        self._note_commit(changes, dry_run=dry_run)
+        return changes
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, of this sandbox or of another one with the same overlays. What was written
@@ -366,11 +381,13 @@ class Snapshots(LiveBinds):
             if not snapshot.fits(self.spec):
                 raise SpecError(f"snapshot {snapshot.name}: of a sandbox with other overlays or layers")
             self._layers.change(self._link_now(), snapshot.layers)
+        self._note_snapshot(snapshot, EventKind.SANDBOX_RESTORED)
 
     def discard(self) -> None:
         """Go back to the last snapshot of it, or to the beginning. Raises :class:`SandboxBusy`."""
         with self._lock, self._quiet("discard"):
             self._layers.change(self._link_now(), self._layers.stack)
+        self._note(EventKind.SANDBOX_DISCARDED)
 
     @contextlib.contextmanager
     def _quiet(self, wanted: str) -> Iterator[None]:

@@ -134,10 +134,9 @@ class Store:
 
     def add(self, record: Record) -> None:
         """Remember something new. Raises :class:`SpecError` where the name is taken."""
-        values, table = row_of(record), TABLES[type(record)]
-        marks = ", ".join("?" * len(values))
         try:
-            self._do(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({marks})", list(values.values()))
+            with self._lock, self._understood():
+                insert(self._connection(), record)
         except SandboxError as error:
             if not isinstance(error.__cause__, sqlite3.IntegrityError):
                 raise
@@ -320,6 +319,14 @@ def _id_of(key: str) -> str | None:
         return f"sbx-{uuid.UUID(key).hex}"
     except ValueError:
         return None
+
+
+def insert(db: sqlite3.Connection, record: Record) -> None:
+    """One more row."""
+    values = row_of(record)
+    marks = ", ".join("?" * len(values))
+    query = f"INSERT INTO {TABLES[type(record)]} ({', '.join(values)}) VALUES ({marks})"
+    db.execute(query, list(values.values()))
 
 
 def readable(rows: Iterable[sqlite3.Row], read: Callable[[sqlite3.Row], Read]) -> Iterator[Read]:

@@ -216,3 +216,33 @@ kill_me_at({step})
     assert done
     box.snapshot("last")
     assert int(ok(box, room)) <= used + 64, "a copy that somebody left is gone"
+
+
+def test_layers_that_are_the_same(source: Path, state_dir: Path) -> None:
+    """A fork of a fork, and whatever begins where several have written the same, or nothing."""
+    spec = Spec(overlay=[(source, "/data")])
+    with PersistentSandbox.create(spec, name="box", state_dir=state_dir) as box:
+        (child,) = box.fork()
+        (grandchild,) = child.fork()
+        ok(grandchild, "echo a >/data/same")
+        (last,) = grandchild.fork()
+        ok(last, "rm /data/same && echo a >/data/same")
+        snapshot = last.snapshot("twice")
+        box.restore(snapshot)
+        (restored,) = box.fork()
+        restored.stop()
+        restored.start()
+        for sandbox in (box, restored):
+            ok(sandbox, "grep -qx a /data/same")
+    with Sandbox(spec) as private:
+        first = private.snapshot()
+        (child,) = private.fork()
+        with child, child.snapshot() as second:
+            SnapshotStore(state_dir).save(second, "nothing")
+            for begun in (
+                PersistentSandbox.from_snapshot(second, state_dir=state_dir),
+                Sandbox.from_snapshot(SnapshotStore(state_dir).load("nothing")),
+            ):
+                with begun:
+                    ok(begun, "test ! -e /data/same")
+        first.close()

@@ -248,6 +248,29 @@ def test_a_silent_command_is_no_activity(ledger: Ledger, make: Any) -> None:
     assert kinds(both(ledger, now=time.time() + 1000)) == [("stop", "box")]
 
 
+def test_somebody_waits_for_a_command(ledger: Ledger, make: Any) -> None:
+    """Whoever it is, and however long: seen in the kernel, not on record. Only the time to live counts."""
+    box = make("box", policy={"auto_stop": 1})
+    session = attend(ledger, box, ago=400)
+    box.detach(["sh", "-c", "sleep 300 & exec sleep 300"])
+    later = time.time() + 1000
+    with box.popen(["sleep", "300"]) as process:
+        assert both(ledger, now=later).actions == ()
+        assert ledger.session(session.id).last_active_at == ledger.find("box").last_active_at == later
+        process.kill()
+        process.wait(10)
+    assert kinds(both(ledger, now=later + 1000)) == [("terminate", "me"), ("delete", "box")]
+
+
+def test_a_time_to_live_ends_what_is_waited_for(ledger: Ledger, make: Any) -> None:
+    box = make("box", expires_at=time.time() + LONG)
+    with box.popen(["sleep", "300"]) as process:
+        assert both(ledger).actions == ()
+        ledger.change(box.id, expires_at=5.0)
+        assert kinds(both(ledger)) == [("delete", "box")]
+        assert process.wait(10) == -9
+
+
 def test_what_this_process_runs(ledger: Ledger, make: Any) -> None:
     """It is touched, and nothing of it is due."""
     every = {"auto_stop": 1, "auto_archive": 2, "auto_delete": 3}
@@ -421,7 +444,7 @@ def private(ledger: Ledger, name: str, host: str, **more: Any) -> SandboxRecord:
         host=host,
         **more,
     )
-    ledger.insert_private(record)
+    ledger.enrol(record)
     return record
 
 

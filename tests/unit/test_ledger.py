@@ -286,7 +286,7 @@ def test_idle_makes_nothing(ledger: Ledger) -> None:
 
 
 def test_of_one_process(ledger: Ledger) -> None:
-    ledger.insert_private(sandbox(3, host=this_process()))
+    ledger.enrol(sandbox(3, host=this_process()))
     opened(ledger, 1, 3)
     assert ledger.find("box3").host == this_process()
     ledger.forget_private("sbx-3")

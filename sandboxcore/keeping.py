@@ -1,0 +1,224 @@
+"""What becomes of a manager's sandboxes in time: when they expire, are stopped, archived, destroyed; and what
+crashes have left."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from sandboxcore.directory import Directory
+from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
+from sandboxcore.events import LOGGER, EventKind
+from sandboxcore.persistent import PersistentSandbox
+from sandboxcore.policy import Action, LifecyclePolicy
+from sandboxcore.reconcile import Reconciled, Sweeper, reconcile
+from sandboxcore.records import Damage, SandboxRecord
+from sandboxcore.session import SessionState
+
+_KINDS: Mapping[str, EventKind] = {
+    "stop": EventKind.POLICY_STOP,
+    "archive": EventKind.POLICY_ARCHIVE,
+    "delete": EventKind.POLICY_DELETE,
+    "terminate": EventKind.SESSION_TIMED_OUT,
+    "forget": EventKind.SANDBOX_DESTROYED,
+}
+
+
+class Keeping(Directory):
+    """The part of :class:`SandboxManager` that goes by the clock."""
+
+    def __init__(self, *directory: Any, sweep_interval: float | None, **options: Any) -> None:
+        if sweep_interval is not None and not (
+            isinstance(sweep_interval, int | float) and 0 < sweep_interval < 1e9
+        ):
+            raise SpecError(f"sweep_interval: {sweep_interval!r} is not a positive number of seconds")
+        super().__init__(*directory, **options)
+        self._sweeping = threading.Lock()
+        self._told: set[Damage] = set()
+        self._sweeper = None if sweep_interval is None else Sweeper(self.reconcile, sweep_interval)
+
+    # --- times and policies -----------------------------------------------------------------------
+
+    def extend_ttl(self, key: str, seconds: float | None) -> float | None:
+        """Give a sandbox more time: ``seconds`` after it would expire, or from now on where it would not;
+        None: it does not expire. Returns when it will, in seconds since the epoch, or None."""
+        if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < 1e12):
+            raise SpecError(f"ttl: {seconds!r} is not a positive number of seconds")
+        record = self._ledger.find(key)
+        when = None
+        if seconds is not None:
+            when = max(record.expires_at or 0.0, time.time()) + seconds
+        self._change(record, expires_at=when)
+        return when
+
+    def expired(self) -> list[SandboxRecord]:
+        """Those whose time is over and that are still there."""
+        now = time.time()
+        return [one for one in self._ledger.all() if one.expires_at is not None and now >= one.expires_at]
+
+    def set_policy(self, key: str, policy: LifecyclePolicy) -> None:
+        """Replace a sandbox's policy."""
+        self._change(self._ledger.find(key), policy=policy.to_dict())
+
+    def describe(
+        self,
+        key: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        description: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        owner: str | None = None,
+    ) -> SandboxRecord:
+        """Replace what is said about a sandbox: whatever is not None. Nothing needs a restart."""
+        given: dict[str, Any] = {"description": description, "owner": owner}
+        given |= {"labels": None if labels is None else dict(labels)}
+        given |= {"metadata": None if metadata is None else dict(metadata)}
+        record = self._ledger.find(key)
+        changes = {name: value for name, value in given.items() if value is not None}
+        if changes:
+            self._change(record, **changes)
+            sandbox = self._private.get(record.id) or self._handles.get(record.id)
+            for name, value in changes.items() if sandbox is not None else ():
+                setattr(sandbox, name, value)
+        return self._ledger.find(record.id)
+
+    def touch(self, key: str) -> None:
+        """Somebody uses this sandbox: its sessions are active now, and no policy finds it idle."""
+        self._ledger.touch_sessions(self._ledger.find(key).id, time.time())
+
+    def _change(self, record: SandboxRecord, **changes: Any) -> None:
+        self._ledger.change(record.id, **changes)
+        self._emit(EventKind.SANDBOX_UPDATED, sandbox=record.id, changed=sorted(changes))
+
+    # --- archive ----------------------------------------------------------------------------------
+
+    def archive(self, key: str, why: str = "") -> None:
+        """:meth:`PersistentSandbox.archive`. Raises InvalidTransition while a session of it is active."""
+        sandbox = self._persistent(key)
+        if self._ledger.sessions(states=_ACTIVE, sandbox=sandbox.id):
+            raise InvalidTransition(f"sandbox {sandbox.name}", "used by an active session", "archive it")
+        sandbox.archive(why)
+
+    def recover(self, key: str, *, start: bool = False) -> None:
+        """:meth:`PersistentSandbox.recover`; with ``start``, it runs then."""
+        sandbox = self._persistent(key)
+        sandbox.recover()
+        if start:
+            self._started(sandbox, 0.0)
+
+    def _persistent(self, key: str) -> PersistentSandbox:
+        sandbox = self.find(key)
+        if not isinstance(sandbox, PersistentSandbox):
+            raise SandboxError(f"sandbox {sandbox.name}: it is of a pool, and ends with this process")
+        return sandbox
+
+    # --- the sweep --------------------------------------------------------------------------------
+
+    def reconcile(self, *, dry_run: bool = False) -> Reconciled:
+        """Do what is due: terminate sessions that were without activity for too long, and destroy sandboxes
+        with their last session; destroy what has expired; stop, archive, destroy by policy; forget what ended
+        with its process; set right what crashes have left (:func:`gc`). A background thread does it every
+        ``sweep_interval`` seconds. What fails is in the result, and the rest is done all the same.
+
+        dry_run: only say what would be done, and why.
+        """
+        with self._sweeping:
+            done = reconcile(self._ledger, dry_run=dry_run, busy=self._is_busy, note=self._acted)
+            if not dry_run:
+                self._drop_private()
+                self._tell_damage()
+        return done
+
+    def gc(self) -> Reconciled:
+        """The same as :meth:`reconcile`."""
+        return self.reconcile()
+
+    def cleanup_expired(self) -> int:
+        """:meth:`reconcile`; how many sessions and sandboxes it has ended."""
+        done = self.reconcile()
+        return sum(
+            1 for action in done.actions if action.kind in ("terminate", "delete") and not action.error
+        )
+
+    def _tell_damage(self) -> None:
+        """Of each damaged record once."""
+        for damage in self._ledger.damaged():
+            if damage not in self._told:
+                self._told.add(damage)
+                about = {"table": damage.table, "record": damage.id, "problem": damage.problem}
+                self._emit(EventKind.RECORD_CORRUPT, None, **about)
+                LOGGER.warning("damaged record: %s %s: %s", damage.table, damage.id, damage.problem)
+
+    def _is_busy(self, key: str) -> bool:
+        return self._busy.get(key, 0) > 0
+
+    def _acted(self, action: Action) -> None:
+        about = {"session": action.id} if action.kind == "terminate" else {"sandbox": action.id}
+        facts = {
+            "name": action.name,
+            "reason": action.reason,
+            **({"error": action.error} if action.error else {}),
+        }
+        self._emit(_KINDS[action.kind], None, **about, **facts)
+        if not action.error:
+            self.metrics.count_action(action.kind)
+
+    def _drop_private(self) -> None:
+        """Those of this process whose last session somebody else has ended."""
+        for key in list(self._private):
+            record = self._ledger.get(key)
+            if record is None or record.doomed:
+                self._end_private(key, "" if record is None else record.doomed)
+
+    def _end_private(self, key: str, why: str) -> None:
+        """A sandbox of a pool is not wanted any more."""
+        raise NotImplementedError
+
+    def _make_room(self) -> bool:
+        done = self.reconcile()
+        return any(action.kind in ("terminate", "delete", "stop", "archive") for action in done.actions)
+
+    def destroy_all(self, *, labels: Mapping[str, str] | None = None) -> tuple[Action, ...]:
+        """Destroy every sandbox of the state directory that this process can, or those with all of these
+        labels; the others of other processes' pools are left alone. What was done; what failed says why."""
+        done = []
+        for record in self.list_sandboxes(labels=labels):
+            if not self._is_ours(record):
+                continue
+            error = ""
+            try:
+                self._ledger.doom_anyhow(record.id, "destroy_all")
+                self._destroy(record, "destroyed")
+            except SandboxNotFound:
+                continue
+            except (SandboxError, OSError) as failure:
+                error = str(failure)
+            done.append(
+                Action(kind="delete", id=record.id, name=record.name, reason="destroy_all", error=error)
+            )
+        return tuple(done)
+
+    def close(self) -> None:
+        """End the sweep, drain the pools, let go of every handle. Persistent sandboxes stay, their sessions,
+        too; those of pools end. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._sweeper is not None:
+            self._sweeper.close()
+        self._let_go()
+        self._ledger.close()
+
+    def _let_go(self) -> None:
+        with self._guard:
+            private, handles = list(self._private), list(self._handles.values())
+            self._handles.clear()
+        for key in private:
+            with contextlib.suppress(SandboxError, OSError):
+                self._end_private(key, "its manager was closed")
+        for handle in handles:
+            handle.close()
+
+
+_ACTIVE = (SessionState.ACTIVE,)
