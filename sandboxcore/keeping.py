@@ -154,7 +154,7 @@ class Keeping(Directory):
                 self._swept_at = time.monotonic()
                 done = reconcile(self._ledger, crashes=False, busy=self._is_busy, note=self._acted)
                 self._drop_private()
-                self._swept = any(action.kind in _ENDS for action in done.actions)
+                self._swept = any(action.kind in _FREES for action in done.actions)
             return self._swept
 
     def gc(self) -> Reconciled:
@@ -275,4 +275,4 @@ class Keeping(Directory):
 
 
 _ACTIVE = (SessionState.ACTIVE,)
-_ENDS = ("terminate", "delete", "stop", "archive")
+_FREES = ("terminate", "delete", "stop", "archive")

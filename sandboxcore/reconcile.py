@@ -218,9 +218,8 @@ class _Pass:
         for state in (SessionState.ACTIVE, SessionState.DETACHED):
             found = [one for one in self._of(sandbox) if one.state == state]
             if found:
-                return {
-                    one.id: replace(one, last_active_at=when) for one in found if one.last_active_at < when
-                }
+                later = (one for one in found if one.last_active_at < when)
+                return {one.id: replace(one, last_active_at=when) for one in later}
         return {}
 
     def _of(self, sandbox: str) -> Iterator[SessionRecord]:
