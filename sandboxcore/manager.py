@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from sandboxcore import process
 from sandboxcore.capabilities import SandboxCapabilities
+from sandboxcore.directory import Managed
 from sandboxcore.errors import (
     InvalidTransition,
     SandboxError,
@@ -20,7 +21,6 @@ from sandboxcore.errors import (
     SpecError,
 )
 from sandboxcore.events import Event, EventKind, current_trace
-from sandboxcore.directory import Managed
 from sandboxcore.keeping import Keeping
 from sandboxcore.lifecycle import SandboxState, new_id
 from sandboxcore.managed_session import SandboxSession
@@ -302,8 +302,8 @@ class SandboxManager(Keeping):
         return SandboxSession(self, session, went_on=went_on)
 
     def _undo(self, session: SandboxSession) -> None:
-        """Nobody got what :meth:`acquire` or :meth:`attach` gave just now: one that went on is left again, and
-        a new one never was."""
+        """Nobody got what :meth:`acquire` or :meth:`attach` gave just now: one that went on is left again,
+        and a new one never was."""
         if session.went_on:
             self.detach(session)
         else:
