@@ -249,6 +249,10 @@ class Stock(Shelf):
             member = self._begun(fresh)
             found = survivors(claim.view, member.view)
             end_and_wait(used)  # only now: the number of a namespace is given again when that is gone
+        except TooManySandboxes:
+            self.total.give()
+            fresh.close()
+            return
         except Exception as error:  # whatever it is, nobody gets it
             found.append(f"it could not be read back: {error}")
         if found or member is None:
