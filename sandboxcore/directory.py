@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, Self
 
@@ -31,6 +32,7 @@ DEFAULT_SANDBOX = "default_sandbox"  # of the settings
 TOUCH = 1.0  # seconds between two notes of activity in one sandbox
 
 Enrol = Callable[[SandboxRecord], SandboxRecord]
+_enrolling: ContextVar[Enrol | None] = ContextVar("sandboxcore_enrolling", default=None)  # of what is forked
 
 
 class Managed(PersistentSandbox):
@@ -60,8 +62,17 @@ class Managed(PersistentSandbox):
         self._ledger, self._room = ledger, room
         return self
 
+    def forked(self, n: int, enrol: Enrol) -> list[Self]:
+        """:meth:`fork`, where ``enrol`` puts each of them on record."""
+        token = _enrolling.set(enrol)
+        try:
+            return self.fork(n)
+        finally:
+            _enrolling.reset(token)
+
     def _begun(self, snapshot: Snapshot) -> Self:
-        parts: dict[str, Any] = {"ledger": self._ledger, "enrol": self._ledger.enrol, "room": self._room}
+        enrol = _enrolling.get() or self._ledger.enrol
+        parts: dict[str, Any] = {"ledger": self._ledger, "enrol": enrol, "room": self._room}
         return self._from(snapshot, spec=snapshot.fitting(None), **parts)._started_or_gone()
 
 

@@ -497,19 +497,18 @@ class SandboxManager(Keeping):
         timeouts = SessionTimeouts.from_dict(record.timeouts)
         client = record.client if client_id is None else client_id
         parent = self._persistent(record.sandbox)
-        made = parent.fork(n)
+        first: dict[str, SessionRecord] = {}
+
+        def enrol(child: SandboxRecord) -> SandboxRecord:
+            about = (record.metadata, record.labels)
+            first[child.id] = self._new_session(client, timeouts, *about, child.id)
+            return self._ledger.enrol(replace(child, policy=self._policy.to_dict()), first[child.id])
+
         found = []
-        try:
-            for child in made:
-                with self._guard:
-                    self._handles[child.id] = self._watched(child)
-                first = self._new_session(client, timeouts, record.metadata, record.labels, child.id)
-                self._ledger.open_session(first)
-                found.append(self._held(first, EventKind.SESSION_ACQUIRED, forked_from=parent.id))
-        except BaseException:
-            for child in made:
-                child.destroy()
-            raise
+        for child in parent.forked(n, enrol):
+            with self._guard:
+                self._handles[child.id] = self._watched(child)
+            found.append(self._held(first[child.id], EventKind.SESSION_ACQUIRED, forked_from=parent.id))
         return found
 
     # --- how it is ----------------------------------------------------------------------------------
