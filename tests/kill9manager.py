@@ -248,7 +248,8 @@ class Conductor(kill9.Conductor):
         done = manager.reconcile()
         assert not done.failed, done.failed
         again = manager.reconcile(dry_run=True)
-        assert all("without activity" in action.reason for action in again.actions), again
+        due = ("without activity", "expired")
+        assert all(any(why in action.reason for why in due) for action in again.actions), again
         assert (again.collected.ended, again.collected.removed) == ((), ()), again
         wait_until(lambda: not self.strays(), f"the end of {self.strays()}", LIMIT)
         living = [one for one in self.records() if one.state in ("running", "paused")]
