@@ -7,10 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sandboxcore.directory import Directory
+from sandboxcore.directory import Directory, Managed
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.events import LOGGER, EventKind
-from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.policy import Action, LifecyclePolicy
 from sandboxcore.reconcile import Reconciled, Sweeper, reconcile
 from sandboxcore.records import Damage, SandboxRecord, SessionRecord
@@ -121,9 +120,9 @@ class Keeping(Directory):
         self._started(sandbox, wait)
         return sandbox
 
-    def _persistent(self, key: str) -> PersistentSandbox:
+    def _persistent(self, key: str) -> Managed:
         sandbox = self.find(key)
-        if not isinstance(sandbox, PersistentSandbox):
+        if not isinstance(sandbox, Managed):
             raise SandboxError(f"sandbox {sandbox.name}: it is of a pool, and ends with this process")
         return sandbox
 
