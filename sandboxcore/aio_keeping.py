@@ -18,6 +18,7 @@ from sandboxcore.manager_stats import Health, ManagerStats
 from sandboxcore.policy import Action, LifecyclePolicy
 from sandboxcore.reconcile import Reconciled
 from sandboxcore.records import SandboxRecord
+from sandboxcore.resources import LimitChange
 from sandboxcore.room import hear
 from sandboxcore.spec import SandboxSpec
 
@@ -205,6 +206,10 @@ class Keeping:
     def set_policy(self, key: str, policy: LifecyclePolicy) -> None:
         """:meth:`sandboxcore.SandboxManager.set_policy`."""
         self._own.set_policy(key, policy)
+
+    async def update(self, key: str, **fields: Any) -> Mapping[str, LimitChange]:
+        """:meth:`sandboxcore.SandboxManager.update`."""
+        return await self._do(self._own.update, key, **fields)
 
     def describe(self, key: str, **about: Any) -> SandboxRecord:
         """:meth:`sandboxcore.SandboxManager.describe`."""
