@@ -78,11 +78,14 @@ class Keeping:
             raise cancelled
         return waited.result()
 
-    async def _when_there_is_room(self, attempt: Callable[[], Awaitable[Done]], wait: float | None) -> Done:
-        """Try it, and again when a place may be free. No thread waits meanwhile."""
+    async def _when_there_is_room(
+        self, attempt: Callable[[], Awaitable[Done]], wait: float | None, *, at_once: bool = False
+    ) -> Done:
+        """Try it, and again when a place may be free. No thread waits meanwhile. at_once: it may need none,
+        so that those who wait for one do not come first; nor do they for whoever does not wait."""
         loop = asyncio.get_running_loop()
         deadline = None if wait is None else loop.time() + wait
-        if not self._turn.locked():
+        if at_once or not self._turn.locked() or (wait is not None and wait <= 0):
             try:
                 return await attempt()
             except TooManySandboxes:
@@ -169,9 +172,15 @@ class Keeping:
         """:meth:`sandboxcore.SandboxManager.archive`."""
         await self._do(self._own.archive, key, why)
 
-    async def recover(self, key: str, *, start: bool = False) -> None:
+    async def recover(self, key: str, *, start: bool = False, wait: float | None = 0.0) -> None:
         """:meth:`sandboxcore.SandboxManager.recover`."""
-        await self._do(self._own.recover, key, start=start)
+
+        def attempt() -> Awaitable[sandbox.Sandbox]:
+            return self._do(self._own._run, key)
+
+        await self._do(self._own.recover, key)
+        if start:
+            await self._when_there_is_room(attempt, wait)
 
     async def reconcile(self, *, dry_run: bool = False) -> Reconciled:
         """:meth:`sandboxcore.SandboxManager.reconcile`."""

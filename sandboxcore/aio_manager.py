@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from sandboxcore import managed_session, manager
+from sandboxcore import managed_session, manager, sandbox
 from sandboxcore.aio_keeping import Keeping
 from sandboxcore.aio_run import run
 from sandboxcore.aio_session import AttachResult, SandboxSession
@@ -19,7 +19,7 @@ from sandboxcore.pool_policy import PoolConfig
 from sandboxcore.request import Program
 from sandboxcore.result import ExecResult
 from sandboxcore.selection import SelectionOptions
-from sandboxcore.session import SessionTimeouts
+from sandboxcore.session import SessionState, SessionTimeouts
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.statedir import StatePath
 
@@ -75,9 +75,12 @@ class SandboxManager(Keeping):
         """:meth:`sandboxcore.SandboxManager.acquire`."""
 
         def attempt() -> Awaitable[managed_session.SandboxSession]:
-            return self._make(_released, self._own.acquire, spec, options, client_id, **about)
+            return self._make(self._own._undo, self._own.acquire, spec, options, client_id, **about)
 
-        return self._session(await self._when_there_is_room(attempt, wait))
+        kept = client_id and self._own.list_sessions(SessionState.DETACHED, client_id)
+        preferred = options is not None and options.preferred_id is not None
+        at_once = bool(kept) or preferred
+        return self._session(await self._when_there_is_room(attempt, wait, at_once=at_once))
 
     async def attach(
         self, sandbox_id: str, client_id: str = "", *, wait: float | None = 0.0, **about: Any
@@ -85,12 +88,12 @@ class SandboxManager(Keeping):
         """:meth:`sandboxcore.SandboxManager.attach`."""
 
         def undo(made: manager.AttachResult) -> None:
-            made.session.release(keep_alive=not made.newly_created)
+            self._own._undo(made.session)
 
         def attempt() -> Awaitable[manager.AttachResult]:
             return self._make(undo, self._own.attach, sandbox_id, client_id, **about)
 
-        made = await self._when_there_is_room(attempt, wait)
+        made = await self._when_there_is_room(attempt, wait, at_once=self.exists(sandbox_id))
         return AttachResult(
             session=self._session(made.session),
             newly_created=made.newly_created,
@@ -105,9 +108,13 @@ class SandboxManager(Keeping):
         """:meth:`sandboxcore.SandboxManager.suspend`."""
         await self._do(self._own.suspend, _id(session))
 
-    async def resume(self, session: AnySession) -> SandboxSession:
+    async def resume(self, session: AnySession, *, wait: float | None = 0.0) -> SandboxSession:
         """:meth:`sandboxcore.SandboxManager.resume`."""
-        return self._session(await self._do(self._own.resume, _id(session)))
+
+        def attempt() -> Awaitable[managed_session.SandboxSession]:
+            return self._do(self._own.resume, _id(session))
+
+        return self._session(await self._when_there_is_room(attempt, wait))
 
     async def release(self, session: AnySession, *, keep_alive: bool = False) -> None:
         """:meth:`sandboxcore.SandboxManager.release`."""
@@ -171,23 +178,32 @@ class SandboxManager(Keeping):
             with self._own._place(0.0):
                 return await run(argv, spec=spec, **options)
 
-        done = await self._when_there_is_room(attempt, wait)
-        self._own._ran(argv, done)
-        return done
+        with self._own._telling(argv) as told:
+            told.append(await self._when_there_is_room(attempt, wait))
+        return told[0]
 
     async def run_pooled(
-        self, argv: Sequence[Program], *, spec: SandboxSpec | None = None, **options: Any
+        self,
+        argv: Sequence[Program],
+        *,
+        spec: SandboxSpec | None = None,
+        wait: float | None = 0.0,
+        **options: Any,
     ) -> ExecResult:
         """:meth:`sandboxcore.SandboxManager.run_pooled`."""
         pools = self._own.pools
-        own = await self._make(pools.release, pools.claim, spec)
-        try:
-            done = await self._handle(own).exec(argv, **options)
-        finally:
-            self._handles.pop(own.id, None)
-            await self._do(pools.release, own)
-        self._own._ran(argv, done)
-        return done
+
+        def claim() -> Awaitable[sandbox.Sandbox]:
+            return self._make(pools.release, pools.claim, spec)
+
+        with self._own._telling(argv) as told:
+            own = await self._when_there_is_room(claim, wait)
+            try:
+                told.append(await self._handle(own).exec(argv, **options))
+            finally:
+                self._handles.pop(own.id, None)
+                await self._do(pools.release, own)
+        return told[0]
 
     async def close(self) -> None:
         """:meth:`sandboxcore.SandboxManager.close`."""
@@ -205,7 +221,3 @@ class SandboxManager(Keeping):
 
 def _id(session: AnySession) -> str:
     return session if isinstance(session, str) else session.id
-
-
-def _released(session: managed_session.SandboxSession) -> None:
-    session.terminate()

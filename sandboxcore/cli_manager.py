@@ -127,8 +127,12 @@ def looking(state_dir: str | None) -> Iterator["Directory"]:
 
     with _told() as on_event:
         directory = Directory(state_dir, max_sandboxes=_room(), policy=None, on_event=on_event)
-        with contextlib.closing(directory):
+        try:
             yield directory
+        finally:
+            for sandbox in list(directory._handles.values()):
+                sandbox.close()
+            directory._ledger.close()
 
 
 @contextlib.contextmanager

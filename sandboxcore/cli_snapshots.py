@@ -89,7 +89,7 @@ def fork(name: str, new: str | None, from_snapshot: bool, state_dir: str | None)
             return
         parent = manager.find(key_of(manager, name))
         with parent._moment() as now:
-            about, more = {"name": new}, manager._more(None, None, None, "")
+            about, more = {"name": new}, manager._more(None, None, None)
             click.echo(manager._created(None, about, more, session=None, template=now).name)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from sandboxcore.errors import SandboxError, SandboxNotFound, SpecError, TooManySandboxes
+from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError, TooManySandboxes
 from sandboxcore.events import Dispatcher, Event, EventKind
 from sandboxcore.identity import this_process
 from sandboxcore.ledger import Ledger
@@ -20,6 +20,7 @@ from sandboxcore.records import SandboxRecord, SessionRecord
 from sandboxcore.recovery import true_records
 from sandboxcore.room import Room
 from sandboxcore.sandbox import Sandbox
+from sandboxcore.session import LIVE
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.statedir import StatePath, close_lock
@@ -63,8 +64,15 @@ class Managed(PersistentSandbox):
         return self
 
     def _begun(self, snapshot: Snapshot) -> Self:
-        parts: dict[str, Any] = {"ledger": self._ledger, "enrol": self._ledger.enrol, "room": self._room}
+        return self._child(snapshot, self._ledger.enrol)
+
+    def _child(self, snapshot: Snapshot, enrol: Enrol) -> Self:
+        parts: dict[str, Any] = {"ledger": self._ledger, "enrol": enrol, "room": self._room}
         return self._from(snapshot, spec=snapshot.fitting(None), **parts)._started_or_gone()
+
+    def offspring(self, n: int, enrol: Enrol) -> list[Self]:
+        """:meth:`fork`, with children that are put on record by ``enrol``."""
+        return self._forked(n, lambda snapshot: self._child(snapshot, enrol))
 
 
 class Directory:
@@ -100,7 +108,7 @@ class Directory:
 
     # --- who hears ------------------------------------------------------------------------------
 
-    def _emit(self, kind: EventKind, session: SessionRecord | None = None, **about: Any) -> None:
+    def _emit(self, kind: EventKind, session: SessionRecord | None = None, /, **about: Any) -> None:
         if session is not None:
             about = {
                 "session": session.id,
@@ -118,17 +126,28 @@ class Directory:
         return sandbox
 
     def _heard(self, key: str, kind: str, data: Mapping[str, Any]) -> None:
-        if kind == EventKind.COMMAND_STARTED and not data.get("detached"):
-            self._busy[key] += 1
-        if kind == EventKind.COMMAND_ENDED:
-            if not data.get("detached"):
+        foreground = not data.get("detached")
+        with self._guard:
+            users = self._users.get(key, {})
+            session, client = next(iter(users.items())) if len(users) == 1 else (None, None)
+            if kind == EventKind.COMMAND_STARTED and foreground:
+                self._busy[key] += 1
+            if kind == EventKind.COMMAND_ENDED and foreground and key in self._busy:
                 self._busy[key] -= 1
+        if kind == EventKind.COMMAND_ENDED:
             self.metrics.count_command(data.get("cause"), data.get("duration"))
-        users = self._users.get(key, {})
-        session, client = next(iter(users.items())) if len(users) == 1 else (None, None)
         if self.events.active:
             self.events.dispatch(Event.noted(kind, data, sandbox=key, session=session, client=client or None))
-        self._note_activity(key)
+        if kind == EventKind.SANDBOX_DESTROYED:
+            self._forgotten(key)
+        else:
+            self._note_activity(key)
+
+    def _forgotten(self, key: str) -> None:
+        """A sandbox is no more."""
+        with self._guard:
+            for known in (self._handles, self._users, self._touched, self._busy):
+                known.pop(key, None)
 
     def _note_activity(self, key: str) -> None:
         now = time.time()
@@ -237,22 +256,16 @@ class Directory:
         }  # fmt: skip
         more = self._more(ttl, policy, template, template_help)
         return self._created(
-            spec,
-            about,
-            more,
-            session=None,
-            template=template,
-            start=start,
-            wait=wait,
+            spec, about, more, session=None, template=template, start=start, wait=wait,
             patience=creation_timeout,
-        )
+        )  # fmt: skip
 
     def _more(
         self,
         ttl: float | None,
         policy: "LifecyclePolicy | None",
         template: Template | Snapshot | None,
-        help_: str,
+        help_: str = "",
     ) -> dict[str, Any]:
         """What goes on record besides."""
         if ttl is not None and not (isinstance(ttl, int | float) and 0 < ttl < 1e12):
@@ -277,9 +290,13 @@ class Directory:
         wait: float | None = 0.0,
         patience: float | None = None,
     ) -> Sandbox:
+        deadline = None if wait is None else time.monotonic() + wait
+        if start:  # look first: one that finds no place is made, put on record and removed in vain
+            self._when_there_is_room(self._check_room, wait)
+
         def enrol(record: SandboxRecord) -> SandboxRecord:
             first = None if session is None else replace(session, sandbox=record.id)
-            return self._ledger.enrol(replace(record, **more), first)
+            return self._ledger.enrol(replace(record, lasting=session is None, **more), first)
 
         parts: dict[str, Any] = {**about, "ledger": self._ledger, "enrol": enrol, "room": self._room}
         snapshot = template.snapshot() if isinstance(template, Template) else template
@@ -292,8 +309,11 @@ class Directory:
         try:
             self._watched(made)
             self._emit(EventKind.SANDBOX_CREATED, session, sandbox=made.id, name=made.name, owner=made.owner)
+            if session is not None:
+                with self._guard:
+                    self._users.setdefault(made.id, {})[session.id] = session.client
             if start:
-                self._started(made, wait)
+                self._started(made, None if deadline is None else deadline - time.monotonic())
         except BaseException:
             made.destroy()
             raise
@@ -303,7 +323,12 @@ class Directory:
     def _started(self, sandbox: Sandbox, wait: float | None) -> None:
         """Start one as soon as there is room."""
         began = time.monotonic()
-        self._when_there_is_room(sandbox.start, wait)
+        try:
+            self._when_there_is_room(sandbox.start, wait)
+        except InvalidTransition:
+            if sandbox.state is not SandboxState.RUNNING:  # else somebody was faster
+                raise
+            return
         self.metrics.count_creation(time.monotonic() - began, sandbox.timings)
 
     def _when_there_is_room(self, action: Callable[[], Any], wait: float | None) -> Any:
@@ -320,6 +345,10 @@ class Directory:
                 left = None if deadline is None else deadline - time.monotonic()
                 if (left is not None and left <= 0) or not self._room.wait(left):
                     raise
+
+    def _check_room(self) -> None:
+        if self._room.free() == 0:
+            raise TooManySandboxes(self._room.maximum or 0, str(self.state_dir))
 
     def _make_room(self) -> bool:
         """End what is due. Whether there was any."""
@@ -345,27 +374,21 @@ class Directory:
         """Whoever it belongs to. Idempotent."""
         if not self._is_ours(record):
             raise SandboxError(f"sandbox {record.name}: it is process {record.host.split()[0]}'s alone")
+        users = self._ledger.sessions(states=LIVE, sandbox=record.id)
         with contextlib.suppress(SandboxNotFound):
             self._handle(record).destroy()
         with self._guard:
             private = self._private.pop(record.id, None)
-            self._handles.pop(record.id, None)
-            self._users.pop(record.id, None)
-            self._touched.pop(record.id, None)
-            self._busy.pop(record.id, None)
+        self._forgotten(record.id)
         if private is not None:
             self._ledger.forget_private(record.id)
+        self._emit_ends(users, f"its sandbox was destroyed: {why}")
         self.metrics.count_end(why)
 
-    def close(self) -> None:
-        """Let go of every handle. Idempotent."""
-        self._closed = True
-        with self._guard:
-            handles = list(self._handles.values())
-            self._handles.clear()
-        for handle in handles:
-            handle.close()
-        self._ledger.close()
+    def _emit_ends(self, users: Iterable[SessionRecord], reason: str) -> None:
+        """These sessions have ended with their sandbox."""
+        for session in users:
+            self._emit(EventKind.SESSION_TERMINATED, session, reason=reason)
 
     def _host(self) -> str:
         """What names this process on record."""

@@ -13,14 +13,19 @@ from sandboxcore.events import LOGGER, EventKind
 from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.policy import Action, LifecyclePolicy
 from sandboxcore.reconcile import Reconciled, Sweeper, reconcile
-from sandboxcore.records import Damage, SandboxRecord
-from sandboxcore.session import SessionState
+from sandboxcore.records import Damage, SandboxRecord, SessionRecord
+from sandboxcore.sandbox import Sandbox
+from sandboxcore.session import LIVE, SessionState
 
-_KINDS: Mapping[str, EventKind] = {
+_POLICIES: Mapping[str, EventKind] = {
     "stop": EventKind.POLICY_STOP,
     "archive": EventKind.POLICY_ARCHIVE,
     "delete": EventKind.POLICY_DELETE,
-    "terminate": EventKind.SESSION_TIMED_OUT,
+}
+_ENDS: Mapping[str, EventKind] = {
+    "stop": EventKind.SANDBOX_STOPPED,
+    "archive": EventKind.SANDBOX_ARCHIVED,
+    "delete": EventKind.SANDBOX_DESTROYED,
     "forget": EventKind.SANDBOX_DESTROYED,
 }
 
@@ -35,7 +40,10 @@ class Keeping(Directory):
             raise SpecError(f"sweep_interval: {sweep_interval!r} is not a positive number of seconds")
         super().__init__(*directory, **options)
         self._sweeping = threading.Lock()
+        self._swept_at, self._swept = 0.0, False  # when room was made last, and whether there was any to make
         self._told: set[Damage] = set()
+        self._seen: dict[str, SandboxRecord] = {}
+        self._used: list[SessionRecord] = []
         self._sweeper = None if sweep_interval is None else Sweeper(self.reconcile, sweep_interval)
 
     # --- times and policies -----------------------------------------------------------------------
@@ -100,12 +108,18 @@ class Keeping(Directory):
             raise InvalidTransition(f"sandbox {sandbox.name}", "used by an active session", "archive it")
         sandbox.archive(why)
 
-    def recover(self, key: str, *, start: bool = False) -> None:
-        """:meth:`PersistentSandbox.recover`; with ``start``, it runs then."""
+    def recover(self, key: str, *, start: bool = False, wait: float | None = 0.0) -> None:
+        """:meth:`PersistentSandbox.recover`; with ``start``, it runs then. wait: for room, as for
+        :meth:`create`. Where there is none it is recovered, and does not run."""
         sandbox = self._persistent(key)
         sandbox.recover()
         if start:
-            self._started(sandbox, 0.0)
+            self._run(sandbox.id, wait)
+
+    def _run(self, key: str, wait: float | None = 0.0) -> Sandbox:
+        sandbox = self.find(key)
+        self._started(sandbox, wait)
+        return sandbox
 
     def _persistent(self, key: str) -> PersistentSandbox:
         sandbox = self.find(key)
@@ -124,11 +138,24 @@ class Keeping(Directory):
         dry_run: only say what would be done, and why.
         """
         with self._sweeping:
+            self._seen = {} if dry_run else {record.id: record for record in self._ledger.all()}
+            self._used = [] if dry_run else self._ledger.sessions(states=LIVE)
             done = reconcile(self._ledger, dry_run=dry_run, busy=self._is_busy, note=self._acted)
             if not dry_run:
                 self._drop_private()
                 self._tell_damage()
         return done
+
+    def _make_room(self) -> bool:
+        """End what is due, once for all who wait for it."""
+        asked = time.monotonic()
+        with self._sweeping:
+            if self._swept_at < asked:
+                self._swept_at = time.monotonic()
+                done = reconcile(self._ledger, crashes=False, busy=self._is_busy, note=self._acted)
+                self._drop_private()
+                self._swept = any(action.kind in _FREES for action in done.actions)
+            return self._swept
 
     def gc(self) -> Reconciled:
         """The same as :meth:`reconcile`."""
@@ -154,30 +181,56 @@ class Keeping(Directory):
         return self._busy.get(key, 0) > 0
 
     def _acted(self, action: Action) -> None:
-        about = {"session": action.id} if action.kind == "terminate" else {"sandbox": action.id}
-        facts = {
-            "name": action.name,
-            "reason": action.reason,
-            **({"error": action.error} if action.error else {}),
-        }
-        self._emit(_KINDS[action.kind], None, **about, **facts)
+        facts = {"name": action.name, "reason": action.reason}
+        if action.error:
+            facts["error"] = action.error
+        if action.kind == "terminate":
+            session = next((one for one in self._used if one.id == action.id), None)
+            if session is not None:
+                self._used.remove(session)
+                self._left(session)
+            self._emit(EventKind.SESSION_TIMED_OUT, session, **facts)
+        elif action.id.startswith("sbx-"):
+            self._emit_action(action, facts)
         if not action.error:
             self.metrics.count_action(action.kind)
 
+    def _emit_action(self, action: Action, facts: Mapping[str, Any]) -> None:
+        """What has become of a sandbox, and why."""
+        record = self._seen.get(action.id)
+        due = record is not None and record.expires_at is not None and time.time() >= record.expires_at
+        why: EventKind | None = EventKind.SANDBOX_EXPIRED if due else _POLICIES.get(action.kind)
+        if action.kind == "delete" and not due and "(auto_delete" not in action.reason:
+            why = None
+        if why is not None:
+            self._emit(why, sandbox=action.id, **facts)
+        if action.error:
+            return
+        self._emit(_ENDS[action.kind], sandbox=action.id, **facts)
+        if action.kind in ("delete", "forget"):
+            self._emit_ends([one for one in self._used if one.sandbox == action.id], action.reason)
+            self._forgotten(action.id)
+
     def _drop_private(self) -> None:
-        """Those of this process whose last session somebody else has ended."""
+        """Those of this process whose time is over, or whose last session somebody else has ended."""
         for key in list(self._private):
             record = self._ledger.get(key)
             if record is None or record.doomed:
                 self._end_private(key, "" if record is None else record.doomed)
+            elif record.expires_at is not None and time.time() >= record.expires_at:
+                users = self._ledger.sessions(states=LIVE, sandbox=key)
+                self._emit(EventKind.SANDBOX_EXPIRED, sandbox=key, name=record.name)
+                self._end_private(key, "expired")
+                self._emit_ends(users, "its sandbox expired")
+
+    def _left(self, session: SessionRecord) -> None:
+        """A session is not active any more."""
+        with self._guard:
+            self._users.get(session.sandbox, {}).pop(session.id, None)
 
     def _end_private(self, key: str, why: str) -> None:
         """A sandbox of a pool is not wanted any more."""
         raise NotImplementedError
-
-    def _make_room(self) -> bool:
-        done = self.reconcile()
-        return any(action.kind in ("terminate", "delete", "stop", "archive") for action in done.actions)
 
     def destroy_all(self, *, labels: Mapping[str, str] | None = None) -> tuple[Action, ...]:
         """Destroy every sandbox of the state directory that this process can, or those with all of these
@@ -222,3 +275,4 @@ class Keeping(Directory):
 
 
 _ACTIVE = (SessionState.ACTIVE,)
+_FREES = ("terminate", "delete", "stop", "archive")

@@ -8,8 +8,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SessionNotFound, SpecError
-from sandboxcore.records import Damaged, SandboxRecord, SessionRecord, columns, session_of
+from sandboxcore.errors import (
+    InvalidTransition,
+    SandboxBusy,
+    SandboxError,
+    SandboxNotFound,
+    SessionNotFound,
+    SpecError,
+)
+from sandboxcore.records import Damaged, SandboxRecord, SessionRecord, session_of
 from sandboxcore.session import LIVE, SessionState, check_move, sources
 from sandboxcore.store import Store, insert, readable
 
@@ -66,17 +73,29 @@ class Ledger(Store):
         wanted = (labels or {}).items()
         return [session for session in readable(rows, session_of) if wanted <= session.labels.items()]
 
-    def move_session(self, session_id: str, to: SessionState, wanted: str, **changes: Any) -> SessionRecord:
-        """Bring one into another state, and touch it. Raises InvalidTransition, SessionNotFound."""
-        values = columns({"state": to.value, "last_active_at": time.time(), **changes})
-        sets = ", ".join(f"{name} = ?" for name in values)
+    def move_session(
+        self, session_id: str, to: SessionState, wanted: str, *, alone: bool = False
+    ) -> SessionRecord:
+        """Bring one into another state, and touch it. ``alone``: only if no other session of its sandbox is
+        active, or :class:`SandboxBusy`. Raises InvalidTransition, SessionNotFound."""
         with self._change() as db:
             row = db.execute("SELECT * FROM sessions WHERE id = ?", (session_id,)).fetchone()
             if row is None:
                 raise SessionNotFound(f"no session has the id {session_id!r} in {self.path}")
             check_move(session_id, SessionState(self._read(row).state), to, wanted)
-            db.execute(f"UPDATE sessions SET {sets} WHERE id = ?", [*values.values(), session_id])
+            others = "SELECT 1 FROM sessions WHERE sandbox = ? AND state = 'active' AND id != ?"
+            if alone and db.execute(others, (row["sandbox"], session_id)).fetchone():
+                raise SandboxBusy(f"session {session_id}: {wanted}: another one uses its sandbox")
+            update = "UPDATE sessions SET state = ?, last_active_at = ? WHERE id = ?"
+            db.execute(update, (to.value, time.time(), session_id))
             return self._read(db.execute("SELECT * FROM sessions WHERE id = ?", (session_id,)).fetchone())
+
+    def put_back(self, seen: SessionRecord) -> None:
+        """A session that was suspended just now is again as it was."""
+        self._do(
+            "UPDATE sessions SET state = ?, last_active_at = ? WHERE id = ? AND state = 'suspended'",
+            (seen.state, seen.last_active_at, seen.id),
+        )
 
     def take_session(self, session_id: str) -> SessionRecord | None:
         """Make a detached session active, unless somebody was faster or its sandbox is about to go."""
@@ -91,8 +110,8 @@ class Ledger(Store):
         self, session_id: str, why: str, *, unless_touched: float | None = None
     ) -> tuple[bool, bool]:
         """Terminate one, for good. Returns whether it was still going on, and whether it was the last one of
-        its sandbox, which is doomed then: nobody gets a new one. ``unless_touched``: only if it was active
-        last at this moment."""
+        its sandbox and that does not last without: it is doomed then, nobody gets a new one.
+        ``unless_touched``: only if it was active last at this moment."""
         now = time.time()
         states = ", ".join(f"'{state}'" for state in sources(SessionState.TERMINATED))
         with self._change() as db:
@@ -105,7 +124,7 @@ class Ledger(Store):
             if not rows:
                 return False, False
             last = db.execute(
-                f"UPDATE sandboxes SET doomed = ? WHERE id = ? AND NOT EXISTS"
+                "UPDATE sandboxes SET doomed = ? WHERE id = ? AND NOT lasting AND NOT EXISTS"
                 f" (SELECT 1 FROM sessions WHERE sandbox = ? AND state IN ({_LIVE})) RETURNING id",
                 (why, rows[0]["sandbox"], rows[0]["sandbox"]),
             ).fetchall()

@@ -25,15 +25,17 @@ class SandboxSession:
     """One client's use of one sandbox. Leaving a ``with`` block releases it.
 
     id: ``sess-...``, later ones sort behind. sandbox_id, client_id, created_at (seconds since the epoch),
-    timeouts, metadata, labels, trace_id: as they were given.
+    timeouts, metadata, labels, trace_id: as they were given. went_on: whether it was there before this object
+    was got: one that the client had left.
     """
 
-    def __init__(self, manager: Sessions, record: SessionRecord) -> None:
+    def __init__(self, manager: Sessions, record: SessionRecord, *, went_on: bool = False) -> None:
         self._manager, self._first = manager, record
         self.id, self.sandbox_id, self.client_id = record.id, record.sandbox, record.client
         self.created_at, self.trace_id = record.created_at, record.trace_id
         self.timeouts = SessionTimeouts.from_dict(record.timeouts)
         self.metadata, self.labels = dict(record.metadata), dict(record.labels)
+        self.went_on = went_on
 
     @property
     def record(self) -> SessionRecord:

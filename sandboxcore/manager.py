@@ -1,18 +1,20 @@
 """Many clients, many sandboxes: :class:`SandboxManager`."""
 
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
 from sandboxcore import process
 from sandboxcore.capabilities import SandboxCapabilities
+from sandboxcore.directory import Managed
 from sandboxcore.errors import (
     InvalidTransition,
-    SandboxBusy,
+    SandboxError,
     SandboxNotFound,
     SelectionRefused,
     SessionNotFound,
@@ -31,7 +33,7 @@ from sandboxcore.request import Program
 from sandboxcore.result import ExecResult
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.selection import SelectionOptions, unmet, unmet_by, unmet_inside
-from sandboxcore.session import LIVE, SessionState, SessionTimeouts
+from sandboxcore.session import LIVE, SessionState, SessionTimeouts, check_move
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import SandboxSpec, check_name
 from sandboxcore.statedir import StatePath
@@ -139,23 +141,23 @@ class SandboxManager(Keeping):
         """
         options, spec_or = options or SelectionOptions(), spec
         spec = spec or (template.spec if template is not None else SandboxSpec())
-        if binding and not options.use_pool:
-            raise SpecError(
-                f"{min(binding)}: is bound late only with options.use_pool; else it is the spec's"
-            )
-        first = self._new_session(client_id, timeouts, metadata, labels)
-        found = self._preferred(options, first)
+        lasting = {"template": template, "policy": policy, "creation_timeout": creation_timeout}
+        _check_pooled(options, lasting, binding)
+        first, more = (
+            self._new_session(client_id, timeouts, metadata, labels),
+            self._more(ttl, policy, template),
+        )
+        found = self._preferred(options, first, wait)
         if found is None and not (options.require_fresh or name or template or binding):
             found = self._kept(spec, options, client_id)
         if found is not None:
-            return self._held(found, EventKind.SESSION_ACQUIRED)
+            return self._held(found, EventKind.SESSION_ACQUIRED, went_on=found.id != first.id)
         limits = {"memory": spec.limits.memory}
         if failed := unmet(spec, options, {**spec.labels, **options.required_labels}, limits):
             raise SelectionRefused("a new sandbox of this spec", failed)
         if options.use_pool:
-            return self._pooled(spec, options, first, wait, name=name, **binding)
+            return self._pooled(spec, options, first, wait, more["expires_at"], name=name, **binding)
         about = {"name": name, "labels": dict(options.required_labels), "owner": client_id or None}
-        more = self._more(ttl, policy, template, "")
         made = self._created(
             spec_or, about, more, session=first, template=template, wait=wait, patience=creation_timeout
         )
@@ -179,7 +181,9 @@ class SandboxManager(Keeping):
             metadata=dict(metadata or {}), labels=dict(labels or {}), trace_id=current_trace(),
         )  # fmt: skip
 
-    def _preferred(self, options: SelectionOptions, first: SessionRecord) -> SessionRecord | None:
+    def _preferred(
+        self, options: SelectionOptions, first: SessionRecord, wait: float | None
+    ) -> SessionRecord | None:
         """A session of the sandbox that is preferred, if there is one."""
         record = None if options.preferred_id is None else self._ledger.get(options.preferred_id)
         if record is None:
@@ -187,15 +191,17 @@ class SandboxManager(Keeping):
         subject = f"sandbox {record.name}"
         if failed := unmet_by(record, SandboxSpec.from_dict(record.spec), options):
             raise SelectionRefused(subject, failed)
-        sandbox = self._usable(record)
+        sandbox = self._usable(record, wait)
         self._look_inside(sandbox, options, keep=True)
         return self._joined(sandbox.id, first)
 
-    def _usable(self, record: SandboxRecord) -> Sandbox:
+    def _usable(self, record: SandboxRecord, wait: float | None) -> Sandbox:
         """It, and it runs: one that was created or stopped is started."""
         sandbox = self._handle(record)
         if sandbox.state in (SandboxState.CREATED, SandboxState.STOPPED):
-            self._started(sandbox, 0.0)
+            self._started(sandbox, wait)
+        if sandbox.state is SandboxState.DESTROYED:
+            raise SandboxNotFound(f"sandbox {record.name} is not on record any more")
         if sandbox.state is not SandboxState.RUNNING:
             remedy = {SandboxState.PAUSED: "; resume it", SandboxState.ARCHIVED: "; recover it"}
             raise InvalidTransition(
@@ -205,12 +211,16 @@ class SandboxManager(Keeping):
 
     def _joined(self, sandbox: str, first: SessionRecord) -> SessionRecord:
         """The client's detached session of this sandbox, which goes on, or a new one."""
+        if not first.client:  # nobody has left it for whoever comes
+            return self._opened(replace(first, sandbox=sandbox))
         for session in self._ledger.sessions(
             states=(SessionState.DETACHED,), client=first.client, sandbox=sandbox
         ):
             if (taken := self._ledger.take_session(session.id)) is not None:
                 return taken
-        first = replace(first, sandbox=sandbox)
+        return self._opened(replace(first, sandbox=sandbox))
+
+    def _opened(self, first: SessionRecord) -> SessionRecord:
         self._ledger.open_session(first)
         return first
 
@@ -219,18 +229,22 @@ class SandboxManager(Keeping):
         if not client:
             return None
         for session in self._ledger.sessions(states=(SessionState.DETACHED,), client=client):
-            record = self._ledger.get(session.sandbox)
-            if record is None or not self._is_ours(record) or bool(record.host) is not options.use_pool:
-                continue
-            theirs = SandboxSpec.from_dict(record.spec)
-            if theirs.fingerprint != spec.fingerprint or unmet_by(record, theirs, options):
-                continue
-            sandbox = self._handle(record)
-            if sandbox.state is not SandboxState.RUNNING or unmet_inside(sandbox, options.required):
-                continue
-            if (taken := self._ledger.take_session(session.id)) is not None:
-                return taken
+            with contextlib.suppress(SandboxError):  # its record is damaged, or it goes just now
+                if not self._will_do(session, spec, options):
+                    continue
+                if (taken := self._ledger.take_session(session.id)) is not None:
+                    return taken
         return None
+
+    def _will_do(self, session: SessionRecord, spec: SandboxSpec, options: SelectionOptions) -> bool:
+        record = self._ledger.get(session.sandbox)
+        if record is None or not self._is_ours(record) or bool(record.host) is not options.use_pool:
+            return False
+        theirs = SandboxSpec.from_dict(record.spec)
+        if theirs.fingerprint != spec.fingerprint or unmet_by(record, theirs, options):
+            return False
+        sandbox = self._handle(record)
+        return sandbox.state is SandboxState.RUNNING and not unmet_inside(sandbox, options.required)
 
     def _look_inside(self, sandbox: Sandbox, options: SelectionOptions, *, keep: bool = False) -> None:
         """Raises SelectionRefused, and destroys what was made for it."""
@@ -248,6 +262,7 @@ class SandboxManager(Keeping):
         options: SelectionOptions,
         first: SessionRecord,
         wait: float | None,
+        expires_at: float | None,
         **binding: Any,
     ) -> SandboxSession:
         binding["labels"] = {**options.required_labels, **(binding.get("labels") or {})}
@@ -261,7 +276,7 @@ class SandboxManager(Keeping):
             if failed := unmet_inside(sandbox, options.required):
                 raise SelectionRefused(f"sandbox {sandbox.name}", failed)
             first = replace(first, sandbox=sandbox.id)
-            self._ledger.enrol(self._private_record(sandbox), first)
+            self._ledger.enrol(replace(self._private_record(sandbox), expires_at=expires_at), first)
         except BaseException:
             sandbox.destroy()
             raise
@@ -277,12 +292,22 @@ class SandboxManager(Keeping):
             last_active_at=time.time(), pid=sandbox.pid, host=self._host(),
         )  # fmt: skip
 
-    def _held(self, session: SessionRecord, kind: EventKind, **data: Any) -> SandboxSession:
+    def _held(
+        self, session: SessionRecord, kind: EventKind, *, went_on: bool = False, **data: Any
+    ) -> SandboxSession:
         """A session that is this process's now."""
         with self._guard:
             self._users.setdefault(session.sandbox, {})[session.id] = session.client
         self._emit(kind, session, **data)
-        return SandboxSession(self, session)
+        return SandboxSession(self, session, went_on=went_on)
+
+    def _undo(self, session: SandboxSession) -> None:
+        """Nobody got what :meth:`acquire` or :meth:`attach` gave just now: one that went on is left again,
+        and a new one never was."""
+        if session.went_on:
+            self.detach(session)
+        else:
+            self.terminate(session)
 
     def attach(
         self,
@@ -299,24 +324,43 @@ class SandboxManager(Keeping):
         """A session of a sandbox by its id, name or UUID, whoever made it: this client's detached one goes
         on, or there is a new one. A created or stopped sandbox is started.
 
-        create_if_missing: make one of ``create_spec`` with this name where there is none. Raises
-        :class:`SandboxNotFound`; :class:`InvalidTransition` for a suspended or archived one.
+        create_if_missing: make one of ``create_spec`` with this name where there is none: of several who
+        want that at once, one makes it. wait: for room, where it is to be started, as for :meth:`create`.
+        Raises :class:`SandboxNotFound`; :class:`InvalidTransition` for a suspended or archived one.
         """
         first = self._new_session(client_id, timeouts, metadata, labels)
-        record, new = self._ledger.get(sandbox_id), False
-        if record is not None:
-            sandbox = self._usable(record)
-            session = self._joined(sandbox.id, first)
-        elif create_if_missing:
+        if create_if_missing and self._ledger.get(sandbox_id) is None:
             check_name(sandbox_id)
-            about = {"name": sandbox_id, "owner": client_id or None}
-            more = self._more(None, None, None, "")
-            sandbox, new = self._created(create_spec, about, more, session=first, wait=wait), True
-            session = replace(first, sandbox=sandbox.id)
-        else:
-            raise SandboxNotFound(f"no sandbox has the name or id {sandbox_id!r} in {self.state_dir}")
-        held = self._held(session, EventKind.SESSION_ATTACHED, new=new)
+        while True:
+            try:
+                sandbox, session, new = self._attached(
+                    sandbox_id, first, create_if_missing, create_spec, wait
+                )
+                break
+            except (SandboxNotFound, SpecError) as error:  # somebody was faster: it is there now, or gone
+                there = self._ledger.get(sandbox_id) is not None
+                if not create_if_missing or there is isinstance(error, SandboxNotFound):
+                    raise
+        held = self._held(session, EventKind.SESSION_ATTACHED, went_on=session.id != first.id, new=new)
         return AttachResult(session=held, newly_created=new, capabilities=sandbox.capabilities)
+
+    def _attached(
+        self,
+        key: str,
+        first: SessionRecord,
+        make: bool,
+        spec: SandboxSpec | None,
+        wait: float | None,
+    ) -> tuple[Sandbox, SessionRecord, bool]:
+        record = self._ledger.get(key)
+        if record is not None:
+            sandbox = self._usable(record, wait)
+            return sandbox, self._joined(sandbox.id, first), False
+        if not make:
+            raise SandboxNotFound(f"no sandbox has the name or id {key!r} in {self.state_dir}")
+        about = {"name": key, "owner": first.client or None}
+        sandbox = self._created(spec, about, self._more(None, None, None), session=first, wait=wait)
+        return sandbox, replace(first, sandbox=sandbox.id), True
 
     def detach(self, session: AnySession) -> None:
         """Leave the sandbox running, for this client to come back to: :meth:`acquire`, :meth:`attach`,
@@ -329,29 +373,33 @@ class SandboxManager(Keeping):
         """Stop every process in its sandbox until :meth:`resume`. Raises :class:`SandboxBusy` while another
         session uses the sandbox, and InvalidTransition unless this one is active or detached."""
         record = self._ledger.session(_id(session))
+        check_move(record.id, SessionState(record.state), SessionState.SUSPENDED, "suspend")
         sandbox = self.find(record.sandbox)
-        others = self._ledger.sessions(states=(SessionState.ACTIVE,), sandbox=record.sandbox)
-        if any(other.id != record.id for other in others):
-            raise SandboxBusy(f"session {record.id}: suspend: another session uses sandbox {sandbox.name}")
-        moved = self._ledger.move_session(record.id, SessionState.SUSPENDED, "suspend")
+        moved = self._ledger.move_session(record.id, SessionState.SUSPENDED, "suspend", alone=True)
         try:  # in this order: who dies between has a suspended session of a sandbox that runs
             if sandbox.state is not SandboxState.PAUSED:
                 sandbox.suspend()
         except BaseException:
-            self._ledger.move_session(record.id, SessionState.ACTIVE, "resume")
+            self._ledger.put_back(record)
             raise
         self._left(moved)
         self._emit(EventKind.SESSION_SUSPENDED, moved)
 
-    def resume(self, session: AnySession) -> SandboxSession:
-        """Go on with a suspended or a detached session: its sandbox runs, and it is active."""
+    def resume(self, session: AnySession, *, wait: float | None = 0.0) -> SandboxSession:
+        """Go on with a suspended or a detached session: its sandbox runs, and it is active. Other suspended
+        sessions of that sandbox stay suspended until they are resumed, too. wait: for room, where its sandbox
+        has ended and is started again, as for :meth:`create`."""
         record = self._ledger.session(_id(session))
         if record.state not in (SessionState.SUSPENDED, SessionState.DETACHED):
             raise InvalidTransition(f"session {record.id}", record.state, "resume")
         sandbox = self.find(record.sandbox)
         if sandbox.state is SandboxState.PAUSED and record.state == SessionState.SUSPENDED:
-            sandbox.resume()
-        self._usable(self._ledger.find(record.sandbox))
+            try:
+                sandbox.resume()
+            except InvalidTransition as error:
+                if error.state != SandboxState.RUNNING:  # else another session was resumed just now
+                    raise
+        self._usable(self._ledger.find(record.sandbox), wait)
         moved = self._ledger.move_session(record.id, SessionState.ACTIVE, "resume")
         return self._held(moved, EventKind.SESSION_RESUMED)
 
@@ -377,10 +425,6 @@ class SandboxManager(Keeping):
             self._emit(kind, record)
         if last:
             self._gone(record.sandbox, why)
-
-    def _left(self, session: SessionRecord) -> None:
-        with self._guard:
-            self._users.get(session.sandbox, {}).pop(session.id, None)
 
     def _gone(self, key: str, why: str) -> None:
         """Nobody uses it any more."""
@@ -466,29 +510,41 @@ class SandboxManager(Keeping):
     ) -> ExecResult:
         """:func:`sandboxcore.run`: a command in a fresh sandbox that ends with it, which counts as one of
         ``max_sandboxes`` meanwhile. ``options``: files, input, timeout and all that run() takes."""
-        with self._place(wait):
-            done = process.run(argv, spec=spec, **options)
-        self._ran(argv, done)
-        return done
+        with self._place(wait), self._telling(argv) as told:
+            told.append(process.run(argv, spec=spec, **options))
+        return told[0]
 
     def run_pooled(
-        self, argv: Sequence[Program], *, spec: SandboxSpec | None = None, **options: Any
+        self,
+        argv: Sequence[Program],
+        *,
+        spec: SandboxSpec | None = None,
+        wait: float | None = 0.0,
+        **options: Any,
     ) -> ExecResult:
         """The same in a warm sandbox: :meth:`SandboxPool.run`."""
-        done = self.pools.run(argv, spec=spec, **options)
-        self._ran(argv, done)
-        return done
+        with self._telling(argv) as told:
+            run = functools.partial(self.pools.run, argv, spec=spec, **options)
+            told.append(self._when_there_is_room(run, wait))
+        return told[0]
 
-    def _ran(self, argv: Sequence[Program], done: ExecResult) -> None:
-        """A command that was no session's has ended."""
-        self.metrics.count_command(done.cause.value, done.duration)
-        args = [os.fsdecode(arg) for arg in argv]
-        ended: dict[str, Any] = {
-            "cause": done.cause.value,
-            "returncode": done.returncode,
-            "duration": done.duration,
-        }
-        self._emit(EventKind.COMMAND_ENDED, None, args=args, **ended)
+    @contextlib.contextmanager
+    def _telling(self, argv: Sequence[Program]) -> Iterator[list[ExecResult]]:
+        """Of a command that is no session's, and how it ended: what is put into the list."""
+        about: dict[str, Any] = {"command": new_id("cmd"), "detached": False}
+        args, done = [os.fsdecode(arg) for arg in argv], list[ExecResult]()
+        self._emit(EventKind.COMMAND_STARTED, None, args=args, **about)
+        ended: dict[str, Any] = {"cause": None, "returncode": None, "duration": None}
+        try:
+            yield done
+            ended = {name: getattr(done[0], name) for name in ended}
+            ended["cause"] = done[0].cause.value
+        except BaseException as error:
+            ended["error"] = type(error).__name__
+            raise
+        finally:
+            self.metrics.count_command(ended["cause"], ended["duration"])
+            self._emit(EventKind.COMMAND_ENDED, None, **about, **ended)
 
     def fork(self, session: AnySession, n: int = 1, *, client_id: str | None = None) -> list[SandboxSession]:
         """Sessions of ``n`` new sandboxes that have the files of this one's as they are now:
@@ -496,21 +552,28 @@ class SandboxManager(Keeping):
         record = self._ledger.session(_id(session))
         timeouts = SessionTimeouts.from_dict(record.timeouts)
         client = record.client if client_id is None else client_id
-        parent = self._persistent(record.sandbox)
-        made = parent.fork(n)
-        found = []
-        try:
-            for child in made:
-                with self._guard:
-                    self._handles[child.id] = self._watched(child)
-                first = self._new_session(client, timeouts, record.metadata, record.labels, child.id)
-                self._ledger.open_session(first)
-                found.append(self._held(first, EventKind.SESSION_ACQUIRED, forked_from=parent.id))
-        except BaseException:
-            for child in made:
-                child.destroy()
-            raise
-        return found
+        parent, firsts = self._persistent(record.sandbox), dict[str, SessionRecord]()
+        more: dict[str, Any] = {
+            "policy": self._ledger.find(parent.id).policy,
+            "owner": client or None,
+            "lasting": False,
+        }
+
+        def enrol(child: SandboxRecord) -> SandboxRecord:
+            first = self._new_session(client, timeouts, record.metadata, record.labels, child.id)
+            firsts[child.id] = first
+            return self._ledger.enrol(replace(child, **more), first)
+
+        assert isinstance(parent, Managed)
+        for child in parent.offspring(n, enrol):
+            child.owner = client or None
+            with self._guard:
+                self._handles[child.id] = self._watched(child)
+            self.metrics.count_creation(child.timings["total"], child.timings)
+            self._emit(EventKind.SANDBOX_CREATED, firsts[child.id], name=child.name, owner=child.owner)
+        return [
+            self._held(first, EventKind.SESSION_ACQUIRED, forked_from=parent.id) for first in firsts.values()
+        ]
 
     # --- how it is ----------------------------------------------------------------------------------
 
@@ -541,6 +604,14 @@ class SandboxManager(Keeping):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_pooled(options: SelectionOptions, lasting: Mapping[str, Any], binding: Mapping[str, Any]) -> None:
+    if binding and not options.use_pool:
+        raise SpecError(f"{min(binding)}: is bound late only with options.use_pool; else it is the spec's")
+    for name, value in lasting.items() if options.use_pool else ():
+        if value is not None:
+            raise SpecError(f"{name}: with options.use_pool there is none: it runs already, and ends with us")
 
 
 def _id(session: AnySession) -> str:

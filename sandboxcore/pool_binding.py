@@ -109,7 +109,7 @@ def wanted(
         limits=_changed(spec.limits, limits),
         network=network,
         labels=check_labels(labels or {}),
-        **identity,
+        **{name: value for name, value in identity.items() if value is not None},
     )
     if found.network is not None or found.limits or found.ro or found.rw:
         found.spec(spec)  # says what cannot be

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
 
 # What brings a database from one version to the next; each statement once, all of a version or none.
 CHANGES: Mapping[int, str] = {
@@ -42,6 +42,10 @@ CREATE INDEX sessions_of_client ON sessions (client, state);
 CREATE INDEX sessions_of_sandbox ON sessions (sandbox, state);
 CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """,
+    3: """
+ALTER TABLE sandboxes ADD COLUMN lasting INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE sandboxes ADD COLUMN next_spec TEXT NOT NULL DEFAULT '{}';
+""",
 }
 
 
@@ -54,7 +58,9 @@ class SandboxRecord:
     :class:`LifecyclePolicy`. archived_at, archived_why: since when and why it is archived. template,
     template_help: what it was made from, and what that says of itself. host: "" for one that outlives
     every process; else the process with which it ends, as "PID TICKS BOOT". doomed: why it is about to be
-    destroyed; "" if it is not.
+    destroyed; "" if it is not. lasting: whether it stays when its last session has ended. spec: that of its
+    present start, or where it does not run, of its last one or its next one; next_spec: that of its next
+    start, where it was changed while it ran, else empty.
     """
 
     id: str
@@ -81,6 +87,8 @@ class SandboxRecord:
     template_help: str = ""
     host: str = ""
     doomed: str = ""
+    lasting: bool = False
+    next_spec: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,11 +140,15 @@ STATES: Mapping[str, tuple[str, ...]] = {
     "sessions": ("active", "detached", "suspended", "terminated"),
 }
 _KINDS: Mapping[str, type] = {
-    **dict.fromkeys(("spec", "labels", "metadata", "policy", "timeouts"), dict),
+    **dict.fromkeys(("spec", "next_spec", "labels", "metadata", "policy", "timeouts"), dict),
     **dict.fromkeys(("omitted", "args"), list),
 }
 
 
+_ITEMS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("labels", "omitted", "args"), (str,)),
+    **dict.fromkeys(("policy", "timeouts"), (int, float, type(None))),
+}
 _PROCESS = re.compile(r"[0-9]+ [0-9]+ [^ ].*")  # identity.this_process()
 
 
@@ -165,6 +177,9 @@ def _values(row: sqlite3.Row, table: str) -> dict[str, Any]:
             values[name] = json.loads(values[name])
             if not isinstance(values[name], _KINDS[name]):
                 raise ValueError(f"{name} is no {_KINDS[name].__name__}")
+            items = values[name].values() if _KINDS[name] is dict else values[name]
+            if name in _ITEMS and not all(type(item) in _ITEMS[name] for item in items):
+                raise ValueError(f"{name}: {values[name]!r}")
         if table in STATES and values["state"] not in STATES[table]:
             raise ValueError(f"state {values['state']!r}")
         if values.get("host") and not _PROCESS.fullmatch(values["host"]):
@@ -176,7 +191,8 @@ def _values(row: sqlite3.Row, table: str) -> dict[str, Any]:
 
 def sandbox_of(row: sqlite3.Row) -> SandboxRecord:
     """Raises :class:`Damaged`."""
-    return SandboxRecord(**_values(row, "sandboxes"))
+    values = _values(row, "sandboxes")
+    return SandboxRecord(**{**values, "lasting": bool(values["lasting"])})
 
 
 def command_of(row: sqlite3.Row) -> CommandRecord:

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
@@ -134,11 +134,14 @@ class Sandbox(Snapshots):
     def fork(self, n: int = 1) -> list[Self]:
         """Start ``n`` others that have the files of this one as they are now, and its spec; processes and
         what is in ``/tmp`` stay behind. All of them, or none. Raises what :meth:`snapshot` does."""
+        return self._forked(n, self._begun)
+
+    def _forked(self, n: int, begin: Callable[[Snapshot], Self]) -> list[Self]:
         children: list[Self] = []
         with self._moment() as snapshot:
             try:
                 for _ in range(n):
-                    children.append(self._begun(snapshot))
+                    children.append(begin(snapshot))
             except BaseException:
                 for child in children:
                     child.destroy()

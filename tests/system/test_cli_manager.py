@@ -187,10 +187,8 @@ def test_gc_does_what_is_due(sh: Shell) -> None:
     sh.sql("UPDATE sandboxes SET created_at = 1, last_active_at = 1 WHERE id = ?", kept)
 
     dry = sh.json("gc", "--dry-run")
-    assert [(one["kind"], one["name"], one["error"]) for one in dry["actions"]] == [
-        ("delete", "box", ""), ("stop", "kept", ""),
-    ]  # fmt: skip
-    assert "expired" in dry["actions"][0]["reason"]
+    due = {one["name"]: (one["kind"], one["reason"].split()[0], one["error"]) for one in dry["actions"]}
+    assert due == {"box": ("delete", "expired", ""), "kept": ("stop", "inactive", "")}
     assert dry["dry_run"] is True
     assert [row["state"] for row in sh.json("ls") if row["name"] == "box"] == ["created"]
 
@@ -203,7 +201,7 @@ def test_gc_does_what_is_due(sh: Shell) -> None:
 def test_gc_tells_what_it_cannot_do(sh: Shell) -> None:
     box = sh("create", "box", "--no-start").strip()
     sh("create", "torn", "--no-start")
-    sh.sql("UPDATE sandboxes SET policy = '{\"auto_\u001b\": 1}' WHERE id = ?", box)
+    sh.sql("UPDATE sandboxes SET policy = ? WHERE id = ?", json.dumps({"auto_\x1b": 1}), box)
     sh.sql("UPDATE sandboxes SET labels = 'no' WHERE name = 'torn'")
     told = sh("gc", status=1, told="sandboxcore: stop box (its policy cannot be read)")
     assert "\x1b" not in told
@@ -325,7 +323,6 @@ def test_events_are_chained_and_verified(sh: Shell, tmp_path: Path, key: Path) -
     log.write_bytes(b"".join(lines).replace(b'"returncode":3', b'"returncode":0'))
     assert "line 4: changed" in sh("events", "verify", str(log), status=1, **env)
     assert sh.json("events", "verify", str(log), status=1, **env)["at_line"] == 4
-    assert "another key, or changed" in sh("create", "no", status=125, **env) or sh.json("ls") == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,317 @@
+"""Sessions over sandboxes: who gets which, for how long it is theirs, and what is left."""
+
+import errno
+import os
+import signal
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from managed import heard, is_gone, manager, nothing_left, runs, second, session_in, state
+from support import spawner_pids, wait_until
+
+from sandboxcore import (
+    InvalidTransition,
+    SandboxBusy,
+    SandboxManager,
+    SandboxNotFound,
+    SandboxState,
+    SelectionOptions,
+    SessionNotFound,
+    SessionState,
+    SetupError,
+    SpecError,
+)
+from sandboxcore import SandboxSpec as Spec
+
+__all__ = ["heard", "manager", "nothing_left", "second", "state"]  # fixtures
+
+
+# --- acquire and release ------------------------------------------------------------------------------
+
+
+def test_acquire_gives_a_session_of_a_sandbox_that_runs(manager: SandboxManager) -> None:
+    began = time.time()
+    session = manager.acquire(client_id="me", metadata={"n": [1]}, labels={"team": "a"})
+    assert session.id.startswith("sess-")
+    assert session.sandbox_id.startswith("sbx-")
+    assert (session.client_id, session.state) == ("me", SessionState.ACTIVE)
+    assert (session.metadata, session.labels) == ({"n": [1]}, {"team": "a"})
+    assert began <= session.created_at <= session.last_active_at <= time.time()
+    assert session.sandbox is session.sandbox
+    assert session.sandbox.owner == "me"
+    assert runs(session)
+    assert session.to_dict()["sandbox"] == session.sandbox_id
+
+
+def test_release_destroys_what_acquire_made(manager: SandboxManager) -> None:
+    session = manager.acquire(client_id="me")
+    sandbox = session.sandbox
+    session.release()
+    assert session.state is SessionState.TERMINATED
+    assert sandbox.state is SandboxState.DESTROYED
+    assert is_gone(manager, sandbox.id)
+    assert session.record.ended_why == "released"
+    session.release()
+    with pytest.raises(SandboxNotFound):
+        _ = session.sandbox
+
+
+def test_release_with_keep_alive_keeps_it_for_this_client_alone(manager: SandboxManager) -> None:
+    mine = manager.acquire(client_id="me")
+    mine.sandbox.files.write("/tmp/mine", b"x")
+    manager.release(mine, keep_alive=True)
+    assert mine.state is SessionState.DETACHED
+    other = manager.acquire(client_id="you")
+    nobody = manager.acquire()
+    assert mine.sandbox_id not in (other.sandbox_id, nobody.sandbox_id)
+    again = manager.acquire(client_id="me")
+    assert (again, again.sandbox_id) == (mine, mine.sandbox_id)
+    assert again.sandbox.files.read("/tmp/mine") == b"x"
+    assert manager.acquire(client_id="me").sandbox_id != mine.sandbox_id
+
+
+def test_a_session_of_nobody_is_not_continued_by_somebody_else_without_a_name(
+    manager: SandboxManager,
+) -> None:
+    first = manager.acquire()
+    first.detach()
+    assert manager.attach(first.sandbox_id).session != first
+    assert manager.acquire().sandbox_id != first.sandbox_id
+    assert first.state is SessionState.DETACHED
+
+
+def test_what_was_left_is_not_taken_where_another_spec_is_wanted(manager: SandboxManager) -> None:
+    mine = manager.acquire(Spec(env={"A": "1"}), client_id="me")
+    mine.detach()
+    assert manager.acquire(Spec(env={"A": "2"}), client_id="me").sandbox_id != mine.sandbox_id
+    fresh = manager.acquire(Spec(env={"A": "1"}), SelectionOptions(require_fresh=True), "me")
+    assert fresh.sandbox_id != mine.sandbox_id
+    assert manager.acquire(Spec(env={"A": "1"}), client_id="me") == mine
+
+
+def test_leaving_the_block_releases(manager: SandboxManager) -> None:
+    with manager.acquire() as session:
+        key = session.sandbox_id
+    assert is_gone(manager, key)
+    with manager.acquire() as session:
+        session.terminate()
+
+
+def test_one_that_cannot_start_leaves_nothing(manager: SandboxManager, tmp_path: Path) -> None:
+    with pytest.raises((SetupError, SpecError)):
+        manager.acquire(Spec(ro=[(str(tmp_path / "missing"), "/missing")]))
+    assert manager.list_sandboxes() == []
+    assert manager.list_sessions() == []
+
+
+def test_creation_timeout(manager: SandboxManager) -> None:
+    (spawner,) = spawner_pids()
+    os.kill(spawner, signal.SIGSTOP)
+    try:
+        with pytest.raises(SetupError) as info:
+            manager.acquire(creation_timeout=0.05)
+    finally:
+        os.kill(spawner, signal.SIGCONT)
+    assert info.value.errno == errno.ETIME
+    assert info.value.stage
+    assert manager.list_sandboxes() == []
+    assert manager.list_sessions() == []
+
+
+# --- several sessions ---------------------------------------------------------------------------------
+
+
+def test_several_sessions_of_one_client(manager: SandboxManager) -> None:
+    found = [manager.acquire(client_id="me") for _ in range(3)]
+    assert len({session.sandbox_id for session in found}) == 3
+    assert manager.list_sessions(client_id="me") == found
+    assert manager.get_session_by_client("me") == found[-1]
+    found[-1].detach()
+    assert manager.get_session_by_client("me") == found[-2]
+    assert manager.get_session_by_client("you") is None
+    assert [session.id for session in found] == sorted(session.id for session in found)
+
+
+def test_a_sandbox_ends_with_its_last_session(manager: SandboxManager) -> None:
+    first = manager.acquire(client_id="a")
+    second = manager.attach(first.sandbox_id, "b").session
+    third = manager.attach(first.sandbox_id, "a").session
+    assert len({first, second, third}) == 3
+    first.release()
+    second.terminate()
+    assert runs(third)
+    third.detach()
+    assert runs(third)
+    third.terminate()
+    assert is_gone(manager, first.sandbox_id)
+
+
+def test_a_sandbox_that_create_made_stays_after_its_last_session(manager: SandboxManager) -> None:
+    made = manager.create(name="dev")
+    session = manager.attach("dev", "me").session
+    session.release()
+    assert made.state is SandboxState.RUNNING
+    preferred = manager.acquire(options=SelectionOptions(preferred_id="dev"), client_id="me")
+    preferred.terminate()
+    assert made.exec(["true"]).ok
+
+
+def test_nobody_suspends_what_another_uses(manager: SandboxManager) -> None:
+    first = manager.acquire(client_id="a")
+    second = manager.attach(first.sandbox_id, "b").session
+    with pytest.raises(SandboxBusy):
+        first.suspend()
+    assert first.state is second.state is SessionState.ACTIVE
+    second.detach()
+    first.suspend()
+    assert first.sandbox.state is SandboxState.PAUSED
+    with pytest.raises(InvalidTransition):
+        second.resume()
+    assert second.state is SessionState.DETACHED
+    second.suspend()
+    first.resume()
+    assert second.state is SessionState.SUSPENDED
+    second.resume()
+    assert runs(second)
+
+
+def test_a_failed_suspend_changes_nothing(manager: SandboxManager) -> None:
+    for was in ("active", "detached"):
+        session = session_in(manager, was)
+        session.sandbox.stop()
+        with pytest.raises(InvalidTransition):
+            session.suspend()
+        assert session.state == was
+
+
+# --- attach -------------------------------------------------------------------------------------------
+
+
+def test_attach_by_name_id_and_uuid(manager: SandboxManager) -> None:
+    made = manager.create(name="dev")
+    for key in ("dev", made.id, str(uuid.UUID(made.id[4:]))):
+        found = manager.attach(key, "me")
+        assert not found.newly_created
+        assert found.session.sandbox_id == made.id
+        assert found.capabilities == made.capabilities
+        assert manager.find(key) is manager.get_sandbox(key) is made
+    with pytest.raises(SandboxNotFound):
+        manager.attach("other")
+    assert manager.get_sandbox("other") is None
+
+
+def test_attach_makes_what_is_missing(manager: SandboxManager) -> None:
+    spec = Spec(env={"A": "b"})
+    found = manager.attach("dev", "me", create_if_missing=True, create_spec=spec)
+    assert found.newly_created
+    assert found.session.sandbox.name == "dev"
+    assert found.session.sandbox.spec.env["A"] == "b"
+    assert found.capabilities == found.session.sandbox.capabilities
+    assert not manager.attach("dev", "you", create_if_missing=True, create_spec=spec).newly_created
+    with pytest.raises(SpecError):
+        manager.attach("no/name", create_if_missing=True)
+
+
+def test_threads_that_make_the_same_one_get_the_same_one(
+    manager: SandboxManager, second: SandboxManager
+) -> None:
+    found, errors = [], []
+
+    def attach(one: SandboxManager, client: str) -> None:
+        try:
+            found.append(one.attach("dev", client, create_if_missing=True))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=attach, args=((manager, second)[n % 2], f"c{n}")) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    assert sum(result.newly_created for result in found) == 1
+    assert len({result.session.sandbox_id for result in found}) == 1
+    assert len({result.session.id for result in found}) == 8
+
+
+def test_attach_goes_on_with_what_this_client_left(manager: SandboxManager) -> None:
+    session = manager.acquire(client_id="me")
+    session.detach()
+    assert manager.attach(session.sandbox_id, "you").session != session
+    assert manager.attach(session.sandbox_id, "me").session == session
+    assert manager.attach(session.sandbox_id, "me").session != session
+
+
+def test_attach_starts_what_has_ended(manager: SandboxManager) -> None:
+    session = manager.acquire(client_id="me")
+    session.sandbox.stop()
+    session.detach()
+    found = manager.attach(session.sandbox_id, "me")
+    assert runs(found.session)
+
+
+# --- looking ------------------------------------------------------------------------------------------
+
+
+def test_sessions_by_sandbox_state_and_labels(manager: SandboxManager) -> None:
+    first = manager.acquire(client_id="a", labels={"x": "1", "y": "2"})
+    later = manager.attach(first.sandbox_id, "b", labels={"x": "1"}).session
+    assert manager.get_session_by_sandbox(first.sandbox_id) == later
+    later.detach()
+    assert manager.get_session_by_sandbox(first.sandbox_id) == first
+    assert manager.list_sessions("detached") == [later]
+    assert manager.list_sessions(labels={"x": "1"}) == [first, later]
+    assert manager.list_sessions(labels={"x": "1", "y": "2"}) == [first]
+    assert manager.list_sessions("terminated") == []
+    with pytest.raises(ValueError):
+        manager.list_sessions("no such state")
+    assert manager.get_session(first.id) == first
+    assert manager.get_session("sess-0") is None
+    assert manager.get_session_by_sandbox("sbx-0") is None
+    with pytest.raises(SessionNotFound):
+        manager.detach("sess-0")
+    first.terminate()
+    later.terminate()
+    assert manager.list_sessions("terminated") == [first, later]
+    assert manager.get_session_by_sandbox(first.sandbox_id) is None
+
+
+def test_the_default_sandbox(manager: SandboxManager, second: SandboxManager) -> None:
+    assert manager.get_default_sandbox() is None
+    made = manager.create(name="dev")
+    manager.set_default_sandbox("dev")
+    assert second.get_default_sandbox() == made.id
+    with pytest.raises(SandboxNotFound):
+        second.set_default_sandbox("other")
+    second.set_default_sandbox(None)
+    assert manager.get_default_sandbox() is None
+    manager.set_default_sandbox(made.id)
+    manager.destroy("dev")
+    assert manager.get_default_sandbox() is None
+
+
+def test_sandboxes_by_state_and_labels(manager: SandboxManager) -> None:
+    first = manager.create(name="a", labels={"x": "1"}, description="mine", metadata={"k": [1]}, owner="me")
+    second = manager.create(start=False)
+    assert [record.id for record in manager.list_sandboxes()] == [first.id, second.id]
+    assert [record.id for record in manager.list_sandboxes(labels={"x": "1"})] == [first.id]
+    assert [record.id for record in manager.list_sandboxes(state="created")] == [second.id]
+    record = manager.get_record("a")
+    assert record is not None
+    assert (record.description, record.metadata, record.owner) == ("mine", {"k": [1]}, "me")
+    assert manager.exists("a")
+    assert not manager.exists("b")
+    assert manager.get_state("a") is SandboxState.RUNNING
+    assert manager.get_state("b") is None
+    with pytest.raises(SpecError):
+        manager.create(name="a")
+
+
+def test_list_sees_what_was_killed(manager: SandboxManager) -> None:
+    made = manager.create()
+    os.kill(made.pid, signal.SIGKILL)
+    wait_until(lambda: manager.list_sandboxes(state="stopped"), "the end on record")
+    assert manager.get_state(made.id) is SandboxState.STOPPED
