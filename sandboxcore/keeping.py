@@ -10,6 +10,7 @@ from typing import Any
 from sandboxcore.directory import Directory, Managed
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.events import LOGGER, EventKind
+from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.policy import Action, LifecyclePolicy
 from sandboxcore.reconcile import Reconciled, Sweeper, reconcile
 from sandboxcore.records import Damage, SandboxRecord, SessionRecord
