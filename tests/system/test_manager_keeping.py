@@ -130,9 +130,7 @@ def test_the_sweep_goes_on_after_a_failure(state: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [None, POOLED], ids=["persistent", "pooled"])
-def test_time_to_live(
-    manager: SandboxManager, heard: list[Event], options: SelectionOptions | None
-) -> None:
+def test_time_to_live(manager: SandboxManager, heard: list[Event], options: SelectionOptions | None) -> None:
     session = manager.acquire(client_id="me", ttl=50, options=options)
     key = session.sandbox_id
     record = manager.get_record(key)
@@ -172,7 +170,8 @@ def test_a_policy_stops_archives_and_deletes(manager: SandboxManager, heard: lis
     policy = LifecyclePolicy(auto_stop=10, auto_archive=100, auto_delete=1000)
     made = manager.create(name="dev", policy=policy)
     used = manager.acquire(policy=policy, timeouts=SessionTimeouts(idle=None))
-    for seconds, kind, after in ((11, "stop", "stopped"), (90, "archive", "archived"), (1001, "delete", None)):
+    steps = ((11, "stop", "stopped"), (90, "archive", "archived"), (1001, "delete", None))
+    for seconds, kind, after in steps:
         ago(manager, seconds)
         heard.clear()
         would = manager.reconcile(dry_run=True)
