@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from sandboxcore.manager_stats import Health, ManagerStats
     from sandboxcore.persistent import PersistentSandbox
     from sandboxcore.policy import Action, LifecyclePolicy
+    from sandboxcore.pool import SandboxPool
+    from sandboxcore.pool_policy import PoolConfig, PoolStats
+    from sandboxcore.pools import SandboxPools
     from sandboxcore.process import run
     from sandboxcore.reconcile import Reconciled
     from sandboxcore.records import SandboxRecord, SessionRecord
@@ -103,6 +106,9 @@ _HOME = {
     "lifecycle": ("SandboxState",),
     "persistent": ("PersistentSandbox",),
     "recovery": ("gc", "list_sandboxes"),
+    "pool": ("SandboxPool",),
+    "pool_policy": ("PoolConfig", "PoolStats"),
+    "pools": ("SandboxPools",),
     "process": ("run",),
     "request": ("DEVNULL", "PIPE", "STDOUT"),
     "result": ("Cause", "ExecResult", "Usage"),
@@ -159,6 +165,8 @@ __all__ = [
     "ManagerStats",
     "Mount",
     "PersistentSandbox",
+    "PoolConfig",
+    "PoolStats",
     "Process",
     "ProgramNotExecutable",
     "ProgramNotFound",
@@ -172,6 +180,8 @@ __all__ = [
     "SandboxGone",
     "SandboxManager",
     "SandboxNotFound",
+    "SandboxPool",
+    "SandboxPools",
     "SandboxRecord",
     "SandboxSession",
     "SandboxSpec",

@@ -1,8 +1,9 @@
-"""The same for asyncio: :func:`run`, :class:`Sandbox`, :class:`PersistentSandbox`, :class:`Process` and
-:class:`DetachedCommand` under the same names.
+"""The same for asyncio: :func:`run`, :class:`Sandbox`, :class:`PersistentSandbox`, :class:`SandboxPool`,
+:class:`Process` and :class:`DetachedCommand` under the same names.
 
 Everything waits by the event loop's own callbacks; no thread waits for it. (Control groups are tidied up and
-made ahead by a thread, one for the process, whoever uses them.) What still blocks:
+made ahead by a thread, one for the process, whoever uses them; and each pool has one, which starts sandboxes
+ahead of time.) What still blocks:
 
 - what starting a program takes anyway: the first use in a process starts the spawner, and looks at what the
   host can do; the first control group is made. That takes some tens of milliseconds.
@@ -22,6 +23,7 @@ from sandboxcore.aio_detached import DetachedCommand
 from sandboxcore.aio_files import Files
 from sandboxcore.aio_manager import SandboxManager
 from sandboxcore.aio_persistent import PersistentSandbox, gc, list_sandboxes
+from sandboxcore.aio_pool import SandboxPool, SandboxPools
 from sandboxcore.aio_process import Process
 from sandboxcore.aio_run import run
 from sandboxcore.aio_sandbox import Sandbox
@@ -41,6 +43,8 @@ __all__ = [
     "Process",
     "Sandbox",
     "SandboxManager",
+    "SandboxPool",
+    "SandboxPools",
     "SandboxSession",
     "Stderr",
     "Stdout",

@@ -79,15 +79,19 @@ class Keeping:
             raise cancelled
         return waited.result()
 
-    async def _when_there_is_room(self, attempt: Callable[[], Awaitable[Done]], wait: float | None) -> Done:
-        """Try it, and again when a place may be free. No thread waits meanwhile."""
+    async def _when_there_is_room(
+        self, attempt: Callable[[], Awaitable[Done]], wait: float | None, *, at_once: bool = False
+    ) -> Done:
+        """Try it, and again when a place may be free. No thread waits meanwhile. at_once: it may need none,
+        so that those who wait for one do not come first; nor do they for whoever does not wait."""
         loop = asyncio.get_running_loop()
         deadline = None if wait is None else loop.time() + wait
-        try:  # before its turn, too: it may need no room
-            return await attempt()
-        except TooManySandboxes:
-            if wait is not None and wait <= 0:
-                raise
+        if at_once or not self._turn.locked() or (wait is not None and wait <= 0):
+            try:
+                return await attempt()
+            except TooManySandboxes:
+                if wait is not None and wait <= 0:
+                    raise
         try:
             async with asyncio.timeout_at(deadline):
                 await self._turn.acquire()

@@ -19,7 +19,7 @@ from sandboxcore.pool_policy import PoolConfig
 from sandboxcore.request import Program
 from sandboxcore.result import ExecResult
 from sandboxcore.selection import SelectionOptions
-from sandboxcore.session import SessionTimeouts
+from sandboxcore.session import SessionState, SessionTimeouts
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.statedir import StatePath
 
@@ -77,7 +77,10 @@ class SandboxManager(Keeping):
         def attempt() -> Awaitable[managed_session.SandboxSession]:
             return self._make(self._own._undo, self._own.acquire, spec, options, client_id, **about)
 
-        return self._session(await self._when_there_is_room(attempt, wait))
+        kept = client_id and self._own.list_sessions(SessionState.DETACHED, client_id)
+        preferred = options is not None and options.preferred_id is not None
+        at_once = bool(kept) or preferred
+        return self._session(await self._when_there_is_room(attempt, wait, at_once=at_once))
 
     async def attach(
         self, sandbox_id: str, client_id: str = "", *, wait: float | None = 0.0, **about: Any
@@ -90,7 +93,7 @@ class SandboxManager(Keeping):
         def attempt() -> Awaitable[manager.AttachResult]:
             return self._make(undo, self._own.attach, sandbox_id, client_id, **about)
 
-        made = await self._when_there_is_room(attempt, wait)
+        made = await self._when_there_is_room(attempt, wait, at_once=self.exists(sandbox_id))
         return AttachResult(
             session=self._session(made.session),
             newly_created=made.newly_created,

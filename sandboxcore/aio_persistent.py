@@ -64,16 +64,10 @@ class PersistentSandbox(Sandbox):
             own._look()
             if own._link is not None:
                 own._link.end(wait=0)
-            self._forget()
+            own._forget()
         if own._state is SandboxState.DESTROYED:
             own.close()
         return own._state is SandboxState.DESTROYED
-
-    def _forget(self) -> None:
-        """The caller holds its lock."""
-        own = self._own
-        own._let_go()
-        own._forget()
 
     @classmethod
     async def connect(cls, key: str, *, state_dir: StatePath = None) -> Self:
@@ -95,10 +89,12 @@ class PersistentSandbox(Sandbox):
 
     async def restore(self, snapshot: Snapshot) -> None:
         """:meth:`sandboxcore.PersistentSandbox.restore`, likewise."""
+        self._file_server.close(wait=ANSWER_PATIENCE)  # init would take it for a command
         await asyncio.to_thread(self._own.restore, snapshot)
 
     async def discard(self) -> None:
         """:meth:`sandboxcore.PersistentSandbox.discard`, likewise."""
+        self._file_server.close(wait=ANSWER_PATIENCE)
         await asyncio.to_thread(self._own.discard)
 
     async def diff(self, since: Snapshot | None = None) -> list[FileChange]:
@@ -237,7 +233,7 @@ class PersistentSandbox(Sandbox):
                         await self._end(SandboxState.DESTROYED, wait=True)
                 finally:
                     if own._state not in (SandboxState.RUNNING, SandboxState.PAUSED):
-                        self._forget()
+                        own._forget()
         self._close()
 
 

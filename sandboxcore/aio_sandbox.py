@@ -552,10 +552,11 @@ class Sandbox:
             lambda: own._new_command(request, kept, pty=bool(pty), wait=False), LOCK_PATIENCE, self._held()
         )
         try:
-            with own._watching(command), later:  # also where nothing is sent
-                link = await self._ready("detach", own._deadline(timeout, own._bounds(limits)))
-                ending = own._released(link, request, command, later)
-            await await_start(command, ending)
+            with own._watching(command):
+                with later:  # also where nothing is sent
+                    link = await self._ready("detach", own._deadline(timeout, own._bounds(limits)))
+                    ending = own._released(link, request, command, later)
+                await await_start(command, ending)
         except BaseException:
             own._forget_command(command)
             raise

@@ -49,7 +49,16 @@ class _Verbs(click.Group):
 
 def _living() -> click.Group:
     # They add themselves.
-    from sandboxcore import cli_living, cli_reading, cli_resources, cli_snapshots, cli_volumes  # noqa: F401
+    from sandboxcore import (  # noqa: F401
+        cli_events,
+        cli_keeping,
+        cli_living,
+        cli_reading,
+        cli_resources,
+        cli_sessions,
+        cli_snapshots,
+        cli_volumes,
+    )
 
     return living
 

@@ -7,12 +7,12 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from sandboxcore.errors import SandboxNotFound, SpecError
+from sandboxcore.errors import SandboxError, SandboxNotFound, SpecError
 from sandboxcore.spec import PROFILES, Limits, SandboxSpec
 
 if TYPE_CHECKING:
@@ -259,13 +259,18 @@ def limit_line(result: Any) -> str:
 def print_table(rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -> None:
     """Columns side by side, the first row names them; on a terminal no wider than that. ``right``: columns
     of numbers."""
-    plain = [["".join(c if c.isprintable() else "?" for c in cell) for cell in row] for row in rows]
+    plain = [[shown(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
     justify = [str.rjust if name in right else str.ljust for name in rows[0]]
     room = shutil.get_terminal_size().columns if os.isatty(1) else None
     for row in plain:
         cells = (put(cell, width) for put, cell, width in zip(justify, row, widths, strict=True))
         click.echo("  ".join(cells).rstrip()[:room])
+
+
+def shown(text: str) -> str:
+    """What a terminal may get of a text from elsewhere."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def size_text(size: int | None) -> str:
@@ -276,6 +281,38 @@ def size_text(size: int | None) -> str:
         if size >= factor:
             return f"{size / factor:.1f}".removesuffix(".0") + unit
     return str(size)
+
+
+def span(seconds: float) -> str:
+    """A time for people: ``59s``, ``2m``."""
+    whole = max(0, int(seconds))
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if whole >= 2 * size:
+            return f"{whole // size}{unit}"
+    return f"{whole}s"
+
+
+def seconds_or_none(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    """The callback of an option for seconds: a number, or NONE; None where it is not given."""
+    if value is None or value == NONE:
+        return value
+    with contextlib.suppress(ValueError):
+        return float(value)
+    raise click.BadParameter(f"{value!r} is not a number of seconds, nor {NONE}")
+
+
+def each_of(names: Iterable[str], action: Callable[[str], object]) -> None:
+    """Do it to each, also after a refusal; the last refusal is raised, the others are told."""
+    failed = []
+    for name in names:
+        try:
+            action(name)
+        except SandboxError as error:
+            failed.append(error)
+    for other in failed[:-1]:
+        click.echo(f"sandboxcore: {other}", err=True)
+    if failed:
+        raise failed[-1]
 
 
 # --- persistent sandboxes ---------------------------------------------------------------------------
@@ -302,15 +339,6 @@ def _check_dir(ctx: click.Context, param: click.Parameter, value: str | None) ->
     if value == "":  # an unset variable of the shell, hardly the working directory
         raise click.BadParameter("is empty")
     return value
-
-
-@contextlib.contextmanager
-def opened(name: str, state_dir: str | None) -> Iterator["PersistentSandbox"]:
-    """A handle of the sandbox of a name or id, which stays as it is."""
-    from sandboxcore.persistent import PersistentSandbox
-
-    with contextlib.closing(PersistentSandbox.connect(name, state_dir=state_dir)) as sandbox:
-        yield sandbox
 
 
 def find_command(sandbox: "PersistentSandbox", command: str | None) -> "DetachedCommand":

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sandboxcore.cli_common import (
+    each_of,
     end_by_exception,
     exit_as,
     find_command,
     json_option,
     make_spec,
-    opened,
     own_stdin,
     pairs,
     result_data,
@@ -28,11 +28,25 @@ from sandboxcore.cli_common import (
     verb,
 )
 from sandboxcore.cli_filter import terminal_safe
+from sandboxcore.cli_manager import (
+    DEFAULT,
+    events_option,
+    key_of,
+    looking,
+    managing,
+    opened,
+    policy_options,
+    room_option,
+    wanted_policy,
+)
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxGone
 
 if TYPE_CHECKING:
     from sandboxcore.detached import DetachedCommand
+    from sandboxcore.directory import Directory
+    from sandboxcore.manager import SandboxManager
     from sandboxcore.persistent import PersistentSandbox
+    from sandboxcore.records import SandboxRecord
     from sandboxcore.result import ExecResult
 
 PATIENCE = 5.0  # seconds for a killed command to be gone
@@ -41,25 +55,65 @@ PATIENCE = 5.0  # seconds for a killed command to be gone
 
 
 @verb("create")
+@events_option
+@room_option
 @spec_options
 @click.option("--label", "labels", multiple=True, metavar="K=V", help="Add a label.")
 @click.option("--description", default="", metavar="TEXT")
+@click.option("--ttl", type=float, metavar="S", help="Destroy it after so many seconds, whatever happens.")
+@policy_options
+@click.option("--wait", type=float, metavar="S", default=0.0, help="Wait for room so many seconds.")
+@click.option("--client", metavar="ID", help="Begin a session of this client; with its last one it ends.")
 @click.option("--no-start", is_flag=True, help="Put it on record only.")
+@json_option
 @click.argument("name")
-def create(
-    name: str, labels: tuple[str, ...], description: str, no_start: bool, state_dir: str | None, **given: Any
-) -> None:
-    """Make the sandbox NAME, start it, and print its id. It stays until rm."""
-    from sandboxcore.persistent import PersistentSandbox
+def create(name: str, client: str | None, as_json: bool, state_dir: str | None, **given: Any) -> None:
+    """Make the sandbox NAME, start it, and print its id. It stays until rm, or as the options say.
 
+    Seconds without activity: --auto-stop stops it, --auto-archive puts it away (see archive),
+    --auto-delete destroys it once it has been away so long. Whoever runs gc sees to that, or a
+    SandboxManager.
+    """
     end_by_exception()
-    make = PersistentSandbox if no_start else PersistentSandbox.create
-    about: dict[str, Any] = {"labels": pairs(labels, "--label"), "description": description}
-    with closing(make(make_spec(given), name=name, state_dir=state_dir, **about)) as sandbox:
-        click.echo(sandbox.id)
+    if client is not None and given["no_start"]:
+        raise click.UsageError("--client: a session needs a sandbox that runs, without --no-start")
+    given["labels"] = pairs(given["labels"], "--label")
+    with managing(state_dir) as manager:
+        if client is None:
+            record, session = _create(manager, name, given), None
+        else:
+            record, session = _acquire(manager, name, client, given)
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(record), "session": session}, indent=2))
+    else:
+        click.echo(record.id)
+
+
+def _create(manager: "SandboxManager", name: str, given: dict[str, Any]) -> "SandboxRecord":
+    about = {key: given.pop(key) for key in ("labels", "description", "ttl", "wait")}
+    about |= {"policy": wanted_policy(given), "start": not given.pop("no_start")}
+    sandbox = manager.create(make_spec(given), name=name, **about)
+    return manager._ledger.find(sandbox.id)
+
+
+def _acquire(
+    manager: "SandboxManager", name: str, client: str, given: dict[str, Any]
+) -> tuple["SandboxRecord", dict[str, Any]]:
+    from sandboxcore.selection import SelectionOptions
+
+    about = {key: given.pop(key) for key in ("ttl", "wait")}
+    options = SelectionOptions(required_labels=given.pop("labels"))
+    policy, description = wanted_policy(given), given.pop("description")
+    del given["no_start"]
+    session = manager.acquire(make_spec(given), options, client, name=name, policy=policy, **about)
+    if description:
+        manager.describe(session.sandbox_id, description=description)
+    return manager._ledger.find(session.sandbox_id), session.to_dict()
 
 
 @verb("start")
+@events_option
+@room_option
 @click.argument("name")
 def start(name: str, state_dir: str | None) -> None:
     """Start a created or stopped sandbox.
@@ -71,6 +125,7 @@ def start(name: str, state_dir: str | None) -> None:
 
 
 @verb("stop")
+@events_option
 @click.argument("name")
 def stop(name: str, state_dir: str | None) -> None:
     """Kill everything in a sandbox. What is private in it is lost; it can start again."""
@@ -79,6 +134,7 @@ def stop(name: str, state_dir: str | None) -> None:
 
 
 @verb("suspend")
+@events_option
 @click.argument("name")
 def suspend(name: str, state_dir: str | None) -> None:
     """Stop all processes of a sandbox, until resume.
@@ -90,6 +146,7 @@ def suspend(name: str, state_dir: str | None) -> None:
 
 
 @verb("resume")
+@events_option
 @click.argument("name")
 def resume(name: str, state_dir: str | None) -> None:
     """Let a suspended sandbox go on."""
@@ -98,65 +155,27 @@ def resume(name: str, state_dir: str | None) -> None:
 
 
 @verb("rm")
+@events_option
 @click.option("-f", "--force", is_flag=True, help="Also while it runs.")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def rm(names: tuple[str, ...], force: bool, state_dir: str | None) -> None:
-    """Remove sandboxes, with their commands' output."""
-    failed = []
-    for name in names:
-        try:
-            _remove(name, force, state_dir)
-        except SandboxError as error:
-            failed.append(error)
-    for other in failed[:-1]:
-        click.echo(f"sandboxcore: {other}", err=True)
-    if failed:
-        raise failed[-1]
+    """Remove sandboxes, with their commands' output. Their sessions end."""
+    with looking(state_dir) as directory:
+        each_of(names, lambda name: _remove(directory, name, force))
 
 
-def _remove(name: str, force: bool, state_dir: str | None) -> None:
-    with opened(name, state_dir) as sandbox:
-        if not force and (state := sandbox.state) in ("running", "paused"):
-            raise SandboxError(f"sandbox {name}: it is {state}; stop it first, or use --force")
-        sandbox.destroy()
-
-
-@verb("gc")
-@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-@click.option(
-    "--unused-layers",
-    type=click.FloatRange(min=0),
-    metavar="DAYS",
-    help="Also remove unpacked layers of images that nobody has used for so many days.",
-)
-@json_option
-def gc(dry_run: bool, unused_layers: float | None, as_json: bool, state_dir: str | None) -> None:
-    """Set the records right after crashes.
-
-    Sandboxes that are gone are put down as stopped; what no record knows is removed; so are the control
-    groups of sandboxes and of processes that are gone, layers of no snapshot, and images half
-    unpacked. Commits that were interrupted are finished.
-    """
-    from sandboxcore.recovery import gc as collect
-
-    seconds = None if unused_layers is None else unused_layers * 86400
-    done = collect(state_dir, dry_run=dry_run, unused_layers=seconds)
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(done), indent=2))
-        return
-    said = (
-        ("ended", done.ended), ("removed", done.removed), ("removed group", done.groups),
-        ("removed layer", done.layers), ("finished commit to", done.commits),
-    )  # fmt: skip
-    for word, names in said:
-        for name in names:
-            click.echo(f"{word} {name}")
+def _remove(directory: "Directory", name: str, force: bool) -> None:
+    record = directory._ledger.find(key_of(directory, name))
+    if not force and (state := directory.find(record.id).state) in ("running", "paused"):
+        raise SandboxError(f"sandbox {name}: it is {state}; stop it first, or use --force")
+    directory.destroy(record.id)
 
 
 # --- commands in it ---------------------------------------------------------------------------------
 
 
 @verb("exec")
+@events_option
 @click.option("-t", "--tty", is_flag=True, help="Give the command a terminal of its own.")
 @click.option("-d", "--detach", is_flag=True, help="Leave it running; print its id.")
 @click.option("--timeout", type=float, metavar="S", help="Kill all of it after so many seconds.")
@@ -177,7 +196,7 @@ def exec_(name: str, command: tuple[str, ...], tty: bool, detach: bool, as_json:
     if tty and not detach and not os.isatty(0):
         raise click.UsageError("--tty: standard input is not a terminal")
     end_by_exception()
-    with opened(name, given["state_dir"]) as sandbox:
+    with opened(name, given["state_dir"], used=not detach) as sandbox:
         options = {
             "timeout": given["timeout"],
             "cwd": given["workdir"],
@@ -221,18 +240,20 @@ def _executed(
 
 
 @verb("shell")
+@events_option
 @user_option
-@click.argument("name")
+@click.argument("name", default=DEFAULT)
 def shell(name: str, user: str | None, state_dir: str | None) -> None:
-    """Work in a sandbox with a shell, at this terminal."""
+    """Work in a sandbox with a shell, at this terminal. Without NAME: in the default one."""
     if not os.isatty(0):
         raise click.UsageError("standard input is not a terminal; use exec")
     end_by_exception()
-    with opened(name, state_dir) as sandbox:
+    with opened(name, state_dir, used=True) as sandbox:
         exit_as(sandbox.interact(user=user))
 
 
 @verb("kill")
+@events_option
 @click.option("--signal", "number", default="KILL", metavar="NAME|N", help="Default: KILL.")
 @click.argument("name")
 @click.argument("command", required=False)

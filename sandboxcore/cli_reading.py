@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +21,25 @@ from sandboxcore.cli_common import (
     exit_status,
     find_command,
     json_option,
-    opened,
     pairs,
     print_table,
+    shown,
+    span,
     verb,
 )
 from sandboxcore.cli_filter import TerminalFilter, write_all
+from sandboxcore.cli_manager import looking, opened
 from sandboxcore.errors import SandboxGone
 
 if TYPE_CHECKING:
     from sandboxcore.detached import DetachedCommand
     from sandboxcore.journal import Log
+    from sandboxcore.records import SandboxRecord
     from sandboxcore.result import ExecResult
 
 Write = Callable[[str, bytes, int], None]
 STREAMS = ("stdout", "stderr")
+STATES = ("created", "running", "paused", "stopped", "archived")
 PIECE = 65536
 
 
@@ -44,40 +48,70 @@ PIECE = 65536
 
 @verb("ls")
 @click.option("--label", "labels", multiple=True, metavar="K=V", help="Only sandboxes with this label.")
+@click.option("--state", type=click.Choice(STATES), help="Only sandboxes in this state.")
+@click.option("-l", "--long", "wide", is_flag=True, help="Who uses them, and how long they stay.")
 @json_option
 @click.argument("name", required=False)
-def ls(name: str | None, labels: tuple[str, ...], as_json: bool, state_dir: str | None) -> None:
-    """List the sandboxes, or the detached commands of the sandbox NAME."""
+def ls(name: str | None, wide: bool, as_json: bool, state_dir: str | None, **only: Any) -> None:
+    """List the sandboxes, or the detached commands of the sandbox NAME.
+
+    With --long: SESSIONS that have not ended, OWNER, IDLE since something happened, EXPIRES in that time. A
+    state such as running/pool is that of a sandbox which belongs to a pool of a process, and ends with it.
+    """
     if name is None:
-        _list_sandboxes(pairs(labels, "--label"), as_json, state_dir)
-    elif labels:
-        raise click.UsageError("--label is for the list of sandboxes")
+        only["labels"] = pairs(only["labels"], "--label")
+        _list_sandboxes(only, wide, as_json, state_dir)
+    elif wide or only["labels"] or only["state"]:
+        raise click.UsageError("--label, --state and --long are for the list of sandboxes")
     else:
         with opened(name, state_dir) as sandbox:
             _list_commands(sandbox.commands(), as_json)
 
 
-def _list_sandboxes(labels: dict[str, str], as_json: bool, state_dir: str | None) -> None:
-    from sandboxcore.recovery import list_sandboxes
-
-    records = list_sandboxes(state_dir, labels=labels)
+def _list_sandboxes(only: dict[str, Any], wide: bool, as_json: bool, state_dir: str | None) -> None:
+    with looking(state_dir) as directory:
+        records = directory.list_sandboxes(**only)
+        sessions = directory._ledger.session_states() if wide or as_json else {}
+        for damage in directory.damaged():
+            click.echo(f"sandboxcore: damaged record: {shown(damage)}", err=True)
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(record) for record in records], indent=2))
-        return
-    rows = [("NAME", "ID", "STATE", "PID", "AGE", "LABELS")]
-    for record in records:
-        pairs_text = ",".join(f"{key}={value}" for key, value in sorted(record.labels.items()))
-        rows.append(
-            (
-                record.name,
-                record.id,
-                record.state,
-                str(record.pid or "-"),
-                _age(record.created_at),
-                pairs_text,
-            )
-        )
-    print_table(rows)
+        data = [{**dataclasses.asdict(one), "sessions": sessions.get(one.id, {})} for one in records]
+        click.echo(json.dumps(data, indent=2))
+    elif wide:
+        print_table(long_rows(records, sessions, time.time()), right=("SESSIONS",))
+    else:
+        print_table(short_rows(records))
+
+
+def short_rows(records: "Sequence[SandboxRecord]") -> list[tuple[str, ...]]:
+    """The list of sandboxes."""
+    rows: list[tuple[str, ...]] = [("NAME", "ID", "STATE", "PID", "AGE", "LABELS")]
+    for one in records:
+        age, pid = _age(one.created_at), str(one.pid or "-")
+        rows.append((one.name, one.id, _state(one), pid, age, _labels(one)))
+    return rows
+
+
+def long_rows(
+    records: "Sequence[SandboxRecord]", sessions: Mapping[str, Mapping[str, str]], now: float
+) -> list[tuple[str, ...]]:
+    """The long one; ``sessions``: the states of those that have not ended, by sandbox and id."""
+    rows: list[tuple[str, ...]] = [("NAME", "STATE", "SESSIONS", "OWNER", "AGE", "IDLE", "EXPIRES", "LABELS")]
+    for one in records:
+        ends, many = one.expires_at, len(sessions.get(one.id, {}))
+        left = "-" if ends is None else "due" if ends <= now else span(ends - now)
+        idle = span(now - max(one.last_active_at, one.created_at))
+        about = (str(many or "-"), one.owner or "-", span(now - one.created_at), idle, left)
+        rows.append((one.name, _state(one), *about, _labels(one)))
+    return rows
+
+
+def _state(record: "SandboxRecord") -> str:
+    return f"{record.state}/pool" if record.host else record.state
+
+
+def _labels(record: "SandboxRecord") -> str:
+    return ",".join(f"{key}={value}" for key, value in sorted(record.labels.items()))
 
 
 def _list_commands(commands: Sequence["DetachedCommand"], as_json: bool) -> None:
@@ -126,11 +160,7 @@ def _end_data(result: "ExecResult | None") -> dict[str, Any]:
 
 
 def _age(since: float) -> str:
-    seconds = max(0, int(time.time() - since))
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds // size}{unit}"
-    return f"{seconds}s"
+    return span(time.time() - since)
 
 
 # --- what they write --------------------------------------------------------------------------------
@@ -182,7 +212,7 @@ def attach(name: str, command: str | None, state_dir: str | None) -> None:
     here or there, its output is followed. Exit status: the command's, or 0 when it was left.
     """
     end_by_exception()
-    with opened(name, state_dir) as sandbox, closing(find_command(sandbox, command)) as found:
+    with opened(name, state_dir, used=True) as sandbox, closing(find_command(sandbox, command)) as found:
         if found.pty and os.isatty(0) and found.returncode is None:
             with contextlib.suppress(SandboxGone):  # it ended just now
                 if (result := found.attach()) is None:

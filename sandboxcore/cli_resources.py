@@ -4,23 +4,26 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from sandboxcore.cli_common import (
     json_option,
     limit_options,
-    opened,
     print_table,
+    shown,
     size_text,
     verb,
     wanted_limits,
 )
+from sandboxcore.cli_manager import events_option, key_of, looking, managing, opened, room_option
 from sandboxcore.errors import InvalidTransition, SandboxGone, SandboxNotFound, SpecError
 
 if TYPE_CHECKING:
     from sandboxcore.cgroup import GroupUsage
+    from sandboxcore.directory import Directory
+    from sandboxcore.manager_stats import ManagerStats
     from sandboxcore.persistent import PersistentSandbox
 
 SIZES = ("memory", "swap", "file_size", "output", "disk", "io")
@@ -43,16 +46,32 @@ class Row:
 
 
 @verb("stats")
+@room_option
+@click.option("--summary", is_flag=True, help="All of them together: how many, how fast, how often.")
+@click.option("--prometheus", is_flag=True, help="The same in the text format of Prometheus.")
 @json_option
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-def stats(names: tuple[str, ...], as_json: bool, state_dir: str | None) -> None:
+def stats(
+    names: tuple[str, ...], summary: bool, prometheus: bool, as_json: bool, state_dir: str | None
+) -> None:
     """Show what running and suspended sandboxes use.
 
-    Default: all of them. MEMORY, PEAK: with page cache and tmpfs, now and at most. CPU: seconds, since the
-    start. PIDS: processes and threads, with those of the sandbox itself. READ, WRITTEN: on disks. PRESSURE:
-    the share of the last 10 seconds in which something waited. "-" is what the kernel does not count here.
+    Default: all of them, but for those of other processes' pools. MEMORY, PEAK: with page cache and tmpfs,
+    now and at most. CPU: seconds, since the start. PIDS: processes and threads, with those of the sandbox
+    itself. READ, WRITTEN: on disks. PRESSURE: the share of the last 10 seconds in which something waited.
+    "-" is what the kernel does not count here.
     """
-    rows = list(_named(names, state_dir) if names else _living(state_dir))
+    if summary + prometheus + bool(names) > 1 or (prometheus and as_json):
+        raise click.UsageError("one of NAME, --summary and --prometheus; the last one without --json")
+    if summary or prometheus:
+        with managing(state_dir) as manager:
+            if prometheus:
+                click.echo(manager.prometheus(), nl=False)
+            else:
+                _print_summary(manager.stats(), as_json)
+        return
+    with looking(state_dir) as directory:
+        rows = list(_named(directory, names) if names else _living(directory))
     if as_json:
         click.echo(json.dumps([_row_data(row) for row in rows], indent=2))
         return
@@ -65,22 +84,39 @@ def stats(names: tuple[str, ...], as_json: bool, state_dir: str | None) -> None:
         )
 
 
-def _named(names: tuple[str, ...], state_dir: str | None) -> Iterator[Row]:
+def _named(directory: "Directory", names: tuple[str, ...]) -> Iterator[Row]:
     for name in names:
-        with opened(name, state_dir) as sandbox:
-            if sandbox.state not in LIVE:
-                raise InvalidTransition(f"sandbox {sandbox.name}", sandbox.state.value, "show its usage")
-            yield _row(sandbox)
+        sandbox = directory.find(key_of(directory, name))
+        if sandbox.state not in LIVE:
+            raise InvalidTransition(f"sandbox {sandbox.name}", sandbox.state.value, "show its usage")
+        yield _row(cast("PersistentSandbox", sandbox))
 
 
-def _living(state_dir: str | None) -> Iterator[Row]:
-    from sandboxcore.recovery import list_sandboxes
-
-    for record in list_sandboxes(state_dir):
-        if record.state in LIVE:
-            with contextlib.suppress(SandboxNotFound, SandboxGone), opened(record.id, state_dir) as sandbox:
+def _living(directory: "Directory") -> Iterator[Row]:
+    for record in directory.list_sandboxes():
+        if record.state in LIVE and not record.host:
+            with contextlib.suppress(SandboxNotFound, SandboxGone):
+                sandbox = directory.find(record.id)
                 if sandbox.state in LIVE:  # or it ended just now
-                    yield _row(sandbox)
+                    yield _row(cast("PersistentSandbox", sandbox))
+
+
+def _print_summary(stats: "ManagerStats", as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(stats.to_dict(), indent=2))
+        return
+    maximum = "any number" if stats.max_sandboxes is None else str(stats.max_sandboxes)
+    click.echo(f"sandboxes  {_counts(stats.sandboxes)}")
+    click.echo(f"sessions   {_counts(stats.sessions)}")
+    click.echo(f"room       {stats.living} places taken, of {maximum}")
+    if stats.damaged:
+        click.echo(f"damaged    {stats.damaged} records")
+
+
+def _counts(numbers: Mapping[str, int]) -> str:
+    """How many there are, by state."""
+    parts = ", ".join(f"{many} {shown(state)}" for state, many in numbers.items() if many)
+    return f"{sum(numbers.values())}{f': {parts}' if parts else ''}"
 
 
 def _row(sandbox: "PersistentSandbox") -> Row:
@@ -145,6 +181,7 @@ def _pressure_text(pressure: Mapping[str, float] | None) -> str:
 
 
 @verb("update")
+@events_option
 @limit_options
 @json_option
 @click.argument("name")

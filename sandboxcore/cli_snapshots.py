@@ -1,16 +1,15 @@
 """The verbs about the files of persistent sandboxes at earlier moments."""
 
-import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
 
 import click
 
 from sandboxcore.changes import FileChange
-from sandboxcore.cli_common import json_option, opened, print_table, size_text, verb
+from sandboxcore.cli_common import json_option, print_table, size_text, verb
+from sandboxcore.cli_manager import events_option, key_of, managing, opened, room_option
 from sandboxcore.errors import SandboxNotFound
 from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.saved import SnapshotStore
@@ -20,6 +19,7 @@ _LETTERS = {"added": "A", "changed": "M", "removed": "D"}
 
 
 @verb("snapshot")
+@events_option
 @click.argument("name")
 @click.argument("snapshot", required=False)
 def snapshot(name: str, snapshot: str | None, state_dir: str | None) -> None:
@@ -62,6 +62,7 @@ def rm_snapshot(names: tuple[str, ...], state_dir: str | None) -> None:
 
 
 @verb("restore")
+@events_option
 @click.argument("name")
 @click.argument("snapshot")
 def restore(name: str, snapshot: str, state_dir: str | None) -> None:
@@ -71,6 +72,8 @@ def restore(name: str, snapshot: str, state_dir: str | None) -> None:
 
 
 @verb("fork")
+@events_option
+@room_option
 @click.option("--from-snapshot", is_flag=True, help="NAME is that of a snapshot, not of a sandbox.")
 @click.argument("name")
 @click.argument("new", required=False)
@@ -79,19 +82,15 @@ def fork(name: str, new: str | None, from_snapshot: bool, state_dir: str | None)
 
     What is in /tmp stays behind, and so do commands.
     """
-    with _beginning(name, state_dir, from_snapshot=from_snapshot) as found:
-        with PersistentSandbox.from_snapshot(found, name=new, state_dir=state_dir) as made:
-            click.echo(made.name)
-
-
-@contextlib.contextmanager
-def _beginning(name: str, state_dir: str | None, *, from_snapshot: bool) -> Iterator[Snapshot]:
-    if from_snapshot:
-        with SnapshotStore(state_dir).load(name) as found:
-            yield found
-    else:
-        with opened(name, state_dir) as sandbox, sandbox._moment() as found:
-            yield found
+    with managing(state_dir) as manager:
+        if from_snapshot:
+            with SnapshotStore(state_dir).load(name) as found:
+                click.echo(manager.create(name=new, template=found).name)
+            return
+        parent = manager.find(key_of(manager, name))
+        with parent._moment() as now:
+            about, more = {"name": new}, manager._more(None, None, None)
+            click.echo(manager._created(None, about, more, session=None, template=now).name)
 
 
 @verb("diff")
@@ -106,6 +105,7 @@ def diff(name: str, snapshot: str | None, as_json: bool, state_dir: str | None) 
 
 
 @verb("commit")
+@events_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @json_option
 @click.argument("name")

@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from sandboxcore.cli_common import json_option, living, pairs, print_table, size_text, verb
-from sandboxcore.errors import SandboxError, VolumeNotFound
+from sandboxcore.cli_common import each_of, json_option, living, pairs, print_table, size_text, verb
+from sandboxcore.errors import VolumeNotFound
 
 
 @living.group("volume")
@@ -59,13 +59,4 @@ def rm(names: tuple[str, ...], state_dir: str | None) -> None:
     """Remove volumes with everything in them; none that a sandbox has."""
     from sandboxcore.volumes import Volumes
 
-    failed = []
-    for name in names:
-        try:
-            Volumes(state_dir).delete(name)
-        except SandboxError as error:
-            failed.append(error)
-    for other in failed[:-1]:
-        click.echo(f"sandboxcore: {other}", err=True)
-    if failed:
-        raise failed[-1]
+    each_of(names, Volumes(state_dir).delete)

@@ -7,22 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from sandboxcore.errors import (
-    InvalidTransition,
-    SandboxError,
-    SandboxNotFound,
-    SpecError,
-    TooManySandboxes,
-)
+from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError, TooManySandboxes
 from sandboxcore.events import Dispatcher, Event, EventKind
 from sandboxcore.identity import this_process
 from sandboxcore.ledger import Ledger
 from sandboxcore.lifecycle import SandboxState
-from sandboxcore.manager_stats import Metrics
+from sandboxcore.manager_metrics import Metrics
 from sandboxcore.persistent import PersistentSandbox
-from sandboxcore.policy import LifecyclePolicy
 from sandboxcore.records import SandboxRecord, SessionRecord
 from sandboxcore.recovery import true_records
 from sandboxcore.room import Room
@@ -33,6 +26,9 @@ from sandboxcore.spec import SandboxSpec
 from sandboxcore.statedir import StatePath, close_lock
 from sandboxcore.store import Store
 from sandboxcore.template import Template
+
+if TYPE_CHECKING:
+    from sandboxcore.policy import LifecyclePolicy
 
 DEFAULT_SANDBOX = "default_sandbox"  # of the settings
 TOUCH = 1.0  # seconds between two notes of activity in one sandbox
@@ -87,12 +83,12 @@ class Directory:
         state_dir: StatePath,
         *,
         max_sandboxes: int | None,
-        policy: LifecyclePolicy | None,
+        policy: "LifecyclePolicy | None",
         on_event: Iterable[Callable[[Event], object]],
     ) -> None:
         self._ledger = Ledger(state_dir)
         self._room = Room(self._ledger.path, max_sandboxes)
-        self._policy = policy or LifecyclePolicy()
+        self._policy = policy
         self.events = Dispatcher()
         self.metrics = Metrics()
         for callback in on_event:
@@ -112,7 +108,7 @@ class Directory:
 
     # --- who hears ------------------------------------------------------------------------------
 
-    def _emit(self, kind: EventKind, session: SessionRecord | None = None, **about: Any) -> None:
+    def _emit(self, kind: EventKind, session: SessionRecord | None = None, /, **about: Any) -> None:
         if session is not None:
             about = {
                 "session": session.id,
@@ -232,7 +228,7 @@ class Directory:
         metadata: Mapping[str, Any] | None = None,
         owner: str | None = None,
         ttl: float | None = None,
-        policy: LifecyclePolicy | None = None,
+        policy: "LifecyclePolicy | None" = None,
         template: Template | Snapshot | None = None,
         template_help: str = "",
         start: bool = True,
@@ -267,16 +263,17 @@ class Directory:
     def _more(
         self,
         ttl: float | None,
-        policy: LifecyclePolicy | None,
+        policy: "LifecyclePolicy | None",
         template: Template | Snapshot | None,
         help_: str = "",
     ) -> dict[str, Any]:
         """What goes on record besides."""
         if ttl is not None and not (isinstance(ttl, int | float) and 0 < ttl < 1e12):
             raise SpecError(f"ttl: {ttl!r} is not a positive number of seconds")
+        policy = policy or self._policy
         return {
             "expires_at": None if ttl is None else time.time() + ttl,
-            "policy": (policy or self._policy).to_dict(),
+            "policy": {} if policy is None else policy.to_dict(),
             "template": None if template is None else template.name,
             "template_help": help_,
         }
@@ -293,6 +290,10 @@ class Directory:
         wait: float | None = 0.0,
         patience: float | None = None,
     ) -> Sandbox:
+        deadline = None if wait is None else time.monotonic() + wait
+        if start:  # look first: one that finds no place is made, put on record and removed in vain
+            self._when_there_is_room(self._check_room, wait)
+
         def enrol(record: SandboxRecord) -> SandboxRecord:
             first = None if session is None else replace(session, sandbox=record.id)
             return self._ledger.enrol(replace(record, lasting=session is None, **more), first)
@@ -312,7 +313,7 @@ class Directory:
                 with self._guard:
                     self._users.setdefault(made.id, {})[session.id] = session.client
             if start:
-                self._started(made, wait)
+                self._started(made, None if deadline is None else deadline - time.monotonic())
         except BaseException:
             made.destroy()
             raise
@@ -344,6 +345,10 @@ class Directory:
                 left = None if deadline is None else deadline - time.monotonic()
                 if (left is not None and left <= 0) or not self._room.wait(left):
                     raise
+
+    def _check_room(self) -> None:
+        if self._room.free() == 0:
+            raise TooManySandboxes(self._room.maximum or 0, str(self.state_dir))
 
     def _make_room(self) -> bool:
         """End what is due. Whether there was any."""

@@ -173,6 +173,7 @@ def verify_log(
     )
 
 
+_UNTOLD = "not a whole line, and nothing in the chain tells of it"
 _Problem = tuple[_Raw | None, str]
 
 
@@ -191,12 +192,12 @@ class _Chain:
         found = parsed(raw.data) if raw.data.endswith(b"\n") else None
         if found is None:
             if self._torn is not None:
-                return self._torn, "unfinished, and nothing in the chain tells of it"
+                return self._torn, _UNTOLD
             self._torn = raw
             return None
         text = self._wrong(found, raw.data[:-1])
         if text is not None:
-            return raw, text
+            return (raw, text) if self._torn is None else (self._torn, _UNTOLD)
         if (problem := self._tells_of_torn(found, raw)) is not None:
             return problem
         self._next = link_of(raw.data)
@@ -230,7 +231,7 @@ class _Chain:
         data = torn.data.removesuffix(b"\n")
         about = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         if not tells or found["data"] != about:
-            return torn, "unfinished, and nothing in the chain tells of it"
+            return torn, _UNTOLD
         self.told.append(torn.number)
         return None
 

@@ -90,7 +90,9 @@ class EventLog:
 
     def append(self, event: Event) -> None:
         """Write one. Raises OSError, and TimeoutError where another writer does not finish within 5 s; then
-        it is not in the log."""
+        it is not in the log. SpecError for ``log.torn``, of which only the log itself knows."""
+        if event.kind is EventKind.LOG_TORN:
+            raise SpecError(f"event log: {event.kind.value} is not yours to write")
         if self._pid != os.getpid():  # forked: flock(2) would not tell us and our parent apart
             self._lock, self._busy, self._pending = threading.RLock(), False, []
             self._let_go()

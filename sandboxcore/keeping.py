@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sandboxcore.directory import Directory
+from sandboxcore.directory import Directory, Managed
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.events import LOGGER, EventKind
 from sandboxcore.persistent import PersistentSandbox
@@ -42,6 +42,7 @@ class Keeping(Directory):
             raise SpecError(f"sweep_interval: {sweep_interval!r} is not a positive number of seconds")
         super().__init__(*directory, **options)
         self._sweeping = threading.Lock()
+        self._swept_at, self._swept = 0.0, False  # when room was made last, and whether there was any to make
         self._told: set[Damage] = set()
         self._seen: dict[str, SandboxRecord] = {}
         self._used: list[SessionRecord] = []
@@ -158,9 +159,9 @@ class Keeping(Directory):
         self._started(sandbox, wait)
         return sandbox
 
-    def _persistent(self, key: str) -> PersistentSandbox:
+    def _persistent(self, key: str) -> Managed:
         sandbox = self.find(key)
-        if not isinstance(sandbox, PersistentSandbox):
+        if not isinstance(sandbox, Managed):
             raise SandboxError(f"sandbox {sandbox.name}: it is of a pool, and ends with this process")
         return sandbox
 
@@ -182,6 +183,17 @@ class Keeping(Directory):
                 self._drop_private()
                 self._tell_damage()
         return done
+
+    def _make_room(self) -> bool:
+        """End what is due, once for all who wait for it."""
+        asked = time.monotonic()
+        with self._sweeping:
+            if self._swept_at < asked:
+                self._swept_at = time.monotonic()
+                done = reconcile(self._ledger, crashes=False, busy=self._is_busy, note=self._acted)
+                self._drop_private()
+                self._swept = any(action.kind in _FREES for action in done.actions)
+            return self._swept
 
     def gc(self) -> Reconciled:
         """The same as :meth:`reconcile`."""
@@ -258,10 +270,6 @@ class Keeping(Directory):
         """A sandbox of a pool is not wanted any more."""
         raise NotImplementedError
 
-    def _make_room(self) -> bool:
-        done = self.reconcile()
-        return any(action.kind in ("terminate", "delete", "stop", "archive") for action in done.actions)
-
     def destroy_all(self, *, labels: Mapping[str, str] | None = None) -> tuple[Action, ...]:
         """Destroy every sandbox of the state directory that this process can, or those with all of these
         labels; the others of other processes' pools are left alone. What was done; what failed says why."""
@@ -305,4 +313,5 @@ class Keeping(Directory):
 
 
 _ACTIVE = (SessionState.ACTIVE,)
+_FREES = ("terminate", "delete", "stop", "archive")
 _SAID = ("labels", "description", "metadata", "owner")

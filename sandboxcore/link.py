@@ -146,15 +146,34 @@ class Link:
         if last:
             self._release()
 
-    @classmethod
-    def reopen(cls, home: Home, pid: int, ticks: int, boot: str) -> Self | None:
-        """The way to a persistent sandbox that was on record as this process; None if that is gone."""
+    @staticmethod
+    def _is_here(home: Home, boot: str) -> bool:
+        """Whether the numbers of processes on record are those of this boot. Raises SandboxError where they
+        are of another pid namespace."""
         here = boot_id()
         if boot.split()[:1] == here.split()[:1] and boot != here:
             raise SandboxError(
                 f"{home.path}: belongs to another pid namespace, perhaps of a container: use it there"
             )
-        if not pid or boot != here:
+        return boot == here
+
+    @classmethod
+    def runs(cls, home: Home, pid: int, ticks: int, boot: str) -> bool:
+        """Whether that process is there, without a way to it. Raises what :meth:`reopen` does."""
+        if not cls._is_here(home, boot) or not pid:
+            return False
+        try:
+            os.close(os.pidfd_open(pid))
+        except OSError as error:
+            if error.errno not in (E.ESRCH, E.EINVAL, E.ENOENT):
+                raise
+            return False  # gone; or the number is a thread's now
+        return start_ticks(pid) == ticks
+
+    @classmethod
+    def reopen(cls, home: Home, pid: int, ticks: int, boot: str) -> Self | None:
+        """The way to a persistent sandbox that was on record as this process; None if that is gone."""
+        if not cls._is_here(home, boot) or not pid:
             return None
         try:
             pidfd = os.pidfd_open(pid)

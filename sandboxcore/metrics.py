@@ -210,8 +210,10 @@ class Histogram(Metric):
             series.steps[step] += 1
             series.count += 1
             series.total += value
-            series.least = min(series.least, value)
-            series.most = max(series.most, value)
+            if value < series.least:  # noqa: PLR1730 - during a call a finaliser may count, too
+                series.least = value
+            if value > series.most:  # noqa: PLR1730
+                series.most = value
 
     def _step(self, value: float) -> int:
         inside = min(max(value, self._lowest), self._highest)

@@ -172,13 +172,13 @@ class PersistentSandbox(PersistentCommands):
             if self._link is None or not self._link.alive():
                 self._let_go()
                 self._note_end(record, "died")
+                drop_group(self._store, self.id)
 
     def _note_end(self, record: SandboxRecord, reason: str | None = "asked") -> None:
-        """It was killed, or the machine was restarted: put that on record, unless somebody did meanwhile.
-        Observers are told, unless there is more to come (None)."""
+        """Put down that it runs no more, unless somebody did meanwhile, or has started it again. Observers
+        are told, unless there is more to come (None)."""
         now, was = time.time(), self._state
         self._store.end(record, now)
-        drop_group(self._store, self.id)
         self._state, self.stopped_at = SandboxState.STOPPED, now
         if reason is not None:
             self._note_end_of(was, reason)
@@ -316,7 +316,7 @@ class PersistentSandbox(PersistentCommands):
     def _put_away(self, before: SandboxState) -> None:
         """Keep its files, and end it. It is on record as paused: nobody begins anything in it meanwhile."""
         try:
-            if self._plan.overlays:
+            if self._whole_plan().overlays:
                 self._keep_last(before)
         except BaseException:
             if before is SandboxState.RUNNING:
@@ -360,20 +360,27 @@ class PersistentSandbox(PersistentCommands):
 
     def destroy(self) -> None:
         """End it for good and forget it, with the journals of its commands. Idempotent."""
+        self._destroy()
+
+    def _destroy(self) -> bool:
+        """Whether it was still on record."""
+        there = False
         with self._lock:
             if self._state is not SandboxState.DESTROYED:
                 with self._store.locked(self.id):
-                    self._look()
+                    there = self.state is not SandboxState.DESTROYED
                     if self._link is not None:
                         self._link.end(wait=ANSWER_PATIENCE)
-                    self._let_go()
                     self._forget()
             self.close()
+        return there
 
     def _forget(self) -> None:
-        """It has ended; the caller holds its lock."""
+        """Nothing of it runs. The caller holds its lock."""
+        self._let_go()
         if self._observers:
             self._settle(lambda command_id: self.command(command_id).result)
+        drop_group(self._store, self.id)  # of one that was found dead
         self._store.remove(self.id)
         was, self._state = self._state, SandboxState.DESTROYED
         self._note_end_of(was, "asked")

@@ -17,7 +17,7 @@ from sandboxcore.events import EventKind
 from sandboxcore.layers import Copy, Layers
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.link import START_PATIENCE, Link
-from sandboxcore.plan import completed_plan
+from sandboxcore.plan import Plan, completed_plan
 from sandboxcore.process import with_spawner
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.saved import SnapshotStore, distinct
@@ -131,9 +131,9 @@ class PersistentFiles(Sandbox):
         """Keep its files, as they are when nothing runs in it any more. The caller holds its lock, and sees
         to it that nobody starts anything."""
         try:
+            if before is SandboxState.PAUSED:
+                self._through(Link.thaw)
             with self.snapshots.holding(), self._refusing("archive"):
-                if before is SandboxState.PAUSED:
-                    self._through(Link.thaw)
                 self._kept_now()  # first, for it may fail
                 if self._any_commands():
                     self._tell(signal.SIGKILL)
@@ -203,10 +203,15 @@ class PersistentFiles(Sandbox):
             raise
         return sandbox
 
-    @contextlib.contextmanager
-    def _refusing(self, wanted: str) -> Iterator[None]:
+    def _whole_plan(self) -> Plan:
+        """That of one which was found again says only then which overlays it has."""
         if not self._plan.data:
             self._plan = completed_plan(self._plan, self._store.path)
+        return self._plan
+
+    @contextlib.contextmanager
+    def _refusing(self, wanted: str) -> Iterator[None]:
+        self._whole_plan()
         with super()._refusing(wanted):
             yield
 

@@ -8,7 +8,9 @@ from typing import Any, Self
 from sandboxcore.errors import InvalidTransition, TooManySandboxes
 from sandboxcore.pool_binding import NOTHING, Wanted, bind_late, wanted
 from sandboxcore.pool_policy import PoolConfig, PoolStats
-from sandboxcore.pool_stock import Observer, Room, Stock, Total
+from sandboxcore.pool_shelf import Observer, Room, Total, added_up
+from sandboxcore.pool_stock import Stock
+from sandboxcore.process import with_spawner
 from sandboxcore.request import FileContent, Program
 from sandboxcore.result import ExecResult
 from sandboxcore.sandbox import Sandbox
@@ -59,12 +61,17 @@ class SandboxPool:
 
     def start(self) -> Self:
         """Begin to have some ready, without waiting for them; also again after :meth:`drain`. Idempotent."""
-        self._stock.open()
+        stock = self._stock
+        stock.check()
+        if stock.state == "open":
+            return self
+        with_spawner(stock.plan, None, lambda connection: None)  # in the caller's thread: its priority stays
+        stock.open()
         return self
 
     def wait_ready(self, timeout: float | None = None) -> bool:
         """Wait until ``min_warm`` are ready; False if that takes longer than ``timeout`` seconds."""
-        return self._stock.await_full(timeout, number=self.config.min_warm)
+        return self._stock.await_full(timeout, least=self.config.min_warm)
 
     def replenish(self, timeout: float | None = None) -> bool:
         """Wait until as many are ready as are wanted now; False if that takes longer than ``timeout``
@@ -81,11 +88,13 @@ class SandboxPool:
 
         Raises TimeoutError after so many seconds; a start that is on its way then still ends.
         """
-        self._stock.shut(timeout)
+        self._stock.shut()
+        self._stock.await_end(timeout)
 
     def close(self) -> None:
         """:meth:`drain`, for good: claims raise :class:`InvalidTransition`. Idempotent."""
-        self._stock.shut(None, "closed")
+        self._stock.shut("closed")
+        self._stock.await_end(None)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -150,7 +159,7 @@ class SandboxPool:
             name=name,
             owner=owner,
             description=description,
-            metadata=metadata or {},
+            metadata=metadata,
         )
         return self._claimed(asked, client, timeout)
 
@@ -199,7 +208,8 @@ class SandboxPool:
 
         Raises :class:`SandboxNotFound` for one that was not claimed here, or is back already.
         """
-        self._stock.give_back(sandbox)
+        if not self._stock.give_back(sandbox):
+            self._stock.tidy_up()
 
     def run(
         self, argv: Sequence[Program], *, client: str | None = None, check: bool = False, **options: Any
@@ -210,7 +220,7 @@ class SandboxPool:
         try:
             return sandbox.exec(argv, check=check, **options)
         finally:
-            self._stock.give_back(sandbox)
+            self.release(sandbox)
 
     def client(self, sandbox: Sandbox) -> str | None:
         """For whom it was claimed."""
@@ -227,7 +237,7 @@ class SandboxPool:
 
     def stats(self) -> PoolStats:
         """What it has, and has done."""
-        return self._stock.stats()
+        return added_up([self._stock.tally()])
 
     def __repr__(self) -> str:
         return f"<SandboxPool {self._stock.state}: {self.available} ready>"

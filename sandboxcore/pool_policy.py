@@ -87,7 +87,7 @@ class Demand:
 
     def extra(self, now: float) -> float:
         """What misses have added."""
-        return self._extra * 0.5 ** (max(0.0, now - self._extra_at) / HALF_LIFE)
+        return self._extra * math.exp2(-max(0.0, now - self._extra_at) / HALF_LIFE)
 
     def target(self, now: float, config: PoolConfig, start_seconds: float) -> int:
         """How many to keep ready. ``start_seconds``: what it takes to start one."""

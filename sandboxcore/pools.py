@@ -1,57 +1,244 @@
-"""Temporary: one pool per fingerprint."""
+"""Pools for every spec that somebody wants: :class:`SandboxPools`."""
 
+import functools
+import os
 import threading
+import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Generic, Protocol, Self, TypeVar
 
+from sandboxcore.errors import InvalidTransition, SandboxGone, SandboxNotFound, SpecError
+from sandboxcore.lifecycle import SandboxState
 from sandboxcore.pool import SandboxPool
 from sandboxcore.pool_policy import PoolConfig, PoolStats
+from sandboxcore.pool_shelf import SAMPLES, Observer, Room, Tally, Total, added_up
+from sandboxcore.pool_stock import Stock
+from sandboxcore.request import Program
 from sandboxcore.result import ExecResult
-from sandboxcore.room import Room
 from sandboxcore.sandbox import Sandbox
-from sandboxcore.spec import SandboxSpec
+from sandboxcore.spec import PROFILES, SandboxSpec
+
+
+class Pooled(Protocol):
+    """What both kinds of pool have."""
+
+    _stock: Stock
+
+
+PoolKind = TypeVar("PoolKind", bound=Pooled)
+SandboxKind = TypeVar("SandboxKind")
+
+
+def as_spec(profile: "SandboxSpec | str | None") -> SandboxSpec:
+    """A spec, or that of a profile by its name. Raises SpecError."""
+    return profile if isinstance(profile, SandboxSpec) else _profile(profile or "standard")
+
+
+@functools.cache
+def _profile(name: str) -> SandboxSpec:
+    if name not in PROFILES:
+        raise SpecError(f"pools: {name!r} is not one of {', '.join(PROFILES)}")
+    return SandboxSpec(profile=name)
+
+
+class Table(Generic[PoolKind, SandboxKind]):
+    """The pools of a process by their specs, the least recently used first, and which sandbox is whose."""
+
+    def __init__(self, most: int, make: Callable[[SandboxSpec], PoolKind]) -> None:
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            raise SpecError(f"pools.most: {most!r} is not a positive whole number")
+        self.most, self._make = most, make
+        self.pools: dict[str, PoolKind] = {}
+        self.closed = False
+        self._retired: list[PoolKind] = []  # that may not have ended yet
+        self._owners: weakref.WeakKeyDictionary[Any, PoolKind] = weakref.WeakKeyDictionary()
+        self._past = Tally(Counter(), Counter(), [], [])  # of pools that are gone
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def check(self) -> None:
+        """Raise SandboxGone in a process that was forked from its own, InvalidTransition when closed."""
+        if os.getpid() != self._pid:
+            raise SandboxGone("pools: they belong to the process that this one was forked from")
+        if self.closed:
+            raise InvalidTransition("pools", "closed", "use them")
+
+    def get(self, spec: SandboxSpec) -> PoolKind:
+        """The pool of a spec, made if need be; it counts as used now."""
+        self.check()
+        key = spec.fingerprint
+        with self._lock:
+            pool = self.pools.pop(key, None)
+            if pool is not None:
+                self.pools[key] = pool
+                return pool
+        pool = self._make(spec)  # without the lock: it looks at the host
+        with self._lock:
+            self.check()
+            self.pools[key] = pool = self.pools.pop(key, pool)
+            old = [self.pools.pop(next(iter(self.pools))) for _ in range(len(self.pools) - self.most)]
+        for each in old:
+            self.retire(each)
+        return pool
+
+    def retire(self, pool: PoolKind) -> None:
+        """It is drained, without waiting; what it has handed out stays its own."""
+        pool._stock.shut("closed")
+        tally = pool._stock.tally()
+        for name in ("warm", "target", "claimed"):
+            tally.count[name] = 0
+        with self._lock:
+            self._past = _sum(self._past, tally)
+            self._retired = [*(each for each in self._retired if not each._stock.finished), pool]
+
+    def remember(self, sandbox: SandboxKind, pool: PoolKind) -> SandboxKind:
+        """It was handed out by this pool."""
+        with self._lock:
+            self._owners[sandbox] = pool
+        return sandbox
+
+    def owner(self, sandbox: SandboxKind) -> PoolKind:
+        """Whose it was; nobody's from here on. Raises SandboxNotFound."""
+        with self._lock:
+            pool = self._owners.pop(sandbox, None)
+        if pool is None:
+            raise SandboxNotFound("pools: the sandbox is none that they have handed out")
+        return pool
+
+    def shut(self) -> list[PoolKind]:
+        """Have nothing ready any more, without waiting. Returns what has to be waited for."""
+        if os.getpid() != self._pid:
+            return []
+        with self._lock:
+            pools = list(self.pools.values())
+            self.pools.clear()
+        for pool in pools:
+            self.retire(pool)
+        return list(self._retired)
+
+    def stats(self) -> PoolStats:
+        """Of all pools together, those that are gone included."""
+        with self._lock:
+            pools, past = list(self.pools.values()), self._past
+            claimed = sum(one._state is not SandboxState.DESTROYED for one in map(_own, self._owners))
+        stats = added_up([past, *(pool._stock.tally() for pool in pools)])
+        return replace(stats, claimed=max(stats.claimed, claimed))
+
+
+def _own(sandbox: Any) -> Sandbox:
+    """The sandbox behind a handle of either kind."""
+    own: Sandbox = getattr(sandbox, "_own", sandbox)
+    return own
+
+
+def _sum(first: Tally, second: Tally) -> Tally:
+    """Both together, with as many samples as one pool has."""
+    return Tally(
+        first.count + second.count,
+        first.reasons + second.reasons,
+        [*first.starts, *second.starts][-SAMPLES:],
+        [*first.refills, *second.refills][-SAMPLES:],
+    )
 
 
 class SandboxPools:
+    """A :class:`SandboxPool` for each spec, by its full fingerprint: made with its first use, drained when it
+    is the one that nobody has used for longest and there are too many.
+
+    A context manager; any thread may use it.
+
+    Parameters
+    ----------
+    config: of every pool.
+    most: so many pools at most.
+    total: so many sandboxes at most that nobody has claimed, over all pools; None: no bound but each pool's.
+    room, on_event: as for :class:`SandboxPool`.
+    """
+
     def __init__(
         self,
         config: PoolConfig | None = None,
         *,
+        most: int = 16,
+        total: int | None = None,
         room: Room | None = None,
-        on_event: Callable[[str, Mapping[str, Any]], object] | None = None,
+        on_event: Observer | None = None,
     ) -> None:
-        self._config, self._room, self._on_event = config, room, on_event
-        self._lock = threading.Lock()
-        self._pools: dict[str, SandboxPool] = {}
-        self._of: dict[str, SandboxPool] = {}
+        bound = Total(total)
 
-    def _pool(self, spec: SandboxSpec | str | None) -> SandboxPool:
-        spec = SandboxSpec(profile=spec) if isinstance(spec, str) else spec or SandboxSpec()
-        with self._lock:
-            if spec.fingerprint not in self._pools:
-                self._pools[spec.fingerprint] = SandboxPool(
-                    spec, self._config, room=self._room, on_event=self._on_event
-                ).start()
-            return self._pools[spec.fingerprint]
+        def make(spec: SandboxSpec) -> SandboxPool:
+            return SandboxPool(spec, config, room=room, on_event=on_event, total=bound)
 
-    def warm(self, spec: SandboxSpec | str) -> None:
-        self._pool(spec)
+        self._table: Table[SandboxPool, Sandbox] = Table(most, make)
 
-    def claim(self, spec: SandboxSpec | None = None, **binding: Any) -> Sandbox:
-        pool = self._pool(spec)
-        sandbox = pool.claim(**binding)
-        self._of[sandbox.id] = pool
-        return sandbox
+    def pool(self, spec: SandboxSpec | str | None = None) -> SandboxPool:
+        """The pool of a spec, or of a profile by its name, started."""
+        while True:
+            try:
+                return self._table.get(as_spec(spec)).start()
+            except InvalidTransition:  # somebody else has drained it just now
+                self._table.check()
+
+    def claim(self, spec: SandboxSpec | str | None = None, **options: Any) -> Sandbox:
+        """:meth:`SandboxPool.claim` of the spec's pool."""
+        while True:
+            pool = self.pool(spec)
+            try:
+                return self._table.remember(pool.claim(**options), pool)
+            except InvalidTransition:  # somebody else has drained it just now
+                self._table.check()
 
     def release(self, sandbox: Sandbox) -> None:
-        self._of.pop(sandbox.id).release(sandbox)
+        """:meth:`SandboxPool.release`."""
+        self._table.owner(sandbox).release(sandbox)
 
-    def run(self, argv: Sequence[Any], *, spec: SandboxSpec | None = None, **options: Any) -> ExecResult:
-        return self._pool(spec).run(argv, **options)
+    def run(
+        self,
+        argv: Sequence[Program],
+        *,
+        spec: SandboxSpec | str | None = None,
+        client: str | None = None,
+        **options: Any,
+    ) -> ExecResult:
+        """:meth:`SandboxPool.run`."""
+        sandbox = self.claim(spec, client=client)
+        try:
+            return sandbox.exec(argv, **options)
+        finally:
+            self.release(sandbox)
+
+    def warm(self, *specs: SandboxSpec | str, timeout: float | None = None) -> bool:
+        """Have sandboxes of these specs, or profiles by their names (``"minimal"``, ``"standard"``,
+        ``"full"``), ready, ``min_warm`` of each; False if that takes longer than ``timeout`` seconds for one
+        of them."""
+        pools = [self.pool(spec) for spec in specs]
+        return all(pool.wait_ready(timeout) for pool in pools)
 
     def stats(self) -> PoolStats:
-        return next((pool.stats() for pool in self._pools.values()), PoolStats())
+        """Of all pools together, those that are gone included."""
+        return self._table.stats()
+
+    def each(self) -> Mapping[str, PoolStats]:
+        """Of each pool that there is, by the fingerprint of its spec."""
+        return {key: pool.stats() for key, pool in list(self._table.pools.items())}
+
+    def drain(self, timeout: float | None = None) -> None:
+        """:meth:`SandboxPool.drain` of all pools; the next claim makes others. Raises TimeoutError."""
+        for pool in self._table.shut():
+            pool._stock.await_end(timeout)
 
     def close(self) -> None:
-        for pool in self._pools.values():
-            pool.close()
+        """:meth:`drain`, for good. Idempotent."""
+        self._table.closed = True
+        self.drain()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -13,11 +13,12 @@ from typing import Any
 
 from sandboxcore.errors import SandboxNotFound, SpecError
 from sandboxcore.identity import lives
+from sandboxcore.inhabitants import is_awaited
 from sandboxcore.ledger import Ledger
 from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.policy import Action, due
 from sandboxcore.records import SandboxRecord, SessionRecord
-from sandboxcore.recovery import Collected, drop_group, gc, runs
+from sandboxcore.recovery import Collected, gc, runs
 from sandboxcore.session import LIVE, SessionState, SessionTimeouts, is_timed_out
 
 KEEP_SESSIONS = 86400.0  # seconds for which one that was terminated can still be looked up
@@ -68,6 +69,7 @@ def reconcile(
     *,
     now: float | None = None,
     dry_run: bool = False,
+    crashes: bool = True,
     busy: Callable[[str], bool] = lambda sandbox: False,
     note: Callable[[Action], None] = lambda action: None,
 ) -> Reconciled:
@@ -75,15 +77,16 @@ def reconcile(
 
     Sandboxes and sessions that ended with their process are forgotten; sessions without activity for too
     long are terminated, and sandboxes destroyed whose last one it was; sandboxes are stopped, archived and
-    destroyed by their policy and their time to live; what crashes have left is cleared away. The output of a
-    detached command is activity. While a session is active, only the time to live ends its sandbox. Sandboxes
-    of another process that lives are its own to destroy.
+    destroyed by their policy and their time to live; what crashes have left is cleared away. A command that
+    somebody waits for is activity, and so is the output of a detached one. While a session is active, only
+    the time to live ends its sandbox. Sandboxes of another process that lives are its own to destroy.
 
     now: seconds since the epoch. dry_run: nothing changes, and the actions are those that would be done.
+    crashes: False leaves what they have left, which takes longest to look for, for another time.
     busy: whether this process runs something in a sandbox, which counts as activity. note: called with each
     action that was done, or has failed.
     """
-    return _Pass(ledger, time.time() if now is None else now, dry_run, busy, note).run()
+    return _Pass(ledger, time.time() if now is None else now, dry_run, busy, note).run(crashes=crashes)
 
 
 class _Pass:
@@ -107,7 +110,7 @@ class _Pass:
         self.records = {record.id: record for record in ledger.all()}
         self.busy = {sandbox for sandbox in self.records if busy(sandbox)}
 
-    def run(self) -> Reconciled:
+    def run(self, *, crashes: bool) -> Reconciled:
         for record in list(self.records.values()):
             self._attend(record)
         for record in list(self.records.values()):
@@ -116,11 +119,11 @@ class _Pass:
             self._end_session(session)
         doomed = [record for record in self.records.values() if record.doomed and not record.host]
         for record in list(self.records.values()):
-            if not record.doomed and record.id not in self.busy:
+            if not record.doomed:
                 self._by_policy(record)
         for record in doomed:
             self._destroy(record, record.doomed)
-        collected = self._collected()
+        collected = self._collected() if crashes else Collected((), ())
         self._forget_sessions()
         return Reconciled(dry_run=self.dry_run, actions=tuple(self.actions), collected=collected)
 
@@ -132,6 +135,8 @@ class _Pass:
         try:
             if not do():
                 return False
+        except SandboxNotFound:  # somebody else has destroyed it just now
+            return False
         except Exception as error:
             self._cannot(action, error)
             return False
@@ -155,6 +160,8 @@ class _Pass:
 
     def _attend(self, record: SandboxRecord) -> None:
         """Note what has happened in a sandbox since somebody looked, and whether it is still there."""
+        if record.id not in self.busy and self._is_awaited(record):
+            self.busy.add(record.id)
         when = self.now if record.id in self.busy else self._written(record)
         touched = self._touched(record.id, when)
         if touched or when > record.last_active_at:
@@ -166,9 +173,25 @@ class _Pass:
             self.ended.append(record.id)
             if not self.dry_run:
                 self.ledger.end(record, self.now)
-                drop_group(self.ledger, record.id)
             record = replace(record, state="stopped", stopped_at=self.now, pid=0, ticks=0)
         self.records[record.id] = record
+
+    def _is_awaited(self, record: SandboxRecord) -> bool:
+        """Whether some process waits for a command in it; looked at where something might be due."""
+        if record.state != "running" or not (self._is_due(record) and self._runs(record)):
+            return False
+        try:
+            return is_awaited(self.ledger, record)
+        except OSError:  # no free descriptor, say
+            return True
+
+    def _is_due(self, record: SandboxRecord) -> bool:
+        try:
+            return due(record, self.now) is not None or any(
+                is_timed_out(session, self.now) for session in self._of(record.id)
+            )
+        except SpecError:
+            return False
 
     def _runs(self, record: SandboxRecord) -> bool:
         try:
@@ -195,9 +218,8 @@ class _Pass:
         for state in (SessionState.ACTIVE, SessionState.DETACHED):
             found = [one for one in self._of(sandbox) if one.state == state]
             if found:
-                return {
-                    one.id: replace(one, last_active_at=when) for one in found if one.last_active_at < when
-                }
+                later = (one for one in found if one.last_active_at < when)
+                return {one.id: replace(one, last_active_at=when) for one in later}
         return {}
 
     def _of(self, sandbox: str) -> Iterator[SessionRecord]:
@@ -229,9 +251,9 @@ class _Pass:
             return
         seconds = self.now - session.last_active_at
         why = f"timed out: {session.state} without activity for {seconds:.0f} s (timeout {most:g} s)"
+        states = self.states.get(session.sandbox, {})  # read later than the session: it may have ended
         record = self.records.get(session.sandbox)
-        last = self.states[session.sandbox].keys() == {session.id}
-        last = last and record is not None and not record.lasting
+        last = states.keys() == {session.id} and record is not None and not record.lasting
 
         def terminate() -> bool:
             nonlocal last
@@ -240,7 +262,7 @@ class _Pass:
 
         if self._act(replace(action, reason=why), terminate):
             self.sessions.remove(session)
-            self.states[session.sandbox].pop(session.id, None)
+            states.pop(session.id, None)
             if last and record is not None and not record.host and not record.doomed:
                 self._destroy(record, why)
 
@@ -260,7 +282,7 @@ class _Pass:
             self._cannot(Action(kind="stop", id=record.id, name=record.name, reason=reason), error)
             return
         expired = record.expires_at is not None and self.now >= record.expires_at
-        used = SessionState.ACTIVE in self.states.get(record.id, {}).values()
+        used = record.id in self.busy or SessionState.ACTIVE in self.states.get(record.id, {}).values()
         if action is None or (used and not expired):
             return
         if action.kind == "delete":
@@ -287,12 +309,8 @@ class _Pass:
                 return False
             if not self.ledger.idle(record.id):
                 raise BlockingIOError("somebody works on it just now; the next time")
-            try:
-                with PersistentSandbox.connect(record.id, state_dir=self.ledger.path) as sandbox:
-                    sandbox.destroy()
-            except SandboxNotFound:  # somebody else has done it just now
-                return False
-            return True
+            with PersistentSandbox.connect(record.id, state_dir=self.ledger.path) as sandbox:
+                return sandbox._destroy()
 
         if self._act(action, destroy):
             del self.records[record.id]
@@ -309,7 +327,8 @@ class _Pass:
         gone = {action.id for action in self.actions if action.kind in ("delete", "forget")}
         ended = [*self.ended, *(one for one in found.ended if one not in gone and one not in self.ended)]
         removed = tuple(one for one in found.removed if one.partition("/")[0] not in gone)
-        return replace(found, ended=tuple(ended), removed=removed)
+        groups = tuple(one for one in found.groups if os.path.basename(one).partition(".")[0] not in gone)
+        return replace(found, ended=tuple(ended), removed=removed, groups=groups)
 
 
 class Sweeper:

@@ -145,6 +145,10 @@ _KINDS: Mapping[str, type] = {
 }
 
 
+_ITEMS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("labels", "omitted", "args"), (str,)),
+    **dict.fromkeys(("policy", "timeouts"), (int, float, type(None))),
+}
 _PROCESS = re.compile(r"[0-9]+ [0-9]+ [^ ].*")  # identity.this_process()
 
 
@@ -173,6 +177,9 @@ def _values(row: sqlite3.Row, table: str) -> dict[str, Any]:
             values[name] = json.loads(values[name])
             if not isinstance(values[name], _KINDS[name]):
                 raise ValueError(f"{name} is no {_KINDS[name].__name__}")
+            items = values[name].values() if _KINDS[name] is dict else values[name]
+            if name in _ITEMS and not all(type(item) in _ITEMS[name] for item in items):
+                raise ValueError(f"{name}: {values[name]!r}")
         if table in STATES and values["state"] not in STATES[table]:
             raise ValueError(f"state {values['state']!r}")
         if values.get("host") and not _PROCESS.fullmatch(values["host"]):

@@ -20,6 +20,8 @@ from sandboxcore.statedir import StatePath, private_directory
 from sandboxcore.store import Store
 from sandboxcore.volumes import Volumes
 
+_RUN = (SandboxState.RUNNING, SandboxState.PAUSED)
+
 
 def list_sandboxes(
     state_dir: StatePath = None, *, labels: Mapping[str, str] | None = None
@@ -40,7 +42,7 @@ def true_records(store: Store, labels: Mapping[str, str]) -> Iterator[SandboxRec
 def true_record(store: Store, record: SandboxRecord) -> SandboxRecord | None:
     if record.host:
         return None if _forgotten(store, record) else record
-    if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not runs(store, record):
+    if record.state in _RUN and not runs(store, record):
         store.end(record, time.time())
         drop_group(store, record.id)
         return store.get(record.id)
@@ -58,11 +60,13 @@ def _forgotten(store: Store, record: SandboxRecord, *, dry_run: bool = False) ->
 
 
 def drop_group(store: Store, sandbox_id: str) -> None:
-    """Remove the control group of a sandbox that was found dead. Whoever works on it just now takes care of
-    that, or has started it again: then it is another one."""
-    with contextlib.suppress(BlockingIOError), store.locked(sandbox_id, wait=False):
+    """Remove the control group of a sandbox that was found dead. Whoever works on it just now, but for this
+    store itself, takes care of that, or has started it again: then it is another one."""
+    with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as stack:
+        if not store.holds(sandbox_id):
+            stack.enter_context(store.locked(sandbox_id, wait=False))
         now, group = store.get(sandbox_id), store.home(sandbox_id).group
-        if group is not None and now is not None and now.state == SandboxState.STOPPED:
+        if group is not None and now is not None and now.state not in _RUN:
             remove_later(group)
 
 
@@ -125,7 +129,7 @@ def collecting_records(
             if _forgotten(store, record, dry_run=dry_run):
                 ended.append(record.id)
             continue
-        if record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and not runs(store, record):
+        if record.state in _RUN and not runs(store, record):
             ended.append(record.id)
             if not dry_run:
                 store.end(record, time.time())
@@ -161,7 +165,7 @@ def _looking_at(store: Store, sandbox: str, *, dry_run: bool) -> contextlib.Abst
 
 
 def _may_run(store: Store, record: SandboxRecord) -> bool:
-    return record.state in (SandboxState.RUNNING, SandboxState.PAUSED) and runs(store, record)
+    return record.state in _RUN and runs(store, record)
 
 
 def _clear_group(home: Home, *, dry_run: bool) -> list[str]:
@@ -178,12 +182,9 @@ def _clear_group(home: Home, *, dry_run: bool) -> list[str]:
 def runs(store: Store, record: SandboxRecord) -> bool:
     """Whether the init that is on record for a sandbox is there; changes nothing."""
     try:
-        link = Link.reopen(store.home(record.id), record.pid, record.ticks, record.boot)
+        return Link.runs(store.home(record.id), record.pid, record.ticks, record.boot)
     except SandboxError:  # of another pid namespace: not ours to say
         return True
-    if link is not None:
-        link.close()
-    return link is not None
 
 
 def _clear(store: Store, sandbox: str, *, dry_run: bool) -> list[str]:

@@ -55,6 +55,7 @@ class Store:
         self.path = private_directory(state_dir)
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
+        self._held: set[tuple[str, int]] = set()  # sandboxes whose locks it holds, by threads
         _stores.add(self)
         with self._understood():
             self._prepare()
@@ -251,6 +252,10 @@ class Store:
             known |= {row["id"], f"{row['id']}.journal"}
         return sorted(set(os.listdir(self.home(sandbox).path)) - known)
 
+    def holds(self, sandbox: str) -> bool:
+        """Whether a sandbox's lock is held by this very store, for this thread."""
+        return (sandbox, threading.get_ident()) in self._held
+
     def idle(self, sandbox: str) -> bool:
         """Whether nobody holds a sandbox's lock just now. Makes no file, and removes none."""
         try:
@@ -281,9 +286,12 @@ class Store:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 if not same_file(fd, path):  # it was removed while we waited
                     continue
+                held = (sandbox, threading.get_ident())
+                self._held.add(held)
                 try:
                     yield
                 finally:
+                    self._held.discard(held)
                     if not self._do("SELECT 1 FROM sandboxes WHERE id = ?", (sandbox,)):
                         path.unlink(missing_ok=True)
                 return
@@ -351,7 +359,7 @@ def _after_fork_in_child() -> None:
     """A connection must not cross a fork, nor be closed there: sqlite.org/howtocorrupt.html, 2.6."""
     for store in _stores:
         _inherited.append(store._db)
-        store._lock, store._db = threading.RLock(), None
+        store._lock, store._db, store._held = threading.RLock(), None, set()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

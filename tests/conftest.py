@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import PYTHON, compile_static
+from support import PYTHON, compile_objects, compile_static
 
 import sandboxcore
 from sandboxcore import host
@@ -63,11 +63,10 @@ def fault_helper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sys.path.insert(0, str(CSRC))
     from build_core import CFLAGS, HELPER_SOURCES
 
-    helper = tmp_path_factory.mktemp("fault") / "_spawner"
-    sources = [str(CSRC / name) for name in HELPER_SOURCES]
-    subprocess.run(
-        ["gcc", *CFLAGS, "-static", "-DSBX_FAULT", *sources, "-o", helper], check=True, timeout=300
-    )
+    directory = tmp_path_factory.mktemp("fault")
+    objects = compile_objects([CSRC / name for name in HELPER_SOURCES], directory, *CFLAGS, "-DSBX_FAULT")
+    helper = directory / "_spawner"
+    subprocess.run(["gcc", *CFLAGS, "-static", *objects, "-o", helper], check=True, timeout=60)
     return helper
 
 

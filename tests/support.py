@@ -11,7 +11,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,18 @@ int main(int argc, char **argv)
 	return 2;
 }
 """
+
+
+def compile_objects(sources: Iterable[Path], directory: Path, *flags: str) -> list[Path]:
+    """Compile each source, on all processors; returns the object files."""
+
+    def compiled(source: Path) -> Path:
+        target = directory / f"{source.stem}.o"
+        subprocess.run(["gcc", *flags, "-c", source, "-o", target], check=True, timeout=120)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(compiled, sources))
 
 
 def compile_static(target: Path) -> str:

@@ -78,6 +78,7 @@ def complaints(report: Report) -> dict[str, str]:
     return found
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.timeout(2 * TIME_LIMIT + 30)
 def test_cpythons_own_tests(tmp_path: Path) -> None:

@@ -37,6 +37,25 @@ __all__ = ["living", "spawner_runs", "state"]  # fixtures
 # --- persistent sandboxes ---------------------------------------------------------------------------
 
 
+def test_back_after_its_files_were_used(state: Path) -> None:
+    """The loop's own file server is none of the commands that must not run."""
+
+    async def main() -> None:
+        spec = sandboxcore.SandboxSpec(writable=True)
+        async with await aio.PersistentSandbox.create(spec, state_dir=state) as box:
+            await box.files.write("/file", b"1")
+            snapshot = await box.snapshot()
+            await box.files.write("/file", b"2")
+            await box.restore(snapshot)
+            assert await box.files.read("/file") == b"1"
+            await box.files.write("/file", b"3")
+            await box.discard()
+            assert await box.files.read("/file") == b"1"
+            await box.destroy()
+
+    play(main())
+
+
 def test_made_here_used_there(state: Path) -> None:
     async def main() -> None:
         spec = sandboxcore.SandboxSpec(env={"COLOUR": "blue"}, labels={"a": "1"})
@@ -171,7 +190,7 @@ def test_a_failing_create_leaves_nothing(state: Path, monkeypatch: pytest.Monkey
             await aio.PersistentSandbox.create(name="box", state_dir=state)
         await kept.destroy()
 
-        async def fail(*_: Any) -> None:
+        async def fail(*_: Any, **_more: Any) -> None:
             raise SetupError("host", 12)
 
         monkeypatch.setattr(aio_sandbox, "born", fail)

@@ -21,6 +21,7 @@ def cli(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("command", "status"),
     [
@@ -40,12 +41,14 @@ def test_exit_status(command: list[str], status: int) -> None:
     assert len(done.stderr.splitlines()) == (1 if status in (126, 127) else 0)
 
 
+@pytest.mark.once
 def test_timeout_is_124() -> None:
     began = time.monotonic()
     assert cli("run", "--timeout", "0.3", "--", "sleep", "30").returncode == 124
     assert time.monotonic() - began < 15
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -68,29 +71,34 @@ def test_refusals_are_125_and_one_line(args: list[str], words: list[str]) -> Non
     assert all(word in done.stderr for word in words), done.stderr
 
 
+@pytest.mark.once
 def test_streams_pass_through() -> None:
     done = cli("run", "--", "sh", "-c", "cat; echo error >&2", input="in\n")
     assert (done.stdout, done.stderr, done.returncode) == ("in\n", "error\n", 0)
 
 
+@pytest.mark.once
 def test_large_streams_pass_through() -> None:
     data = os.urandom(3 << 20)
     done = subprocess.run([*CLI, "run", "--", "cat"], input=data, capture_output=True, timeout=60)
     assert done.stdout == data
 
 
+@pytest.mark.once
 def test_closed_output_ends_the_payload() -> None:
     command = " ".join([*CLI, "run", "--", "yes"])
     done = subprocess.run(f"{command} | head -n 1", shell=True, capture_output=True, timeout=60)
     assert done.stdout == b"y\n"
 
 
+@pytest.mark.once
 def test_closed_stdin() -> None:
     command = " ".join([*CLI, "run", "--", "cat"])
     done = subprocess.run(f"{command} <&-", shell=True, capture_output=True, timeout=60)
     assert (done.stdout, done.returncode) == (b"", 0)
 
 
+@pytest.mark.once
 def test_options_after_the_dashes_belong_to_the_command() -> None:
     done = cli("run", "--", "echo", "--timeout", "0", "--inadvisable-executable-name--", "--")
     assert done.stdout == "--timeout 0 --inadvisable-executable-name-- --\n"
@@ -111,6 +119,7 @@ def test_options_reach_the_sandbox(tmp_path: Path) -> None:
     assert done.returncode in (126, 127)
 
 
+@pytest.mark.once
 def test_spec_file_and_options_combine(tmp_path: Path) -> None:
     spec = tmp_path / "spec.toml"
     spec.write_text('hostname = "filed"\n[limits]\npids = 30\n[env]\nA = "1"\n')
@@ -215,6 +224,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", HOSTILE)
 def test_terminal_gets_no_commands(name: str) -> None:
     sequence = os.fsdecode(HOSTILE[name])

@@ -19,6 +19,8 @@ from support import gone, host_environment, marked, wait_until
 
 CLI = [sys.executable, "-m", "sandboxcore"]
 
+pytestmark = pytest.mark.once
+
 
 class Shell:
     """Somebody who types commands, with a state directory of their own."""
@@ -92,6 +94,7 @@ def sh(tmp_path: Path) -> Iterator[Shell]:
 # --- a life -------------------------------------------------------------------------------------
 
 
+@pytest.mark.as_root
 def test_a_whole_life(sh: Shell) -> None:
     printed = sh(
         "create", "one", "--no-start", "--label", "a=b", "--label", "c=d=e", "--description", "words"
@@ -169,6 +172,7 @@ def test_rm_goes_on_after_a_refusal(sh: Shell) -> None:
     sh("rm", "--force", "runs")
 
 
+@pytest.mark.as_root
 def test_gc(sh: Shell) -> None:
     sandbox = sh("create", "one").strip()
     done = sh.json("gc")
@@ -263,6 +267,7 @@ def test_where_the_state_is(tmp_path: Path) -> None:
         shell("rm", "one", "--state-dir", str(path))
 
 
+@pytest.mark.as_root
 def test_a_state_directory_that_others_may_write(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     tmp_path.chmod(0o777)
@@ -317,6 +322,7 @@ def test_closed_streams(shared: Shell) -> None:
     assert (done.stdout, done.returncode) == (b"", 0)
 
 
+@pytest.mark.as_root
 def test_options_of_exec(shared: Shell) -> None:
     script = "echo $OF $A $HOME $(pwd) $(hostname); id -u"
     said = shared("exec", "box", "--env", "A=va=lue", "--workdir", "/tmp", "--", "sh", "-c", script)
@@ -356,6 +362,7 @@ def test_a_signal_ends_the_command_not_the_sandbox(shared: Shell, number: int) -
     assert shared("exec", "box", "--", "echo", "still") == "still\n"
 
 
+@pytest.mark.as_root
 def test_the_sandbox_ends_under_a_command(sh: Shell) -> None:
     sh("create", "one")
     with sh.popen("exec", "one", "--", "sh", "-c", "echo ready; sleep 100") as process:
@@ -365,6 +372,7 @@ def test_the_sandbox_ends_under_a_command(sh: Shell) -> None:
         assert process.wait(30) == 128 + signal.SIGKILL
 
 
+@pytest.mark.as_root
 def test_exec_is_lean(shared: Shell) -> None:
     """It neither compiles a filter nor starts a spawner: all of that stands in the sandbox already."""
     code = """

@@ -10,7 +10,7 @@ import pytest
 from support import host_environment
 from trees import make_source
 
-pytestmark = pytest.mark.usefixtures("overlays")
+pytestmark = [pytest.mark.usefixtures("overlays"), pytest.mark.once]
 
 
 def test_a_whole_life(tmp_path: Path) -> None:

@@ -170,11 +170,8 @@ def test_a_policy_stops_archives_and_deletes(manager: SandboxManager, heard: lis
     policy = LifecyclePolicy(auto_stop=10, auto_archive=100, auto_delete=1000)
     made = manager.create(name="dev", policy=policy)
     used = manager.acquire(policy=policy, timeouts=SessionTimeouts(idle=None))
-    for seconds, kind, after in (
-        (11, "stop", "stopped"),
-        (90, "archive", "archived"),
-        (1001, "delete", None),
-    ):
+    steps = ((11, "stop", "stopped"), (90, "archive", "archived"), (1001, "delete", None))
+    for seconds, kind, after in steps:
         ago(manager, seconds)
         heard.clear()
         would = manager.reconcile(dry_run=True)

@@ -4,12 +4,15 @@ import doctest
 import shlex
 from pathlib import Path
 
+import pytest
+
 import sandboxcore
 
 README = Path(__file__).parents[2] / "README.md"
 
 
-def test_python_examples() -> None:
+def test_python_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SANDBOXCORE_STATE_DIR", str(tmp_path))
     outcome = doctest.testfile(str(README), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert outcome.attempted >= 6
     assert outcome.failed == 0

@@ -1,5 +1,6 @@
 """Nothing is left: no control group after an end, whoever ended it, and however."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from resources import (
 from support import gone, host_environment, host_process, host_program, kill_spawners, wait_until
 
 import sandboxcore
-from sandboxcore import ProgramNotFound, Sandbox, SandboxError, SandboxSpec
+from sandboxcore import ProgramNotFound, Sandbox, SandboxError, SandboxSpec, aio
 from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.recovery import gc
 
@@ -69,6 +70,32 @@ def test_after_an_init_that_was_killed() -> None:
         wait_until(lambda: gone(sandbox.pid), "the end of init", PATIENCE)
         sandbox.close()
         no_groups(lambda: groups_of_sandbox(sandbox))
+
+
+@pytest.mark.parametrize("action", ["destroy", "archive", "start"])
+@pytest.mark.parametrize("on_loop", [False, True])
+def test_found_dead_by_who_works_on_it(tmp_path: Path, action: str, on_loop: bool) -> None:
+    """Nobody has looked since it was killed: the first to do so has its lock already."""
+    needs("memory")
+    described, state = spec(memory="64M"), tmp_path / "state"
+    with PersistentSandbox.create(described, name="box", state_dir=state) as sandbox:
+        (before,) = {path.name for path in groups_of_sandbox(sandbox)}
+        os.kill(sandbox.pid, signal.SIGKILL)
+        wait_until(lambda: not sandbox._link.alive(), "the end of init", PATIENCE)
+        if on_loop:
+            asyncio.run(asyncio.wait_for(act(state, action), PATIENCE))
+        else:
+            getattr(sandbox, action)()
+        wait_until(
+            lambda: before not in {path.name for path in groups_of_sandbox(sandbox)}, "its end", PATIENCE
+        )
+        assert action == "start" or groups_of_sandbox(sandbox) == []
+        sandbox.destroy()
+
+
+async def act(state: Path, action: str) -> None:
+    async with await aio.PersistentSandbox.connect("box", state_dir=state) as sandbox:
+        await getattr(sandbox, action)()
 
 
 def test_after_a_start_that_failed() -> None:

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support import compile_objects
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
@@ -30,16 +31,8 @@ pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every source compiled as it ships."""
     directory = tmp_path_factory.mktemp("objects")
-    built = {}
-    for source in sorted(CSRC.glob("*.c")):
-        built[source.stem] = directory / f"{source.stem}.o"
-        flags = ["-std=gnu11", "-O2", "-D_GNU_SOURCE", "-fstack-protector-strong"]
-        subprocess.run(
-            ["gcc", *flags, "-c", source, "-o", built[source.stem]],
-            check=True,
-            timeout=120,
-        )
-    return built
+    flags = ["-std=gnu11", "-O2", "-D_GNU_SOURCE", "-fstack-protector-strong"]
+    return {path.stem: path for path in compile_objects(sorted(CSRC.glob("*.c")), directory, *flags)}
 
 
 def symbols(path: Path, kinds: str) -> set[str]:

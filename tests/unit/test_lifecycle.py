@@ -7,7 +7,7 @@ import time
 import pytest
 
 from sandboxcore import InvalidTransition, SandboxState
-from sandboxcore.lifecycle import can_move, check_move, new_id
+from sandboxcore.lifecycle import can_move, check_move, create_timings, new_id
 
 LEGAL = {
     ("created", "running"),
@@ -65,3 +65,11 @@ def test_identifiers() -> None:
     assert len(first) == len("sbx-") + 32
     assert int(first.removeprefix("sbx-"), 16)
     assert len({new_id("cmd") for _ in range(1000)}) == 1000
+
+
+def test_a_start_by_phase() -> None:
+    timings = create_timings(10**9, [2 * 10**9, 2 * 10**9, 3 * 10**9, 5 * 10**9], 6 * 10**9)
+    assert timings == {"plan": 1.0, "group": 0.0, "spawn": 1.0, "setup": 2.0, "total": 5.0}
+    assert create_timings(0, (), 10**9) == {"total": 1.0}
+    with pytest.raises(TypeError):
+        timings["plan"] = 2.0  # type: ignore[index]
