@@ -245,7 +245,7 @@ def test_the_archive_keeps_what_was_written(sh: Shell) -> None:
     assert sh("exec", "box", "--", "cat", "/made/file") == "kept\n"
     assert sh("fork", "box", "two", "--max-sandboxes", "2") == "two\n"
     assert sh("exec", "two", "--", "cat", "/made/file") == "kept\n"
-    assert "more than 2" in sh("fork", "box", "three", "--max-sandboxes", "2", status=125)
+    assert "there are 2 sandboxes" in sh("fork", "box", "three", "--max-sandboxes", "2", status=125)
 
 
 # --- room, stats, health ------------------------------------------------------------------------
