@@ -38,7 +38,7 @@ def test_claim_after_claim_it_waits_the_shorter_the_fewer_are_left() -> None:
     waits = []
     for count in (3, 2, 1):
         made = stock(count)
-        now = 100.0
+        made._claimed_at = now = 100.0
         while made._wait(now) > 1e-9:  # type: ignore[operator]
             now += 0.0001
             made._claimed_at = now
