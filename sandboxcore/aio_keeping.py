@@ -155,7 +155,7 @@ class Keeping:
         """:meth:`sandboxcore.SandboxManager.create`."""
 
         def attempt() -> Awaitable[sandbox.Sandbox]:
-            return self._make(sandbox.Sandbox.destroy, self._own.create, spec, **about)
+            return self._make(lambda made: made.destroy(), self._own.create, spec, **about)
 
         return self._handle(await self._when_there_is_room(attempt, wait))
 

@@ -176,11 +176,8 @@ class Keeping(Directory):
         dry_run: only say what would be done, and why.
         """
         with self._sweeping:
-            self._seen = {} if dry_run else {record.id: record for record in self._ledger.all()}
-            self._used = [] if dry_run else self._ledger.sessions(states=LIVE)
-            done = reconcile(self._ledger, dry_run=dry_run, busy=self._is_busy, note=self._acted)
+            done = self._pass(dry_run=dry_run)
             if not dry_run:
-                self._drop_private()
                 self._tell_damage()
         return done
 
@@ -190,10 +187,18 @@ class Keeping(Directory):
         with self._sweeping:
             if self._swept_at < asked:
                 self._swept_at = time.monotonic()
-                done = reconcile(self._ledger, crashes=False, busy=self._is_busy, note=self._acted)
-                self._drop_private()
+                done = self._pass(crashes=False)
                 self._swept = any(action.kind in _FREES for action in done.actions)
             return self._swept
+
+    def _pass(self, *, dry_run: bool = False, **options: Any) -> Reconciled:
+        """One :func:`reconcile`; what it does is told, with what was known of it before."""
+        self._seen = {} if dry_run else {record.id: record for record in self._ledger.all()}
+        self._used = [] if dry_run else self._ledger.sessions(states=LIVE)
+        done = reconcile(self._ledger, dry_run=dry_run, busy=self._is_busy, note=self._acted, **options)
+        if not dry_run:
+            self._drop_private()
+        return done
 
     def gc(self) -> Reconciled:
         """The same as :meth:`reconcile`."""
