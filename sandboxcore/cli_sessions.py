@@ -21,7 +21,8 @@ def session() -> None:
     """Who uses which sandbox: create --client and session attach begin sessions.
 
     A session ends when it was without activity for too long (active: 5 minutes, detached: 1 hour, suspended:
-    24 hours, unless it says otherwise), and with the last one its sandbox is destroyed; gc sees to that.
+    24 hours, unless it says otherwise), and with its last one a sandbox that was made for a client; gc sees
+    to that. One that create made without a client stays.
     """
 
 
@@ -132,6 +133,6 @@ def resume(ids: tuple[str, ...], state_dir: str | None) -> None:
 @events_option
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 def end(ids: tuple[str, ...], state_dir: str | None) -> None:
-    """End sessions. A sandbox is destroyed with its last one."""
+    """End sessions. A sandbox that was made for a client is destroyed with its last one."""
     with managing(state_dir) as manager:
         each_of(ids, manager.terminate)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import gone, host_environment, wait_until
+from support import host_environment, wait_until
 
 from sandboxcore import cli_manager
 from sandboxcore.manager import SandboxManager
 from sandboxcore.pool_policy import PoolConfig
+from sandboxcore.records import SandboxRecord
+from sandboxcore.recovery import list_sandboxes
 from sandboxcore.selection import SelectionOptions
 
 CLI = [sys.executable, "-m", "sandboxcore"]
@@ -46,6 +48,10 @@ class Shell:
     def json(self, *args: str, **options: Any) -> Any:
         return json.loads(self(*args, "--json", **options))
 
+    def records(self) -> list[SandboxRecord]:
+        """What is on record now."""
+        return list_sandboxes(self.state)
+
     def sql(self, statement: str, *values: Any) -> None:
         """Change the records behind everybody's back."""
         db = sqlite3.connect(self.state / "state.db", timeout=10)
@@ -59,11 +65,8 @@ def sh(tmp_path: Path) -> Iterator[Shell]:
     """An empty state directory; at the end its sandboxes are gone."""
     shell = Shell(tmp_path / "state")
     yield shell
-    rows = shell.json("ls")
-    if rows:
-        shell("rm", "-f", *[row["name"] for row in rows])
-    for row in rows:
-        wait_until(lambda pid=row["pid"]: not pid or gone(pid), f"the end of {row['name']}")
+    with SandboxManager(shell.state, sweep_interval=None) as manager:
+        assert not [action for action in manager.destroy_all() if action.error]
 
 
 # --- sessions -----------------------------------------------------------------------------------
@@ -97,7 +100,7 @@ def test_the_life_of_a_session(sh: Shell) -> None:
     sh("session", "end", session)
     assert sh.json("ls")[0]["sessions"] == {other["id"]: "active"}
     sh("session", "end", other["id"], other["id"])  # idempotent; with the last one goes the sandbox
-    assert sh.json("ls") == []
+    assert sh.records() == []
     assert [row["ended_why"] for row in sh.json("session", "ls", "--state", "terminated")] == [
         "terminated"
     ] * 2
@@ -117,10 +120,13 @@ def test_tables_of_sessions(sh: Shell) -> None:
 
 
 def test_refusals_of_one_do_not_keep_the_others(sh: Shell) -> None:
-    session = sh("session", "attach", "box", "--create").strip()
+    sh("create", "box")
+    session = sh("session", "attach", "box").strip()
     said = sh("session", "detach", "sess-none", session, status=125)
     assert "'sess-none'" in said
     assert sh.json("session", "ls")[0]["state"] == "detached"
+    sh("session", "end", session)
+    assert sh.records()[0].state == "running"  # it was there before
 
 
 def test_sandboxes_of_a_pool_are_marked_and_left_alone(sh: Shell) -> None:
@@ -133,7 +139,7 @@ def test_sandboxes_of_a_pool_are_marked_and_left_alone(sh: Shell) -> None:
         assert f"process {os.getpid()}'s" in sh("rm", "-f", row["name"], status=125)
         assert f"process {os.getpid()}'s" in sh("exec", row["name"], "--", "true", status=125)
         assert sh.json("stats") == []
-    assert sh.json("ls") == []
+    assert sh.records() == []
 
 
 def test_a_long_command_counts_as_activity(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,11 +176,12 @@ def test_the_default_sandbox(sh: Shell) -> None:
 
 def test_times(sh: Shell) -> None:
     sh("create", "box", "--no-start", "--ttl", "1000")
-    first = sh.json("ls")[0]["expires_at"]
+    first = sh.records()[0].expires_at
+    assert first is not None
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", sh("extend", "box", "500"))
-    assert sh.json("ls")[0]["expires_at"] == pytest.approx(first + 500)
+    assert sh.records()[0].expires_at == pytest.approx(first + 500)
     assert sh("extend", "box", "none") == "none\n"
-    assert sh.json("ls")[0]["expires_at"] is None
+    assert sh.records()[0].expires_at is None
     assert "'soon'" in sh("extend", "box", "soon", status=125)
     assert "ttl" in sh("create", "other", "--ttl", "0", status=125)
     assert "--client" in sh("create", "other", "--client", "me", "--no-start", status=125)
@@ -190,12 +197,12 @@ def test_gc_does_what_is_due(sh: Shell) -> None:
     due = {one["name"]: (one["kind"], one["reason"].split()[0], one["error"]) for one in dry["actions"]}
     assert due == {"box": ("delete", "expired", ""), "kept": ("stop", "inactive", "")}
     assert dry["dry_run"] is True
-    assert [row["state"] for row in sh.json("ls") if row["name"] == "box"] == ["created"]
+    assert {record.name: record.state for record in sh.records()} == {"box": "created", "kept": "running"}
 
     printed = sh("gc")
     assert re.search(r"^destroyed box: expired \d+ s ago$", printed, re.M)
     assert re.search(r"^stopped kept: inactive for \d+ s \(auto_stop 1000 s\)$", printed, re.M)
-    assert [(row["name"], row["state"]) for row in sh.json("ls")] == [("kept", "stopped")]
+    assert [(record.name, record.state) for record in sh.records()] == [("kept", "stopped")]
 
 
 def test_gc_tells_what_it_cannot_do(sh: Shell) -> None:
@@ -245,7 +252,7 @@ def test_the_archive_keeps_what_was_written(sh: Shell) -> None:
     assert sh("exec", "box", "--", "cat", "/made/file") == "kept\n"
     assert sh("fork", "box", "two", "--max-sandboxes", "2") == "two\n"
     assert sh("exec", "two", "--", "cat", "/made/file") == "kept\n"
-    assert "more than 2" in sh("fork", "box", "three", "--max-sandboxes", "2", status=125)
+    assert "there are 2" in sh("fork", "box", "three", "--max-sandboxes", "2", status=125)
 
 
 # --- room, stats, health ------------------------------------------------------------------------
@@ -259,7 +266,7 @@ def test_room(sh: Shell) -> None:
     sh("session", "attach", "two", "--create", "--max-sandboxes", "1", status=125)
     sh("create", "two", "--no-start", **one)
     sh("start", "two", status=125, **one)
-    assert [row["name"] for row in sh.json("ls")] == ["one", "two"]  # nothing else is left behind
+    assert [record.name for record in sh.records()] == ["one", "two"]  # nothing else is left behind
     sh("start", "two", "--max-sandboxes", "none")
     assert "--max-sandboxes" in sh("create", "three", "--max-sandboxes", "few", status=125)
     health = sh.json("health", status=1, **one)
@@ -344,4 +351,4 @@ def test_no_events_no_sandbox(sh: Shell, tmp_path: Path, key: Path, what: str, w
         key.write_text("short\n")
     said = sh("create", "box", "--events", log, status=125, SANDBOXCORE_EVENT_KEY_FILE=str(key))
     assert words in said
-    assert sh.json("ls") == []
+    assert sh.records() == []
