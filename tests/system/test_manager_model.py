@@ -1,13 +1,17 @@
 """Random operations on a manager, against a model of what there must be, with SIGKILL in between and in the
 middle. SANDBOXCORE_MODEL_EXAMPLES: how many such histories; default 6."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import managerclient
@@ -15,13 +19,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support import host_environment
+from support import gone, host_environment, wait_until
 
 from sandboxcore import SandboxManager
 
 EXAMPLES = int(os.environ.get("SANDBOXCORE_MODEL_EXAMPLES") or 6)
 CLIENTS = st.sampled_from(["ada", "bob", ""])
 PICK = st.integers(min_value=0, max_value=1 << 16)
+PATIENCE = 30  # seconds
 MOST = 5  # sandboxes at once, for speed
 
 MOVES = {
@@ -36,6 +41,8 @@ MOVES = {
 class Machine(RuleBasedStateMachine):
     """sessions: id -> [sandbox, client, state]; sandboxes: id -> [state, mark]: of what has not ended."""
 
+    nursery = ""  # where its processes come from
+
     def __init__(self) -> None:
         super().__init__()
         self.sessions: dict[str, list[str]] = {}
@@ -47,36 +54,33 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        command = [sys.executable, managerclient.__file__, os.path.join(self.directory, "state")]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=host_environment()
-        )
-        assert self.heard() == "ready"
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(PATIENCE)
+            connection.connect(self.nursery)
+            self.lines = connection.makefile("rw")
+        self.say(os.path.join(self.directory, "state"))
+        self.pid = int(self.lines.readline())
 
-    def heard(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def tell(self, *command: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
+    def say(self, line: str) -> None:
+        print(line, file=self.lines, flush=True)
 
     def ask(self, *command: Any) -> Any:
         """What it says; the name of the error where it refuses."""
-        self.tell(*command)
-        answer = json.loads(self.heard())
+        self.say(json.dumps(command))
+        answer = json.loads(self.lines.readline())
         return answer["error"] if "error" in answer else answer["done"]
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(30)
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            stream.close()
+        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ConnectionResetError):  # or it ends with an answer that nobody wanted
+            self.lines.read()
+        with contextlib.suppress(BrokenPipeError):
+            self.lines.close()
+        wait_until(lambda: gone(self.pid), "its end", PATIENCE)
+        del self.pid
 
     def teardown(self) -> None:
-        if hasattr(self, "process"):
+        if hasattr(self, "pid"):
             self.kill()
             with SandboxManager(os.path.join(self.directory, "state"), sweep_interval=None) as manager:
                 manager.reconcile()
@@ -118,8 +122,9 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.sandboxes) < MOST)
     @rule(client=CLIENTS)
     def acquire(self, client: str) -> None:
-        mine = [key for key, (box, who, state) in self.sessions.items()
-                if client and (who, state) == (client, "detached") and self.sandboxes[box][0] == "running"]  # fmt: skip
+        wanted = [client, "detached"] if client else []
+        left = [key for key, (_, *rest) in self.sessions.items() if rest == wanted]
+        mine = [key for key in left if self.sandboxes[self.sessions[key][0]][0] == "running"]
         key, sandbox = self.ask("acquire", client)
         if mine:
             assert key in mine
@@ -210,7 +215,7 @@ class Machine(RuleBasedStateMachine):
             assert self.ask("terminate", key) is None
 
     def interrupted(self, delay: int, *command: Any) -> None:
-        self.tell(*command)
+        self.say(json.dumps(command))
         time.sleep(delay / 1000)
         self.kill()
         self.begin()
@@ -218,7 +223,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def is_as_it_must_be(self) -> None:
-        if not hasattr(self, "process"):
+        if not hasattr(self, "pid"):
             return
         found = self.ask("look")
         assert found["sessions"] == self.sessions
@@ -233,6 +238,19 @@ Machine.TestCase.settings = settings(
     max_examples=EXAMPLES, stateful_step_count=15, deadline=None, database=None,
     suppress_health_check=list(HealthCheck), print_blob=True,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    Machine.nursery = str(tmp_path_factory.mktemp("nursery") / "socket")
+    command = [sys.executable, managerclient.__file__, Machine.nursery]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=host_environment()) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 @pytest.mark.timeout(60 + 20 * EXAMPLES)
