@@ -15,6 +15,7 @@ from bench import machine, report
 from bench.floors import Floors
 from bench.living import living_subjects
 from bench.peers import peer_subjects
+from bench.pool import pool_subjects
 from bench.runner import FULL, QUICK, Series, take
 from bench.subjects import Refused, Subject, library_subjects, python_subjects
 
@@ -83,8 +84,9 @@ def _subjects(directory: Path, stack: ExitStack) -> tuple[list[Subject], dict[st
     try:
         subjects += library_subjects(names)
         subjects += living_subjects(stack)
+        subjects += pool_subjects(stack)
     except Refused as error:
-        missing["cold.*, living.*, cli.*"] = str(error)
+        missing["cold.*, living.*, pool.*, cli.*"] = str(error)
     return subjects + peers, missing
 
 

@@ -18,6 +18,7 @@ from sandboxcore.manager_stats import Health, ManagerStats
 from sandboxcore.policy import Action, LifecyclePolicy
 from sandboxcore.reconcile import Reconciled
 from sandboxcore.records import SandboxRecord
+from sandboxcore.resources import LimitChange
 from sandboxcore.room import hear
 from sandboxcore.spec import SandboxSpec
 
@@ -154,7 +155,7 @@ class Keeping:
         """:meth:`sandboxcore.SandboxManager.create`."""
 
         def attempt() -> Awaitable[sandbox.Sandbox]:
-            return self._make(sandbox.Sandbox.destroy, self._own.create, spec, **about)
+            return self._make(lambda made: made.destroy(), self._own.create, spec, **about)
 
         return self._handle(await self._when_there_is_room(attempt, wait))
 
@@ -205,6 +206,10 @@ class Keeping:
     def set_policy(self, key: str, policy: LifecyclePolicy) -> None:
         """:meth:`sandboxcore.SandboxManager.set_policy`."""
         self._own.set_policy(key, policy)
+
+    async def update(self, key: str, **fields: Any) -> Mapping[str, LimitChange]:
+        """:meth:`sandboxcore.SandboxManager.update`."""
+        return await self._do(self._own.update, key, **fields)
 
     def describe(self, key: str, **about: Any) -> SandboxRecord:
         """:meth:`sandboxcore.SandboxManager.describe`."""

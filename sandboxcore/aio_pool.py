@@ -5,6 +5,7 @@ loop only takes them.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -14,7 +15,7 @@ from sandboxcore import sandbox
 from sandboxcore.aio_loop import News, with_spawner
 from sandboxcore.aio_sandbox import Sandbox
 from sandboxcore.errors import InvalidTransition, SandboxError, TooManySandboxes
-from sandboxcore.pool_binding import NOTHING, Wanted, bind_at_once, wanted
+from sandboxcore.pool_binding import NOTHING, Wanted, bind_at_once, makes_target, wanted
 from sandboxcore.pool_policy import PoolConfig, PoolStats
 from sandboxcore.pool_shelf import Member, Observer, Room, Total, added_up
 from sandboxcore.pool_stock import Stock
@@ -56,7 +57,8 @@ class SandboxPool:
 
     async def start(self) -> Self:
         """:meth:`sandboxcore.SandboxPool.start`."""
-        self._here()
+        if self._here().state == "open":
+            return self
         await with_spawner(self._stock.plan, None, _nothing)
         await self._until_ended(None)
         self._stock.open()
@@ -347,6 +349,9 @@ async def _bind_rest(made: Sandbox, what: Wanted) -> None:
     for mount in what.mounts if what.ro or what.rw else ():
         if mount.source is None:
             raise SandboxError("a bind without a source")
+        if makes_target(made._own, mount):
+            with contextlib.suppress(OSError):  # bind() says why
+                await made.files.mkdir(mount.target, parents=True, exist_ok=True)
         await made.bind(mount.source, mount.target, read_only=mount.read_only)
     if what.files:
         await made.files.write_many(what.files)

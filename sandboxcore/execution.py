@@ -365,7 +365,9 @@ class Execution(Observed):
     ) -> Exception:
         """The exception for a failure, which may be that the sandbox is no more; ``link``: the one that was
         used, for somebody may have started it again meanwhile."""
-        if failure.errno in (E.EPIPE, E.ECONNRESET, E.ECONNREFUSED, E.ETIME) and self._is_gone(link):
+        # A socket whose other end has gone says ECONNREFUSED to the first who sends, ENOTCONN to the next.
+        ends = (E.EPIPE, E.ECONNRESET, E.ECONNREFUSED, E.ENOTCONN, E.ETIME)
+        if failure.errno in ends and self._is_gone(link):
             return SandboxGone(f"sandbox {self.name}: its init has ended")
         return render(self._plan, request, failure)
 

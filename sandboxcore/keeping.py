@@ -7,15 +7,17 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sandboxcore.directory import Directory
+from sandboxcore.directory import Directory, Managed
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.events import LOGGER, EventKind
 from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.policy import Action, LifecyclePolicy
 from sandboxcore.reconcile import Reconciled, Sweeper, reconcile
 from sandboxcore.records import Damage, SandboxRecord, SessionRecord
+from sandboxcore.resources import LimitChange
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.session import LIVE, SessionState
+from sandboxcore.spec import check_labels
 
 _POLICIES: Mapping[str, EventKind] = {
     "stop": EventKind.POLICY_STOP,
@@ -79,6 +81,7 @@ class Keeping(Directory):
         owner: str | None = None,
     ) -> SandboxRecord:
         """Replace what is said about a sandbox: whatever is not None. Nothing needs a restart."""
+        check_labels(labels or {})
         given: dict[str, Any] = {"description": description, "owner": owner}
         given |= {"labels": None if labels is None else dict(labels)}
         given |= {"metadata": None if metadata is None else dict(metadata)}
@@ -90,6 +93,41 @@ class Keeping(Directory):
             for name, value in changes.items() if sandbox is not None else ():
                 setattr(sandbox, name, value)
         return self._ledger.find(record.id)
+
+    def update(self, key: str, **fields: Any) -> Mapping[str, LimitChange]:
+        """Change what is stored of a sandbox: any field of its spec, as by
+        :meth:`PersistentSandbox.change_spec`; its ``policy``; and ``labels``, ``description``, ``metadata``,
+        ``owner``, as by :meth:`describe`. Says of each when it applies: ``"now"``, ``"next command"`` or
+        ``"next start"``. Everything is checked before anything changes.
+
+        Raises :class:`SpecError` for a field that there is not; for any but limits and what is said about it,
+        of a sandbox of a pool: it never starts again.
+        """
+        record = self._ledger.find(key)
+        now = {name: fields.pop(name) for name in (*_SAID, "policy") if name in fields}
+        before = {name: getattr(record, name) for name in now}
+        check_labels(now.get("labels", {}))
+        policy = now.pop("policy", None)
+        if policy is not None and not isinstance(policy, LifecyclePolicy):
+            raise SpecError(f"policy: {policy!r} is not a LifecyclePolicy")
+        changes: dict[str, LimitChange] = {}
+        if fields:
+            changes.update(self._respecified(record, fields))
+        if now:
+            self.describe(record.id, **now)
+        if policy is not None:
+            self.set_policy(record.id, policy)
+            now["policy"] = policy.to_dict()
+        return {**changes, **{name: LimitChange(before[name], now[name], "now") for name in now}}
+
+    def _respecified(self, record: SandboxRecord, fields: dict[str, Any]) -> Mapping[str, LimitChange]:
+        sandbox = self._handle(record)
+        if isinstance(sandbox, PersistentSandbox):
+            return sandbox.change_spec(**fields)
+        if other := fields.keys() - {"limits"}:
+            raise SpecError(f"{min(other)}: sandbox {sandbox.name} is of a pool: it never starts again")
+        done = sandbox.update(**fields["limits"])
+        return {f"limits.{name}": change for name, change in done.items()}
 
     def touch(self, key: str) -> None:
         """Somebody uses this sandbox: its sessions are active now, and no policy finds it idle."""
@@ -121,9 +159,9 @@ class Keeping(Directory):
         self._started(sandbox, wait)
         return sandbox
 
-    def _persistent(self, key: str) -> PersistentSandbox:
+    def _persistent(self, key: str) -> Managed:
         sandbox = self.find(key)
-        if not isinstance(sandbox, PersistentSandbox):
+        if not isinstance(sandbox, Managed):
             raise SandboxError(f"sandbox {sandbox.name}: it is of a pool, and ends with this process")
         return sandbox
 
@@ -138,11 +176,8 @@ class Keeping(Directory):
         dry_run: only say what would be done, and why.
         """
         with self._sweeping:
-            self._seen = {} if dry_run else {record.id: record for record in self._ledger.all()}
-            self._used = [] if dry_run else self._ledger.sessions(states=LIVE)
-            done = reconcile(self._ledger, dry_run=dry_run, busy=self._is_busy, note=self._acted)
+            done = self._pass(dry_run=dry_run)
             if not dry_run:
-                self._drop_private()
                 self._tell_damage()
         return done
 
@@ -152,10 +187,18 @@ class Keeping(Directory):
         with self._sweeping:
             if self._swept_at < asked:
                 self._swept_at = time.monotonic()
-                done = reconcile(self._ledger, crashes=False, busy=self._is_busy, note=self._acted)
-                self._drop_private()
+                done = self._pass(crashes=False)
                 self._swept = any(action.kind in _FREES for action in done.actions)
             return self._swept
+
+    def _pass(self, *, dry_run: bool = False, **options: Any) -> Reconciled:
+        """One :func:`reconcile`; what it does is told, with what was known of it before."""
+        self._seen = {} if dry_run else {record.id: record for record in self._ledger.all()}
+        self._used = [] if dry_run else self._ledger.sessions(states=LIVE)
+        done = reconcile(self._ledger, dry_run=dry_run, busy=self._is_busy, note=self._acted, **options)
+        if not dry_run:
+            self._drop_private()
+        return done
 
     def gc(self) -> Reconciled:
         """The same as :meth:`reconcile`."""
@@ -276,3 +319,4 @@ class Keeping(Directory):
 
 _ACTIVE = (SessionState.ACTIVE,)
 _FREES = ("terminate", "delete", "stop", "archive")
+_SAID = ("labels", "description", "metadata", "owner")

@@ -443,8 +443,8 @@ class SandboxManager(Keeping):
                 known.pop(key, None)
         if sandbox is None:
             return
-        sandbox._observers = ()
         if why == "released" and not self._closed:
+            sandbox._observers = ()  # the pool says what becomes of it
             self.pools.release(sandbox)
         else:
             sandbox.destroy()

@@ -19,12 +19,12 @@ from sandboxcore.layers import Layers
 from sandboxcore.lifecycle import SandboxState, check_move
 from sandboxcore.link import ANSWER_PATIENCE, Home, Link
 from sandboxcore.persistent_commands import PersistentCommands
-from sandboxcore.plan import Plan, reopened_plan, updated_plan
+from sandboxcore.plan import Plan, compile_plan, reopened_plan, restated_plan
 from sandboxcore.records import SandboxRecord
 from sandboxcore.recovery import drop_group
-from sandboxcore.resources import LimitChange
-from sandboxcore.snapshots import Snapshot
-from sandboxcore.spec import Mount, SandboxSpec, StrPath, check_name
+from sandboxcore.resources import FIXED, LimitChange
+from sandboxcore.snapshots import Snapshot, shape
+from sandboxcore.spec import Limits, Mount, SandboxSpec, StrPath, check_name
 from sandboxcore.statedir import StatePath
 from sandboxcore.store import Store
 
@@ -155,11 +155,13 @@ class PersistentSandbox(PersistentCommands):
                 was, self._state = self._state, SandboxState.DESTROYED
                 self._note_end_of(was, "elsewhere")
                 return
-            if (record.pid, record.ticks) != (self._record.pid, self._record.ticks):
+            restarted = (record.pid, record.ticks) != (self._record.pid, self._record.ticks)
+            if restarted:
                 self._let_go()
             changed = record.spec != self._record.spec  # the cheaper question
             if changed and (spec := SandboxSpec.from_dict(record.spec)) != self.spec:  # by another handle
-                self.spec, self._plan = spec, updated_plan(self._plan, spec)
+                again = reopened_plan(spec, host.features(), tuple(record.omitted))
+                self.spec, self._plan = spec, again if restarted else restated_plan(self._plan, spec)
             self._adopt(record)
             if self._state not in (SandboxState.RUNNING, SandboxState.PAUSED):
                 self._let_go()
@@ -202,8 +204,17 @@ class PersistentSandbox(PersistentCommands):
     def start(self) -> None:
         """Start it, also again after :meth:`stop`; then everything private in it is new and empty."""
         with self._lock, self._store.locked(self.id):
-            self._may_start()
-            self._started(self._begin(self._home()))
+            self._look()
+            before, begun = self.spec, False
+            if self._record.next_spec and self._state is SandboxState.STOPPED:
+                self.spec = SandboxSpec.from_dict(self._record.next_spec)
+            try:
+                self._may_start()
+                self._started(self._begin(self._home()))
+                begun = True
+            finally:
+                if not begun and self._link is None:
+                    self.spec = before
 
     def _home(self) -> Home:
         home = self._store.home(self.id)
@@ -226,6 +237,7 @@ class PersistentSandbox(PersistentCommands):
         self._store.change(
             self.id, state=SandboxState.RUNNING.value, started_at=now, stopped_at=None, last_active_at=now,
             pid=pid, ticks=start_ticks(pid), boot=boot_id(), omitted=list(plan.omitted),
+            spec=plan.spec.to_dict(), next_spec={},
         )  # fmt: skip
         record = self._store.get(self.id)
         if record is None:
@@ -401,8 +413,79 @@ class PersistentSandbox(PersistentCommands):
             return super()._update(changes)
 
     def _limits_now(self, spec: SandboxSpec, *, running: bool) -> None:
-        self._store.change(self.id, spec=spec.to_dict())
+        changes: dict[str, Any] = {"spec": spec.to_dict()}
+        if self._record.next_spec:  # it has them the next time, too
+            before, now = self._record.spec["limits"], changes["spec"]["limits"]
+            other = {name: value for name, value in now.items() if value != before.get(name)}
+            limits = {**self._record.next_spec["limits"], **other}
+            changes["next_spec"] = {**self._record.next_spec, "limits": limits}
+        self._store.change(self.id, **changes)
+        self._adopt(dataclasses.replace(self._record, **changes))
         super()._limits_now(spec, running=running)
+
+    def change_spec(self, **fields: Any) -> Mapping[str, LimitChange]:
+        """Change its spec, by the names of :class:`SandboxSpec`; ``limits`` is a mapping of those to change.
+        All of it changes, or nothing.
+
+        What is given replaces what was there: ``env={...}`` all variables, ``ro=[...]`` all of these. Limits
+        apply as by :meth:`update`, and those that are fixed while it runs with the next start; ``env`` with
+        the next command; the rest with the next start. Until then :attr:`spec` is how it runs, and
+        ``record.next_spec`` how it will. Says of each, limits as ``"limits.NAME"``, when it applies.
+
+        Raises what :meth:`update` does, and what a sandbox of the new spec would on this host.
+        """
+        with self._lock, self._store.locked(self.id):
+            self._look()
+            if self._state is SandboxState.DESTROYED:
+                raise SandboxNotFound(f"sandbox {self.name} is not on record any more")
+            return self._respecified(fields, dict(fields.pop("limits", None) or {}))
+
+    def _respecified(self, fields: Mapping[str, Any], limits: Mapping[str, Any]) -> dict[str, LimitChange]:
+        for kind, given, known in (("", fields, SandboxSpec), ("limits.", limits, Limits)):
+            for name in given:
+                if name not in known.__dataclass_fields__ or name == "fingerprint":
+                    raise SpecError(f"{kind}{name}: there is no such field")
+        before = SandboxSpec.from_dict(self._record.next_spec or self._record.spec)
+        wanted = before.replace(**fields, limits=dataclasses.replace(before.limits, **limits))
+        if not self._may_differ(before, wanted):
+            raise SpecError(f"sandbox {self.name}: what it has written lies in its overlays: they stay")
+        compile_plan(wanted, host.features(), self._store.path)  # what cannot be is said now
+        now: dict[str, LimitChange] = {}
+        if self._link is not None:
+            now = self._partly_now(fields, {name: limits[name] for name in limits if name not in FIXED})
+        self._remember(wanted)
+        found = {name: (getattr(before, name), getattr(wanted, name)) for name in fields}
+        for name in limits:
+            found[f"limits.{name}"] = (getattr(before.limits, name), getattr(wanted.limits, name))
+        later = {name: LimitChange(*pair, "next start") for name, pair in found.items()}
+        changes = {**later, **now}
+        if self._observers:
+            said = {name: change.applies for name, change in changes.items()}
+            self._note(EventKind.SANDBOX_UPDATED, spec=said)
+        return changes
+
+    def _may_differ(self, before: SandboxSpec, wanted: SandboxSpec) -> bool:
+        if shape(before) == shape(wanted) or not shape(before).overlays:
+            return True
+        return self._link is None and not self._layers_file()["base"]
+
+    def _partly_now(self, fields: Mapping[str, Any], limits: Mapping[str, Any]) -> dict[str, LimitChange]:
+        """What a sandbox that runs can have without another start."""
+        done = super()._update(limits) if limits else {}
+        found = {f"limits.{name}": change for name, change in done.items()}
+        if "env" in fields:
+            spec = self.spec.replace(env=fields["env"])
+            found["env"] = LimitChange(dict(self.spec.env), dict(spec.env), "next command")
+            self.spec, self._plan = spec, restated_plan(self._plan, spec)
+        return found
+
+    def _remember(self, wanted: SandboxSpec) -> None:
+        if self._link is None:
+            self.spec = wanted
+        later = {} if wanted == self.spec else wanted.to_dict()
+        changes: dict[str, Any] = {"spec": self.spec.to_dict(), "next_spec": later}
+        self._store.change(self.id, **changes)
+        self._adopt(dataclasses.replace(self._record, **changes))
 
     def _bindable(self, source: StrPath, target: StrPath, *, read_only: bool) -> Mount:
         """Whoever finds it again would not know of it."""

@@ -206,6 +206,12 @@ def updated_plan(plan: Plan, spec: SandboxSpec) -> Plan:
     return replace(plan, spec=spec, rlimits=tuple(rlimits), group_limits=limits, restated=True)
 
 
+def restated_plan(plan: Plan, spec: SandboxSpec) -> Plan:
+    """The same where the environment of commands has changed, too."""
+    env = _environment(spec)
+    return replace(updated_plan(plan, spec), env=env, env_items=_environment_items(env))
+
+
 def rebound_plan(plan: Plan, env: Mapping[str, str]) -> Plan:
     """The commands' side of the plan of a running sandbox whose commands get these variables, too."""
     spec = plan.spec.replace(env={**plan.spec.env, **env})

@@ -63,6 +63,8 @@ class SandboxPool:
         """Begin to have some ready, without waiting for them; also again after :meth:`drain`. Idempotent."""
         stock = self._stock
         stock.check()
+        if stock.state == "open":
+            return self
         with_spawner(stock.plan, None, lambda connection: None)  # in the caller's thread: its priority stays
         stock.open()
         return self

@@ -1,5 +1,6 @@
 """What a claim asks for beyond the pool's spec, and how a warm sandbox becomes that: late binding."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -111,7 +112,7 @@ def wanted(
         labels=check_labels(labels or {}),
         **{name: value for name, value in identity.items() if value is not None},
     )
-    if found.network is not None or found.limits or found.ro or found.rw:
+    if found.network is not None or found.ro or found.rw:
         found.spec(spec)  # says what cannot be
     return found
 
@@ -147,9 +148,18 @@ def bind_late(sandbox: Sandbox, wanted: Wanted) -> None:
     bind_at_once(sandbox, wanted)
     for mount in wanted.mounts if wanted.ro or wanted.rw else ():
         assert mount.source is not None
+        if makes_target(sandbox, mount):
+            with contextlib.suppress(OSError):  # bind() says why
+                sandbox.files.mkdir(mount.target, parents=True, exist_ok=True)
         sandbox.bind(mount.source, mount.target, read_only=mount.read_only)
     if wanted.files:
         sandbox.files.write_many(wanted.files)
+
+
+def makes_target(sandbox: Sandbox, mount: Mount) -> bool:
+    """Whether to make the directory first, which would be missing in a new sandbox: a mount that finds
+    no target has been made in vain."""
+    return sandbox._is_private(mount.target) and os.path.isdir(mount.source or "")
 
 
 def bind_at_once(sandbox: Sandbox, wanted: Wanted) -> None:

@@ -18,7 +18,7 @@ from sandboxcore.sandbox import Sandbox
 TICK = 0.005  # seconds between two looks while there are claims, which would else have to wake the thread
 HOT = 2.0  # seconds after a claim in which others are expected
 QUIET = 0.003  # seconds after a claim in which nothing is started, for whoever claimed wants the CPU
-PATIENCE = 0.05  # seconds for which that may go on, claim after claim, while there is one left
+PATIENCE = 0.02  # seconds for which that may go on, claim after claim; the less the fewer are left
 AGAIN = (0.05, 5.0)  # seconds after a start that failed, twice as long each time
 
 
@@ -147,7 +147,8 @@ class Stock(Shelf):
         if self.config.refill_rate is not None:
             waits.append(self._started_at + 1 / self.config.refill_rate - now)
         if self._members and not self._waiting and not self._hasty:
-            waits.append(min(self._claimed_at + QUIET, self._wanting_since + PATIENCE) - now)
+            patience = PATIENCE * len(self._members) / self.target(now)
+            waits.append(min(self._claimed_at + QUIET, self._wanting_since + patience) - now)
         return max(waits)
 
     def _park(self, now: float, wait: float | None) -> float | None:
@@ -171,14 +172,15 @@ class Stock(Shelf):
             sandbox.close()
             self._fail(error)
             return
-        self._pause = 0.0
+        self._pause = self._wanting_since = 0.0
         seconds = time.monotonic() - began
         self.started(seconds, ahead=True)
         self._add(member, "pool.refilled", seconds=seconds)
 
     def _begun(self, sandbox: Sandbox) -> Member:
         sandbox.start()
-        prime(sandbox)
+        if not self.config.reset:
+            prime(sandbox)
         return Member(sandbox, time.monotonic(), look(sandbox) if self.config.reset else None)
 
     def _add(self, member: Member, kind: str, **data: Any) -> None:
@@ -249,6 +251,10 @@ class Stock(Shelf):
             member = self._begun(fresh)
             found = survivors(claim.view, member.view)
             end_and_wait(used)  # only now: the number of a namespace is given again when that is gone
+        except TooManySandboxes:
+            self.total.give()
+            fresh.close()
+            return
         except Exception as error:  # whatever it is, nobody gets it
             found.append(f"it could not be read back: {error}")
         if found or member is None:

@@ -1,5 +1,6 @@
 """Pools for every spec that somebody wants: :class:`SandboxPools`."""
 
+import functools
 import os
 import threading
 import weakref
@@ -33,11 +34,14 @@ SandboxKind = TypeVar("SandboxKind")
 
 def as_spec(profile: "SandboxSpec | str | None") -> SandboxSpec:
     """A spec, or that of a profile by its name. Raises SpecError."""
-    if isinstance(profile, str):
-        if profile not in PROFILES:
-            raise SpecError(f"pools: {profile!r} is not one of {', '.join(PROFILES)}")
-        return SandboxSpec(profile=profile)
-    return profile or SandboxSpec()
+    return profile if isinstance(profile, SandboxSpec) else _profile(profile or "standard")
+
+
+@functools.cache
+def _profile(name: str) -> SandboxSpec:
+    if name not in PROFILES:
+        raise SpecError(f"pools: {name!r} is not one of {', '.join(PROFILES)}")
+    return SandboxSpec(profile=name)
 
 
 class Table(Generic[PoolKind, SandboxKind]):

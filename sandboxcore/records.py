@@ -58,9 +58,9 @@ class SandboxRecord:
     :class:`LifecyclePolicy`. archived_at, archived_why: since when and why it is archived. template,
     template_help: what it was made from, and what that says of itself. host: "" for one that outlives
     every process; else the process with which it ends, as "PID TICKS BOOT". doomed: why it is about to be
-    destroyed; "" if it is not. lasting: whether it stays when its last session has ended. spec: that of its
-    present start, or where it does not run, of its last one or its next one; next_spec: that of its next
-    start, where it was changed while it ran, else empty.
+    destroyed; "" if it is not. lasting: whether it stays when its last session has ended. spec: how it runs,
+    or where it does not, how it ran last or will run next; next_spec: how it will start the next time, where
+    that was changed while it ran, else empty.
     """
 
     id: str

@@ -9,7 +9,7 @@ import tarfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from sandboxcore import _native, durable, host
 from sandboxcore.archive import Archive, Names, export
@@ -156,7 +156,7 @@ class Snapshot:
 
     def fits(self, spec: SandboxSpec) -> bool:
         """Whether a sandbox of this spec can have its files."""
-        return _shape(spec) == _shape(self.spec)
+        return shape(spec) == shape(self.spec)
 
     def fitting(self, spec: SandboxSpec | None) -> SandboxSpec:
         """The spec for a sandbox that begins with it: its own, or this one. Raises SpecError."""
@@ -411,7 +411,19 @@ class Snapshots(LiveBinds):
             raise SandboxBusy(f"sandbox {self.name}: {wanted}: {why}") from None
 
 
-def _shape(spec: SandboxSpec) -> tuple[Any, ...]:
-    """What has to be the same for a snapshot to fit."""
+class Shape(NamedTuple):
+    """What has to be the same for files of one sandbox to be those of another."""
+
+    writable: bool
+    rootfs: Any
+    overlays: tuple[tuple[str, Any], ...]
+    ids: tuple[int, int]
+
+
+def shape(spec: SandboxSpec) -> Shape:
+    """Where sandboxes of this spec write."""
     overlays = [(mount.target, mount.source) for mount in spec.all_mounts() if mount.kind == "overlay"]
-    return spec.writable, spec.rootfs if spec.writable else None, sorted(overlays), spec.ids()
+    if spec.writable:
+        overlays.append(("/", None))
+    root = spec.rootfs if spec.writable else None
+    return Shape(spec.writable, root, tuple(sorted(overlays, key=str)), spec.ids())

@@ -207,6 +207,8 @@ _clients: set[int] = set()
 
 
 class Conductor:
+    names = ["sandboxes", "state.db"]  # what stays in the state directory
+
     def __init__(self, state: str, seed: int) -> None:
         self.state, self.random, self.killed = state, random.Random(seed), Counter[str]()
 
@@ -312,26 +314,25 @@ class Conductor:
                 if len(list(Path(self.state, "sandboxes", record.id).iterdir())) > 60:
                     box.destroy()
 
+    def resources(self) -> dict[str, int]:
+        """What a client could leave behind on the host besides processes and files."""
+        return {
+            "descriptors": len(os.listdir("/proc/self/fd")),
+            "mounts": len(Path("/proc/self/mountinfo").read_bytes().splitlines()),
+            "cgroups": sum(1 for _ in os.walk("/sys/fs/cgroup")),
+        }
+
     def finale(self) -> None:
         for record in self.records():
             PersistentSandbox.connect(record.id, state_dir=self.state).destroy()
         wait_until(lambda: reap() or not descendants(os.getpid()), "the end of everything", LIMIT)
         assert os.listdir(Path(self.state, "sandboxes")) == []
-        assert sorted(os.listdir(self.state)) == ["sandboxes", "state.db"]
+        assert sorted(os.listdir(self.state)) == self.names
 
 
-def resources() -> dict[str, int]:
-    """What a client could leave behind on the host besides processes and files."""
-    return {
-        "descriptors": len(os.listdir("/proc/self/fd")),
-        "mounts": len(Path("/proc/self/mountinfo").read_bytes().splitlines()),
-        "cgroups": sum(1 for _ in os.walk("/sys/fs/cgroup")),
-    }
-
-
-def conduct(state: str, rounds: int, seed: int) -> None:
+def conduct(kind: type[Conductor], state: str, rounds: int, seed: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    conductor = Conductor(state, seed)
+    conductor = kind(state, seed)
     Store(state).close()
     before: dict[str, int] = {}
     for number in range(rounds):
@@ -344,15 +345,18 @@ def conduct(state: str, rounds: int, seed: int) -> None:
                     os.kill(pid, signal.SIGKILL)
             raise
         if number == 4:  # everything was imported and opened once
-            before = resources()
-    after = resources()
+            before = conductor.resources()
+    after = conductor.resources()
     assert all(after[name] <= count + 1 for name, count in before.items()), (before, after)
     conductor.finale()
     print(dict(conductor.killed))
 
 
 def main(what: str, state: str, *numbers: str) -> None:
-    actions: dict[str, Callable[..., None]] = {"client": lambda *a: Client(*a).run(), "conduct": conduct}
+    actions: dict[str, Callable[..., None]] = {
+        "client": lambda *a: Client(*a).run(),
+        "conduct": lambda *a: conduct(Conductor, *a),
+    }
     actions[what](state, *map(int, numbers))
 
 

@@ -9,7 +9,7 @@ import pytest
 from support import leaves_nothing
 
 import sandboxcore
-from sandboxcore import Event, SandboxManager, SandboxNotFound, SandboxSession, SandboxState
+from sandboxcore import Event, SandboxManager, SandboxNotFound, SandboxSession, SandboxSpec, SandboxState
 from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.recovery import list_sandboxes
 
@@ -19,7 +19,8 @@ NOBODY = "no-such-sandbox"
 @pytest.fixture(autouse=True, scope="module")
 def nothing_left() -> Iterator[None]:
     """After all tests of a file there is no more than before."""
-    sandboxcore.run(["true"])
+    for network in ("none", "host"):  # each has a spawner
+        sandboxcore.run(["true"], spec=SandboxSpec(network=network))
     with leaves_nothing():
         yield
 

@@ -190,7 +190,7 @@ def test_a_failing_create_leaves_nothing(state: Path, monkeypatch: pytest.Monkey
             await aio.PersistentSandbox.create(name="box", state_dir=state)
         await kept.destroy()
 
-        async def fail(*_: Any) -> None:
+        async def fail(*_: Any, **_more: Any) -> None:
             raise SetupError("host", 12)
 
         monkeypatch.setattr(aio_sandbox, "born", fail)

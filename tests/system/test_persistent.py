@@ -865,6 +865,17 @@ def test_threads_race_on_one_handle(box: PersistentSandbox) -> None:
     assert box.exec(["true"]).ok
 
 
+def test_two_find_out_that_it_has_ended(box: PersistentSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both had looked before: the kernel has another error for each."""
+    link = box._link_now()
+    os.kill(box.pid, signal.SIGKILL)
+    assert not link.alive(patience=PATIENCE)
+    monkeypatch.setattr(box, "_ready", lambda wanted: link)
+    for _ in range(2):
+        with pytest.raises(SandboxGone):
+            box.exec(["true"], timeout=PATIENCE)
+
+
 def test_a_record_is_plain_data(box: PersistentSandbox) -> None:
     record = dataclasses.asdict(box.record)
     assert json.loads(json.dumps(record)) == record

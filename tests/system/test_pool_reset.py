@@ -241,3 +241,17 @@ def test_a_writable_root(overlays: None) -> None:
         wait_until(lambda: pool.stats().resets == 1, "the reset")
         with pool.claim() as fresh:
             assert fresh.diff() == []
+
+
+def test_without_a_place_there_is_no_reset_and_no_failure() -> None:
+    sandboxcore.host_limits(max_sandboxes=1)
+    try:
+        with ready(reset=True, max_warm=1) as pool:
+            pool.resize(min_warm=0, max_warm=1)
+            used = pool.claim()
+            pool.release(used)
+            wait_until(lambda: used.state is SandboxState.DESTROYED, "its end")
+            stats = pool.stats()
+            assert (stats.resets, stats.reset_failures, stats.warm) == (0, 0, 0)
+    finally:
+        sandboxcore.host_limits(max_sandboxes=None)

@@ -46,7 +46,8 @@ def make(ledger: Ledger) -> Callable[..., PersistentSandbox]:
         if run:
             sandbox.start()
         then = time.time() - 1000
-        ledger.change(sandbox.id, **{"created_at": then - 1, "last_active_at": then, **fields})
+        times = {"created_at": then - 1, "last_active_at": then}
+        ledger.change(sandbox.id, **{**times, "lasting": False, **fields})
         return sandbox
 
     return made
@@ -200,6 +201,14 @@ def test_the_last_two_at_once(ledger: Ledger, make: Any) -> None:
     for _ in range(2):
         attend(ledger, box, ago=400)
     assert [kind for kind, _ in kinds(both(ledger))] == ["terminate", "terminate", "delete"]
+
+
+def test_one_that_lasts_stays_without_sessions(ledger: Ledger, make: Any) -> None:
+    box = make("box", lasting=True)
+    attend(ledger, box, ago=400)
+    assert [kind for kind, _ in kinds(both(ledger))] == ["terminate"]
+    assert box.state is SandboxState.RUNNING
+    assert both(ledger).actions == ()
 
 
 def test_one_that_never_had_a_session_stays(ledger: Ledger, make: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sandboxcore import InvalidTransition, SandboxError, SandboxNotFound
+from sandboxcore import InvalidTransition, SandboxBusy, SandboxError, SandboxNotFound
 from sandboxcore.errors import SessionNotFound
 from sandboxcore.identity import this_process
 from sandboxcore.ledger import Ledger
@@ -113,9 +113,9 @@ def test_every_move(ledger: Ledger, state: SessionState, to: SessionState) -> No
     made = opened(ledger, 1, state=state.value)
     if can_move(state, to):
         before = time.time()
-        moved = ledger.move_session("sess-1", to, "move it", trace_id="t")
+        moved = ledger.move_session("sess-1", to, "move it")
         assert before <= moved.last_active_at <= time.time()
-        assert moved == replace(made, state=to.value, trace_id="t", last_active_at=moved.last_active_at)
+        assert moved == replace(made, state=to.value, last_active_at=moved.last_active_at)
         assert ledger.session("sess-1") == moved
     else:
         with pytest.raises(InvalidTransition, match=f"cannot move it while {state}"):
@@ -123,6 +123,21 @@ def test_every_move(ledger: Ledger, state: SessionState, to: SessionState) -> No
         assert ledger.session("sess-1") == made
     with pytest.raises(SessionNotFound):
         ledger.move_session("sess-2", to, "move it")
+
+
+def test_alone_or_not_at_all(ledger: Ledger) -> None:
+    seen = opened(ledger, 1)
+    opened(ledger, 2)
+    with pytest.raises(SandboxBusy, match="sess-1: suspend: another one uses its sandbox"):
+        ledger.move_session("sess-1", SessionState.SUSPENDED, "suspend", alone=True)
+    assert ledger.session("sess-1") == seen
+    ledger.move_session("sess-2", SessionState.DETACHED, "detach")
+    ledger.move_session("sess-1", SessionState.SUSPENDED, "suspend", alone=True)
+    ledger.put_back(seen)
+    assert ledger.session("sess-1") == seen
+    ledger.end_session("sess-1", "so")
+    ledger.put_back(seen)  # it has gone on
+    assert ledger.session("sess-1").state == "terminated"
 
 
 @pytest.mark.parametrize("state", SessionState)
@@ -163,6 +178,14 @@ def test_the_last_one_dooms_its_sandbox(ledger: Ledger) -> None:
     assert (ended.state, ended.ended_why) == ("terminated", "first")
     assert ended.ended_at is not None
     assert ledger.end_session("sess-none", "x") == (False, False)
+
+
+def test_one_that_lasts_is_not_doomed(ledger: Ledger) -> None:
+    ledger.add(sandbox(3, lasting=True))
+    opened(ledger, 1, 3)
+    assert ledger.end_session("sess-1", "so") == (True, False)
+    assert ledger.find("box3").doomed == ""
+    opened(ledger, 2, 3)
 
 
 def test_the_last_one_and_a_new_one(ledger: Ledger) -> None:
