@@ -382,7 +382,7 @@ int sbx_fds_arrange(const struct sbx_box *box, struct sbx_error *err);
 int sbx_fds_close_except(int *keep, size_t count);
 int sbx_rlimit_set(const struct sbx_box *box, struct sbx_error *err);
 int sbx_cred_become_root(const struct sbx_plan *p, struct sbx_error *err);
-int sbx_cred_no_namespaces(struct sbx_error *err);
+int sbx_cred_no_namespaces(int proc, struct sbx_error *err);
 int sbx_cred_drop(const struct sbx_plan *p, struct sbx_error *err);
 int sbx_cred_keep_kill(struct sbx_error *err);
 int sbx_cred_keep_launcher(const struct sbx_plan *p, struct sbx_error *err);

@@ -23,8 +23,9 @@ static int payload_failed(const struct sbx_box *box, pid_t payload, struct sbx_e
 }
 
 /*
- * Reap what has ended. Returns 1 when the payload was among it, 0 when not, or -errno. A child that made
- * init its tracer (PTRACE_TRACEME, where a filter allows it) reports stops here too: those are no end.
+ * Reap what has ended. Returns 1 when the payload was among it, 2 when nothing else is left either, 0 when it was
+ * not, or -errno. A child that made init its tracer (PTRACE_TRACEME, where a filter allows it) reports stops here
+ * too: those are no end.
  */
 static long reap(pid_t payload, int *status, int flags)
 {
@@ -39,12 +40,17 @@ static long reap(pid_t payload, int *status, int flags)
 		}
 		if (pid == -EINTR)
 			continue;
+		if (pid == -ECHILD)
+			return 2 * seen;
 		if (pid <= 0)
-			return pid == 0 || pid == -ECHILD ? seen : pid;
+			return pid == 0 ? seen : pid;
 	}
 }
 
-/* Until the payload has ended (0) or the host process lets go of the sandbox (1). */
+/*
+ * Until the payload has ended (0), with everything else (2), or the host process lets go of the sandbox (1). Whoever
+ * has no parent any more is init's child before that parent can be reaped: without a child, init is alone.
+ */
 static long wait_for_end(const struct sbx_box *box, pid_t payload, int *status)
 {
 	struct pollfd fds[] = {
@@ -57,7 +63,7 @@ static long wait_for_end(const struct sbx_box *box, pid_t payload, int *status)
 	for (;;) {
 		long ret = reap(payload, status, WNOHANG);
 		if (ret != 0)
-			return ret < 0 ? ret : 0;
+			return ret == 1 ? 0 : ret;
 		ret = sbx_sys(SYS_ppoll, fds, SBX_COUNT(fds), NULL, NULL, 0);
 		if (ret < 0 && ret != -EINTR)
 			return ret;
@@ -116,9 +122,11 @@ int sbx_init_run(struct sbx_box *box, pid_t payload, struct sbx_error *err)
 	ret = wait_for_end(box, payload, &status);
 	if (ret < 0)
 		return sbx_fail(err, SBX_STAGE_INIT, 7, ret);
-	ret = sbx_sys(SYS_kill, -1, SIGKILL);
-	if (ret >= 0 || ret == -ESRCH)
-		ret = reap(payload, &status, 0);
+	if (ret != 2) { /* it looks at every process of the host */
+		ret = sbx_sys(SYS_kill, -1, SIGKILL);
+		if (ret >= 0 || ret == -ESRCH)
+			ret = reap(payload, &status, 0);
+	}
 	if (ret >= 0)
 		ret = report(box, status);
 	return ret < 0 && ret != -EPIPE ? sbx_fail(err, SBX_STAGE_INIT, 8, ret) : 0;

@@ -248,9 +248,9 @@ static int open_fresh(const struct sbx_box *box, uint32_t index, int scratch)
 	return sbx_mount_fs(type, sbx_optional(p, m->options), m->attrs);
 }
 
-/* Where mounts are made: descriptors of the root, of the void and of the scratch. */
+/* Where mounts are made: descriptors of the root, of the void and of the scratch; and of the sandbox's own proc. */
 struct site {
-	int root, void_fd, scratch;
+	int root, void_fd, scratch, proc;
 };
 
 static void leave_site(struct site *at)
@@ -258,6 +258,7 @@ static void leave_site(struct site *at)
 	sbx_close(at->root);
 	sbx_close(at->void_fd);
 	sbx_close(at->scratch);
+	sbx_close(at->proc);
 }
 
 /* The void becomes the working directory, for the sources of masks and overlays. */
@@ -280,14 +281,14 @@ static int change_root(const struct sbx_box *box, struct site *at, struct sbx_er
 	if (sbx_overlay_enter(p, at->root, at->void_fd, at->scratch, &box->layers, err) < 0)
 		return -1;
 	leave_site(at);
-	*at = (struct site){ -1, -1, -1 };
+	*at = (struct site){ -1, -1, -1, -1 };
 	if (enter_site(at, err) < 0)
 		return -1;
 	at->scratch = sbx_openat2(at->void_fd, SBX_VOID_SCRATCH, O_PATH | O_DIRECTORY, 0, SBX_RESOLVE_STRICT);
 	return at->scratch < 0 ? sbx_fail(err, SBX_STAGE_MOUNT, p->mounts.count, at->scratch) : 0;
 }
 
-static int mount_each(const struct sbx_box *box, const struct site *at, struct sbx_error *err)
+static int mount_each(const struct sbx_box *box, struct site *at, struct sbx_error *err)
 {
 	const struct sbx_plan *p = box->plan;
 
@@ -302,6 +303,8 @@ static int mount_each(const struct sbx_box *box, const struct site *at, struct s
 				return sbx_fail(err, SBX_STAGE_MOUNT, i, tree);
 			if (sbx_mount_attach(p, i, at->root, tree, err) < 0)
 				return -1;
+			if (m->kind == SBX_MOUNT_PROC && at->proc < 0)
+				at->proc = sbx_steal_fd(&tree);
 		}
 	}
 	return 0;
@@ -313,7 +316,7 @@ static int mount_each(const struct sbx_box *box, const struct site *at, struct s
  */
 int sbx_mount_sandbox(struct sbx_box *box, struct sbx_error *err)
 {
-	__attribute__((cleanup(leave_site))) struct site at = { -1, -1, -1 };
+	__attribute__((cleanup(leave_site))) struct site at = { -1, -1, -1, -1 };
 	const struct sbx_plan *p = box->plan;
 
 	if (enter_site(&at, err) < 0)
@@ -328,7 +331,7 @@ int sbx_mount_sandbox(struct sbx_box *box, struct sbx_error *err)
 	}
 	if (change_root(box, &at, err) < 0 || mount_each(box, &at, err) < 0)
 		return -1;
-	if (sbx_cred_no_namespaces(err) < 0 || cover_proc(p, err) < 0)
+	if (sbx_cred_no_namespaces(at.proc, err) < 0 || cover_proc(p, err) < 0)
 		return -1;
 	if (box->resident && p->flags & SBX_PLAN_LAYERS)
 		box->void_fd = sbx_steal_fd(&at.void_fd);

@@ -1,10 +1,11 @@
 """The command line. Parses and prints, decides nothing. The verbs of persistent sandboxes are in
-:mod:`sandboxcore.cli_living` and :mod:`sandboxcore.cli_reading`.
+modules of their own.
 
 Exit status: the command's own; 128+N when signal N ended it; 124 timeout; 125 the sandbox could not be set
 up, or what was asked for cannot be; 126 the command is not executable, 127 not found.
 """
 
+import importlib
 import json
 import signal
 import sys
@@ -37,30 +38,32 @@ if TYPE_CHECKING:
     from sandboxcore.plan import Plan
 
 
+_MODULES = {  # where the verbs of persistent sandboxes are
+    "cli_living": ("create", "exec", "kill", "resume", "rm", "shell", "start", "stop", "suspend"),
+    "cli_reading": ("attach", "logs", "ls"),
+    "cli_resources": ("stats", "update"),
+    "cli_sessions": ("session",),
+    "cli_keeping": ("archive", "default", "extend", "gc", "health", "policy", "recover"),
+    "cli_events": ("events",),
+    "cli_snapshots": (
+        "commit", "diff", "export", "fork", "import", "restore", "rm-snapshot", "snapshot", "snapshots",
+    ),
+    "cli_volumes": ("volume",),
+}  # fmt: skip
+_MODULE_OF = {verb: module for module, verbs in _MODULES.items() for verb in verbs}
+
+
 class _Verbs(click.Group):
-    """Those of persistent sandboxes are loaded when they are asked for."""
+    """Those of persistent sandboxes are loaded when they are asked for, each with its module only."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*self.commands, *_living().commands})
+        return sorted({*self.commands, *_MODULE_OF})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return super().get_command(ctx, cmd_name) or _living().get_command(ctx, cmd_name)
-
-
-def _living() -> click.Group:
-    # They add themselves.
-    from sandboxcore import (  # noqa: F401
-        cli_events,
-        cli_keeping,
-        cli_living,
-        cli_reading,
-        cli_resources,
-        cli_sessions,
-        cli_snapshots,
-        cli_volumes,
-    )
-
-    return living
+        if cmd_name not in _MODULE_OF:
+            return super().get_command(ctx, cmd_name)
+        importlib.import_module(f"sandboxcore.{_MODULE_OF[cmd_name]}")  # which adds them
+        return living.get_command(ctx, cmd_name)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})

@@ -89,6 +89,8 @@ class Keeping(Directory):
         changes = {name: value for name, value in given.items() if value is not None}
         if changes:
             self._change(record, **changes)
+            if changes.get("owner", record.owner) != record.owner:  # the one before has used it
+                self._ledger.change(record.id, shared=True)
             sandbox = self._private.get(record.id) or self._handles.get(record.id)
             for name, value in changes.items() if sandbox is not None else ():
                 setattr(sandbox, name, value)

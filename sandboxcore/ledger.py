@@ -31,11 +31,14 @@ class Ledger(Store):
     def open_session(self, session: SessionRecord) -> None:
         """A new one. Raises :class:`SandboxNotFound` where its sandbox is gone, or about to be."""
         with self._change() as db:
-            row = db.execute("SELECT doomed FROM sandboxes WHERE id = ?", (session.sandbox,)).fetchone()
+            query = "SELECT doomed, owner FROM sandboxes WHERE id = ?"
+            row = db.execute(query, (session.sandbox,)).fetchone()
             if row is None or row["doomed"]:
                 why = f"about to be destroyed: {row['doomed']}" if row else "not on record any more"
                 raise SandboxNotFound(f"sandbox {session.sandbox} is {why}")
             insert(db, session)
+            if session.client != (row["owner"] or ""):
+                db.execute("UPDATE sandboxes SET shared = 1 WHERE id = ?", (session.sandbox,))
 
     def session(self, session_id: str) -> SessionRecord:
         """Raises :class:`SessionNotFound`, and :class:`SandboxError` for a record that cannot be read."""

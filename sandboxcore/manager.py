@@ -240,6 +240,8 @@ class SandboxManager(Keeping):
         record = self._ledger.get(session.sandbox)
         if record is None or not self._is_ours(record) or bool(record.host) is not options.use_pool:
             return False
+        if record.shared:  # another client was in it
+            return False
         theirs = SandboxSpec.from_dict(record.spec)
         if theirs.fingerprint != spec.fingerprint or unmet_by(record, theirs, options):
             return False

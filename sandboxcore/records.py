@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA = 3
+SCHEMA = 2
 
 # What brings a database from one version to the next; each statement once, all of a version or none.
 CHANGES: Mapping[int, str] = {
@@ -33,6 +33,9 @@ ALTER TABLE sandboxes ADD COLUMN template TEXT;
 ALTER TABLE sandboxes ADD COLUMN template_help TEXT NOT NULL DEFAULT '';
 ALTER TABLE sandboxes ADD COLUMN host TEXT NOT NULL DEFAULT '';
 ALTER TABLE sandboxes ADD COLUMN doomed TEXT NOT NULL DEFAULT '';
+ALTER TABLE sandboxes ADD COLUMN lasting INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE sandboxes ADD COLUMN shared INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE sandboxes ADD COLUMN next_spec TEXT NOT NULL DEFAULT '{}';
 CREATE TABLE sessions (
     id TEXT PRIMARY KEY, sandbox TEXT NOT NULL, client TEXT NOT NULL, state TEXT NOT NULL,
     created_at REAL NOT NULL, last_active_at REAL NOT NULL, timeouts TEXT NOT NULL,
@@ -41,10 +44,6 @@ CREATE TABLE sessions (
 CREATE INDEX sessions_of_client ON sessions (client, state);
 CREATE INDEX sessions_of_sandbox ON sessions (sandbox, state);
 CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-""",
-    3: """
-ALTER TABLE sandboxes ADD COLUMN lasting INTEGER NOT NULL DEFAULT 1;
-ALTER TABLE sandboxes ADD COLUMN next_spec TEXT NOT NULL DEFAULT '{}';
 """,
 }
 
@@ -58,7 +57,8 @@ class SandboxRecord:
     :class:`LifecyclePolicy`. archived_at, archived_why: since when and why it is archived. template,
     template_help: what it was made from, and what that says of itself. host: "" for one that outlives
     every process; else the process with which it ends, as "PID TICKS BOOT". doomed: why it is about to be
-    destroyed; "" if it is not. lasting: whether it stays when its last session has ended. spec: how it runs,
+    destroyed; "" if it is not. lasting: whether it stays when its last session has ended. shared: whether
+    another client than its owner had a session of it. spec: how it runs,
     or where it does not, how it ran last or will run next; next_spec: how it will start the next time, where
     that was changed while it ran, else empty.
     """
@@ -88,6 +88,7 @@ class SandboxRecord:
     host: str = ""
     doomed: str = ""
     lasting: bool = False
+    shared: bool = False
     next_spec: dict[str, Any] = field(default_factory=dict)
 
 
@@ -192,7 +193,8 @@ def _values(row: sqlite3.Row, table: str) -> dict[str, Any]:
 def sandbox_of(row: sqlite3.Row) -> SandboxRecord:
     """Raises :class:`Damaged`."""
     values = _values(row, "sandboxes")
-    return SandboxRecord(**{**values, "lasting": bool(values["lasting"])})
+    marks = {name: bool(values[name]) for name in ("lasting", "shared")}
+    return SandboxRecord(**{**values, **marks})
 
 
 def command_of(row: sqlite3.Row) -> CommandRecord:

@@ -73,6 +73,19 @@ def test_release_with_keep_alive_keeps_it_for_this_client_alone(manager: Sandbox
     assert manager.acquire(client_id="me").sandbox_id != mine.sandbox_id
 
 
+@pytest.mark.parametrize("how", ["attach", "owner"])
+def test_what_somebody_else_has_used_is_not_taken_by_itself(manager: SandboxManager, how: str) -> None:
+    """Also not when he has left it long ago; who wants it says so."""
+    mine = manager.acquire(client_id="me")
+    mine.detach()
+    if how == "attach":
+        manager.attach(mine.sandbox_id, "you").session.terminate()
+    else:
+        manager.describe(mine.sandbox_id, owner="you")
+    assert manager.acquire(client_id="me").sandbox_id != mine.sandbox_id
+    assert manager.attach(mine.sandbox_id, "me").session == mine
+
+
 def test_a_session_of_nobody_is_not_continued_by_somebody_else_without_a_name(
     manager: SandboxManager,
 ) -> None:

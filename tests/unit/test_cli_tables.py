@@ -1,7 +1,12 @@
 """What the verbs about sandboxes, sessions and events print, from records alone."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+from sandboxcore import cli
 from sandboxcore.cli_common import shown, span
 from sandboxcore.cli_events import event_line, is_wanted
 from sandboxcore.cli_manager import _Appender, wanted_policy
@@ -18,6 +23,25 @@ BOX = SandboxRecord(
     id="sbx-1", name="box", state="running", spec={}, labels={"b": "2", "a": "1"}, owner="me",
     created_at=NOW - 7300, last_active_at=NOW - 61, expires_at=NOW + 119.5, pid=7,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("module", cli._MODULES)
+def test_each_verb_is_where_it_is_looked_for(module: str) -> None:
+    """A module adds its verbs, and no others; they are loaded for nothing else."""
+    script = f"""
+import sandboxcore.cli_common, sandboxcore.{module}
+print(*sorted(sandboxcore.cli_common.living.commands))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == sorted(cli._MODULES[module])
+
+
+def test_every_module_of_verbs_is_known() -> None:
+    shared = {"cli_common", "cli_manager", "cli_filter", "cli_doctor"}
+    found = {path.stem for path in Path(cli.__file__).parent.glob("cli_*.py")}
+    assert found - shared == cli._MODULES.keys()
 
 
 @pytest.mark.parametrize(
