@@ -29,7 +29,7 @@ class SandboxSession:
         self._manager, self._own = owner, own
         self.id, self.sandbox_id, self.client_id = own.id, own.sandbox_id, own.client_id
         self.created_at, self.trace_id, self.timeouts = own.created_at, own.trace_id, own.timeouts
-        self.metadata, self.labels = own.metadata, own.labels
+        self.metadata, self.labels, self.went_on = own.metadata, own.labels, own.went_on
 
     @property
     def record(self) -> SessionRecord:

@@ -57,9 +57,20 @@ class SandboxManager(Keeping):
     """Sandboxes of one state directory, and who uses them. Any thread may use it, and several processes at
     once.
 
-    A **session** is one client's use of one sandbox. A client may have several, and a sandbox several
-    sessions, also of different clients who :meth:`attach` to it. A sandbox that :meth:`acquire` made is
-    destroyed with its last session. Sandboxes and sessions outlive this process; those of a pool end with it.
+    A **session** is one client's use of one sandbox: active, detached, suspended, or terminated. The rules:
+
+    - A client may have several sessions, also of one sandbox, and a sandbox sessions of several clients, who
+      :meth:`attach` to it or ask for it as the preferred one. Nobody gets otherwise what another has used.
+    - A detached session is kept for its client: :meth:`acquire` of the same spec, and :meth:`attach`, go on
+      with it, the oldest first. One without a client is nobody's: only :meth:`resume` goes on with it.
+    - Suspended is the sandbox, for all: that is refused while another session of it is active, and while it
+      stands still nobody attaches. The first :meth:`resume` lets it go on; other suspended sessions stay so
+      until theirs.
+    - A sandbox that :meth:`acquire`, :meth:`attach` or :meth:`fork` made is destroyed with its last session;
+      one that :meth:`create` made stays. A sandbox that is destroyed, or expires, ends its sessions.
+    - A session whose sandbox has stopped is still there: :meth:`attach` and :meth:`resume` start it again.
+
+    Sandboxes and sessions outlive this process; those of a pool end with it.
 
     Parameters
     ----------
