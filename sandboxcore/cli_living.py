@@ -196,7 +196,7 @@ def exec_(name: str, command: tuple[str, ...], tty: bool, detach: bool, as_json:
     if tty and not detach and not os.isatty(0):
         raise click.UsageError("--tty: standard input is not a terminal")
     end_by_exception()
-    with opened(name, given["state_dir"], used=not detach) as sandbox:
+    with opened(name, given["state_dir"]) as sandbox:
         options = {
             "timeout": given["timeout"],
             "cwd": given["workdir"],
@@ -248,7 +248,7 @@ def shell(name: str, user: str | None, state_dir: str | None) -> None:
     if not os.isatty(0):
         raise click.UsageError("standard input is not a terminal; use exec")
     end_by_exception()
-    with opened(name, state_dir, used=True) as sandbox:
+    with opened(name, state_dir) as sandbox:
         exit_as(sandbox.interact(user=user))
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 KEY_FILE = "SANDBOXCORE_EVENT_KEY_FILE"
 DEFAULT = "-"  # instead of a name: the default sandbox
 MAXIMUM = 100  # as of SandboxManager
-ALIVE = 10.0  # seconds between two notes that a command is still running
 
 # --- options ----------------------------------------------------------------------------------------
 
@@ -136,12 +134,10 @@ def looking(state_dir: str | None) -> Iterator["Directory"]:
 
 
 @contextlib.contextmanager
-def opened(name: str, state_dir: str | None, *, used: bool = False) -> Iterator["PersistentSandbox"]:
-    """The sandbox of a name or id, which stays as it is. ``used``: it counts as in use all the while."""
+def opened(name: str, state_dir: str | None) -> Iterator["PersistentSandbox"]:
+    """The sandbox of a name or id, which stays as it is."""
     with looking(state_dir) as directory:
-        sandbox = directory.find(key_of(directory, name))
-        with _used(directory, sandbox.id) if used else contextlib.nullcontext():
-            yield cast("PersistentSandbox", sandbox)
+        yield cast("PersistentSandbox", directory.find(key_of(directory, name)))
 
 
 def key_of(directory: "Directory", name: str) -> str:
@@ -157,24 +153,6 @@ def _room() -> int | None:
     """How many sandboxes there may be."""
     asked: tuple[int | None] | None = _asked("max_sandboxes")
     return None if asked is None else asked[0]  # None: this verb starts none
-
-
-@contextlib.contextmanager
-def _used(directory: "Directory", sandbox: str) -> Iterator[None]:
-    """Have other processes know that somebody works in it: they see no command but a detached one."""
-    over = threading.Event()
-
-    def note() -> None:
-        while not over.wait(ALIVE):
-            directory._note_activity(sandbox)
-
-    thread = threading.Thread(target=note, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 # --- who is told ------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def attach(name: str, command: str | None, state_dir: str | None) -> None:
     here or there, its output is followed. Exit status: the command's, or 0 when it was left.
     """
     end_by_exception()
-    with opened(name, state_dir, used=True) as sandbox, closing(find_command(sandbox, command)) as found:
+    with opened(name, state_dir) as sandbox, closing(find_command(sandbox, command)) as found:
         if found.pty and os.isatty(0) and found.returncode is None:
             with contextlib.suppress(SandboxGone):  # it ended just now
                 if (result := found.attach()) is None:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import host_environment, wait_until
+from support import host_environment
 
-from sandboxcore import cli_manager
 from sandboxcore.manager import SandboxManager
 from sandboxcore.pool_policy import PoolConfig
 from sandboxcore.records import SandboxRecord
@@ -140,17 +139,6 @@ def test_sandboxes_of_a_pool_are_marked_and_left_alone(sh: Shell) -> None:
         assert f"process {os.getpid()}'s" in sh("exec", row["name"], "--", "true", status=125)
         assert sh.json("stats") == []
     assert sh.records() == []
-
-
-def test_a_long_command_counts_as_activity(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for the sweeps of other processes, which see no command of this one."""
-    monkeypatch.setattr(cli_manager, "ALIVE", 0.05)
-    with SandboxManager(sh.state, sweep_interval=None) as manager:
-        session = manager.acquire(name="box", client_id="me")
-        before = session.last_active_at
-        with cli_manager.click.Context(cli_manager.click.Command("x")):
-            with cli_manager.opened("box", str(sh.state), used=True):
-                wait_until(lambda: session.last_active_at > before + 1, "a note of activity")
 
 
 # --- the default sandbox ------------------------------------------------------------------------
