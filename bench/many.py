@@ -36,7 +36,9 @@ Action = Callable[[], tuple[float, Mapping[str, float]]]
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.many", description=__doc__)
     parser.add_argument("--levels", type=int, nargs="+", default=list(LEVELS))
-    parser.add_argument("--samples", type=int, default=100, help="of each at each level and turn; 100")
+    parser.add_argument(
+        "--samples", type=int, default=100, help="of each at each level and turn; default 100"
+    )
     parser.add_argument("--json", type=Path, help="write all samples to this file")
     options = parser.parse_args(argv)
     levels = sorted(options.levels)

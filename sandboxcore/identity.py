@@ -10,7 +10,8 @@ def start_ticks(pid: int) -> int:
     Raises OSError where that cannot be told, as without a free descriptor.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:  # a sweep asks of each sandbox
+            stat = file.read()
     except (FileNotFoundError, ProcessLookupError):
         return 0
     fields = stat.rpartition(b")")[2].split()
@@ -24,8 +25,8 @@ def pid_namespace() -> int:
 
 def boot_id() -> str:
     """Whose numbers our processes have: the machine since its last boot, random(4), and the pid namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {pid_namespace()}"
+    with open("/proc/sys/kernel/random/boot_id", "rb", buffering=0) as file:
+        return f"{file.read().decode().strip()} {pid_namespace()}"
 
 
 def this_process() -> str:

@@ -129,13 +129,15 @@ def collecting_records(
             if _forgotten(store, record, dry_run=dry_run):
                 ended.append(record.id)
             continue
-        if record.state in _RUN and not runs(store, record):
+        alive = _may_run(store, record)
+        if record.state in _RUN and not alive:
             ended.append(record.id)
             if not dry_run:
                 store.end(record, time.time())
         with contextlib.suppress(BlockingIOError), _looking_at(store, record.id, dry_run=dry_run):
             removed += _clear(store, record.id, dry_run=dry_run)
-            if (now := store.get(record.id)) is not None and not _may_run(store, now):
+            now = None if alive else store.get(record.id)  # what ends just now is for the next time
+            if now is not None and not _may_run(store, now):
                 found += _clear_group(store.home(record.id), dry_run=dry_run)
         yield
     for stray in store.strays():

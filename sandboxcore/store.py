@@ -181,7 +181,8 @@ class Store:
     def get(self, key: str) -> SandboxRecord | None:
         """The sandbox of an id or, if it is nobody's, of a name or a UUID. Raises :class:`SandboxError` for
         a record that cannot be read."""
-        rows = self._do("SELECT * FROM sandboxes WHERE ? IN (id, name) ORDER BY id = ? DESC", (key, key))
+        query = "SELECT * FROM sandboxes WHERE id = ? OR name = ? ORDER BY id = ? DESC"  # by two indexes
+        rows = self._do(query, (key, key, key))
         if not rows and (other := _id_of(key)):
             rows = self._do("SELECT * FROM sandboxes WHERE id = ?", (other,))
         try:

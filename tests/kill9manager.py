@@ -19,6 +19,7 @@ from support import descendants, gone, wait_until
 from sandboxcore import (
     InvalidTransition,
     SandboxBusy,
+    SandboxError,
     SandboxGone,
     SandboxManager,
     SandboxNotFound,
@@ -91,6 +92,9 @@ class Worker:
                 pass
             except SetupError as error:
                 if error.stage not in ("spawner", "idmap"):  # it was killed
+                    raise
+            except SandboxError as error:  # in the midst of a copy of what was written
+                if "has its spawner died" not in str(error):
                     raise
 
     def acquire(self) -> None:

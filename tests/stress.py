@@ -72,9 +72,12 @@ class Worker:
         return {"max_sandboxes": MAXIMUM, "sweep_interval": SWEEP, "pool": pool}
 
     def run(self) -> None:
+        state, self.state = self.state, f"{self.state}.{self.seed}"  # of its own: each counts what it has
+        Path(self.state + ".holders").mkdir()
         self.work(0.5, few=True)  # everything was imported and opened once
         with SandboxManager(self.state) as manager:
             manager.destroy_all()
+        self.state = state
         before, threads = settled(), threading.active_count()
         self.say("ready")
         self.tally.clear()
@@ -147,14 +150,22 @@ class Watch(threading.Thread):
 
 
 def inits() -> dict[int, int]:
-    """Those that live, all at one moment; one that is about to end has no memory any more."""
+    """Those that live, all at one moment; one that is about to end has no memory any more. Not those of
+    run_ephemeral(), whose places are held by who waits for them."""
     depth = len(inside(os.getpid()))
     found = {}
     for pid in descendants(os.getpid()):
         numbers = inside(pid)
-        if len(numbers) == depth + 1 and numbers[-1] == 1 and is_helper(pid):
+        if len(numbers) == depth + 1 and numbers[-1] == 1 and is_helper(pid) and stays(pid):
             found[pid] = start_ticks(pid)
     return {pid: ticks for pid, ticks in found.items() if is_helper(pid) and start_ticks(pid) == ticks != 0}
+
+
+def stays(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text() == "sbx-init\n"
+    except OSError:
+        return False
 
 
 def start_worker(state: str, seconds: str, seed: int) -> "subprocess.Popen[str]":
@@ -178,11 +189,8 @@ def heard(worker: "subprocess.Popen[str]") -> str:
 def conduct(state: str, seconds: str, seed: str) -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     Path(state + ".holders").mkdir()
-    workers = []
-    for number in range(PROCESSES):  # one after the other: each counts what it has
-        workers.append(start_worker(state, seconds, int(seed) * 10 + number))
-        said = heard(workers[-1])
-        assert said == "ready", said
+    workers = [start_worker(state, seconds, int(seed) * 10 + number) for number in range(PROCESSES)]
+    assert [heard(worker) for worker in workers] == ["ready"] * PROCESSES
     watch = Watch(Room(state, MAXIMUM))
     watch.start()
     go_on(*workers)

@@ -19,6 +19,8 @@ from sandboxcore.records import SandboxRecord
 from sandboxcore.recovery import list_sandboxes
 from sandboxcore.selection import SelectionOptions
 
+pytestmark = pytest.mark.once  # who runs it makes no difference to what it says
+
 CLI = [sys.executable, "-m", "sandboxcore"]
 
 
