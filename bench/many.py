@@ -1,8 +1,9 @@
 """`python -m bench.many`: how long things take while 10, 100, 1000 other sandboxes live.
 
 The number goes up and down again, and each level is measured both times, so drift hits all of them alike.
-`subprocess.run` is there to tell what the machine itself does. The others live in one state directory, as a
-manager's, which is where the sweep and `acquire` look, too.
+`subprocess.run` is there to tell what the machine itself does. The others are another process's, in the state
+directory in which the sweep and `acquire` look, too. With --own they are this process's, which holds four
+descriptors for each: then a vfork takes longer, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
 from bench.runner import uncollected
 from sandboxcore import Sandbox, SandboxManager, run
@@ -40,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--samples", type=int, default=100, help="of each at each level and turn; default 100"
     )
     parser.add_argument("--json", type=Path, help="write all samples to this file")
+    parser.add_argument("--own", action="store_true", help="the others are this process's")
+    parser.add_argument("--populate", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.populate:
+        return populate(options.populate)
     levels = sorted(options.levels)
     samples: Samples = {}
     with ExitStack() as stack:
@@ -48,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         manager = stack.enter_context(SandboxManager(directory, max_sandboxes=None, sweep_interval=None))
         stack.callback(manager.destroy_all)
         actions = subjects(manager, stack)
-        ids: list[str] = []
+        others = Others(manager) if options.own else stack.enter_context(Elsewhere(directory))
         with uncollected():
             for level in [*levels, *reversed(levels)]:
-                populate(manager, ids, level)
+                others.become(level)
+                time.sleep(SETTLE)
                 measure(actions, level, options.samples, samples)
     report(samples, levels)
     if options.json:
@@ -60,13 +67,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def populate(manager: SandboxManager, ids: list[str], level: int) -> None:
-    """Have so many live."""
-    while len(ids) < level:
-        ids.append(manager.create().id)
-    while len(ids) > level:
-        manager.destroy(ids.pop(random.randrange(len(ids))))
-    time.sleep(SETTLE)
+class Others:
+    """Those that live meanwhile."""
+
+    def __init__(self, manager: SandboxManager) -> None:
+        self.manager, self.ids = manager, list[str]()
+
+    def become(self, level: int) -> None:
+        """Have so many."""
+        while len(self.ids) < level:
+            self.ids.append(self.manager.create().id)
+        while len(self.ids) > level:
+            self.manager.destroy(self.ids.pop(random.randrange(len(self.ids))))
+
+
+class Elsewhere:
+    """The same of another process."""
+
+    def __init__(self, directory: str) -> None:
+        command = [sys.executable, "-m", "bench.many", "--populate", directory]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def become(self, level: int) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(level, file=self.process.stdin, flush=True)
+        if self.process.stdout.readline() != f"{level}\n":
+            sys.exit("the process that has the others has ended")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.communicate(timeout=60)
+
+
+def populate(directory: str) -> int:
+    """What that process does."""
+    with SandboxManager(directory, max_sandboxes=None, sweep_interval=None) as manager:
+        others = Others(manager)
+        for line in sys.stdin:
+            others.become(int(line))
+            print(int(line), flush=True)
+    return 0
 
 
 def measure(actions: Mapping[str, Action], level: int, count: int, samples: Samples) -> None:
