@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from sandboxcore.files import Files
     from sandboxcore.journal import Log
     from sandboxcore.lifecycle import SandboxState
-    from sandboxcore.managed_session import SandboxSession
-    from sandboxcore.manager import AttachResult, SandboxManager
+    from sandboxcore.managed_session import AttachResult, SandboxSession
+    from sandboxcore.manager import SandboxManager
     from sandboxcore.manager_stats import Health, ManagerStats
     from sandboxcore.persistent import PersistentSandbox
     from sandboxcore.policy import Action, LifecyclePolicy
@@ -121,8 +121,8 @@ _HOME = {
     "records": ("SandboxRecord", "SessionRecord"),
     "template": ("Template",),
     "volumes": ("Volume", "VolumeUsage", "Volumes"),
-    "managed_session": ("SandboxSession",),
-    "manager": ("AttachResult", "SandboxManager"),
+    "managed_session": ("AttachResult", "SandboxSession"),
+    "manager": ("SandboxManager",),
     "manager_stats": ("Health", "ManagerStats"),
     "policy": ("Action", "LifecyclePolicy"),
     "reconcile": ("Reconciled",),

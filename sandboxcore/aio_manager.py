@@ -87,10 +87,10 @@ class SandboxManager(Keeping):
     ) -> AttachResult:
         """:meth:`sandboxcore.SandboxManager.attach`."""
 
-        def undo(made: manager.AttachResult) -> None:
+        def undo(made: managed_session.AttachResult) -> None:
             self._own._undo(made.session)
 
-        def attempt() -> Awaitable[manager.AttachResult]:
+        def attempt() -> Awaitable[managed_session.AttachResult]:
             return self._make(undo, self._own.attach, sandbox_id, client_id, **about)
 
         made = await self._when_there_is_room(attempt, wait, at_once=self.exists(sandbox_id))

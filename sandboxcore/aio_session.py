@@ -105,7 +105,7 @@ class SandboxSession:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachResult:
-    """:class:`sandboxcore.manager.AttachResult`, with a session for asyncio."""
+    """:class:`sandboxcore.AttachResult`, with a session for asyncio."""
 
     session: SandboxSession
     newly_created: bool

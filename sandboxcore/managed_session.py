@@ -1,8 +1,10 @@
 """A session as its client holds it: :class:`SandboxSession`."""
 
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from sandboxcore.capabilities import SandboxCapabilities
 from sandboxcore.records import SessionRecord
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.session import SessionState, SessionTimeouts, deadline
@@ -109,3 +111,13 @@ class SandboxSession:
 
     def __repr__(self) -> str:
         return f"<SandboxSession {self.id} of {self.client_id or 'nobody'} in {self.sandbox_id}>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachResult:
+    """What :meth:`SandboxManager.attach` gives: the session, whether its sandbox was made for it, and what is
+    applied to that, read back from the kernel."""
+
+    session: SandboxSession
+    newly_created: bool
+    capabilities: SandboxCapabilities

@@ -57,6 +57,8 @@ LAYERS = (
     ("manager_metrics",),
     ("manager_stats", "directory"),
     ("keeping",),
+    ("tenancy",),
+    ("acquiring",),
     ("manager",),
     ("aio_exec", "aio_files"),
     ("aio_life", "aio_run"),

@@ -174,12 +174,9 @@ def test_from_version_1(tmp_path: Path) -> None:
     assert run(path, schema) == run(tmp_path / "new", schema)
 
 
-def test_from_version_2(tmp_path: Path) -> None:
-    """What was there stays without sessions, and starts the next time as it is."""
+def test_what_was_there_before_sessions(tmp_path: Path) -> None:
+    """It stays without any, and starts the next time as it is."""
     path = version_1(tmp_path / "state")
-    with contextlib.closing(sqlite3.connect(path / DATABASE, isolation_level=None)) as db:
-        db.executescript(CHANGES[2])
-        db.execute("PRAGMA user_version = 2")
     check_migrated(path)
     with Ledger(path) as ledger:
         assert [(one.lasting, one.next_spec) for one in ledger.all()] == [(True, {})] * 2
