@@ -197,6 +197,8 @@ class Directory:
     def _handle(self, record: SandboxRecord) -> Sandbox:
         with self._guard:
             found = self._private.get(record.id) or self._handles.get(record.id)
+            if found is None and record.host and record.doomed:
+                raise SandboxNotFound(f"sandbox {record.name} is about to be destroyed: {record.doomed}")
             if found is None:
                 found = self._watched(Managed.of(self._ledger, record, self._room))
                 self._handles[record.id] = found

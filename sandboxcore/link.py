@@ -158,33 +158,39 @@ class Link:
         return boot == here
 
     @classmethod
-    def runs(cls, home: Home, pid: int, ticks: int, boot: str) -> bool:
-        """Whether that process is there, without a way to it. Raises what :meth:`reopen` does."""
+    def _pidfd(cls, home: Home, pid: int, ticks: int, boot: str) -> int:
+        """That of a process on record, or -1 if that is gone. Raises SandboxError, OSError."""
         if not cls._is_here(home, boot) or not pid:
-            return False
-        try:
-            os.close(os.pidfd_open(pid))
-        except OSError as error:
-            if error.errno not in (E.ESRCH, E.EINVAL, E.ENOENT):
-                raise
-            return False  # gone; or the number is a thread's now
-        return start_ticks(pid) == ticks
-
-    @classmethod
-    def reopen(cls, home: Home, pid: int, ticks: int, boot: str) -> Self | None:
-        """The way to a persistent sandbox that was on record as this process; None if that is gone."""
-        if not cls._is_here(home, boot) or not pid:
-            return None
+            return -1
         try:
             pidfd = os.pidfd_open(pid)
         except OSError as error:
             if error.errno not in (E.ESRCH, E.EINVAL, E.ENOENT):
                 raise
-            return None  # gone; or the number is a thread's now
+            return -1  # gone; or the number is a thread's now
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, pidfd)
             if start_ticks(pid) != ticks or _poll(pidfd, 0):
-                return None  # the number is somebody else's now
+                return -1  # the number is somebody else's now
+            undo.pop_all()
+        return pidfd
+
+    @classmethod
+    def runs(cls, home: Home, pid: int, ticks: int, boot: str) -> bool:
+        """Whether that process is there, without a way to it. Raises what :meth:`reopen` does."""
+        pidfd = cls._pidfd(home, pid, ticks, boot)
+        if pidfd >= 0:
+            os.close(pidfd)
+        return pidfd >= 0
+
+    @classmethod
+    def reopen(cls, home: Home, pid: int, ticks: int, boot: str) -> Self | None:
+        """The way to a persistent sandbox that was on record as this process; None if that is gone."""
+        pidfd = cls._pidfd(home, pid, ticks, boot)
+        if pidfd < 0:
+            return None
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, pidfd)
             try:
                 keeper = undo.enter_context(home.connect("keeper"))
                 work = undo.enter_context(home.connect("work"))

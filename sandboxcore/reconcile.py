@@ -1,6 +1,7 @@
 """What is due by time and by policy, and what crashes have left: :func:`reconcile`, :class:`Sweeper`."""
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
@@ -295,10 +296,14 @@ class _Pass:
     def _put_by(self, record: SandboxRecord, action: Action) -> bool:
         if not self.ledger.idle(record.id):  # somebody works on it
             return False
-        with PersistentSandbox.connect(record.id, state_dir=self.ledger.path) as sandbox:
+        with self._connected(record) as sandbox:
             if action.kind == "stop":
                 return sandbox._stop_unused(record)
             return sandbox._archive(action.reason, record)
+
+    def _connected(self, record: SandboxRecord) -> contextlib.closing[PersistentSandbox]:
+        """Not by its own ``with``, which starts one that does not run."""
+        return contextlib.closing(PersistentSandbox.connect(record.id, state_dir=self.ledger.path))
 
     def _destroy(self, record: SandboxRecord, why: str, doom: Callable[[], bool] = lambda: True) -> None:
         """Whoever dies in between leaves it doomed, for the next one."""
@@ -309,7 +314,7 @@ class _Pass:
                 return False
             if not self.ledger.idle(record.id):
                 raise BlockingIOError("somebody works on it just now; the next time")
-            with PersistentSandbox.connect(record.id, state_dir=self.ledger.path) as sandbox:
+            with self._connected(record) as sandbox:
                 return sandbox._destroy()
 
         if self._act(action, destroy):

@@ -145,7 +145,10 @@ class Watch(threading.Thread):
     def run(self) -> None:
         while not self.over.wait(0.02):
             self.places = max(self.places, self.room.taken())
-            self.inits = max(self.inits, len(inits()))
+            found = inits()
+            if len(found) > MAXIMUM:
+                print(f"{len(found)} live: {[about(pid) for pid in found]}", file=sys.stderr)
+            self.inits = max(self.inits, len(found))
             self.looks += 1
 
 
@@ -159,6 +162,14 @@ def inits() -> dict[int, int]:
         if len(numbers) == depth + 1 and numbers[-1] == 1 and is_helper(pid) and stays(pid):
             found[pid] = start_ticks(pid)
     return {pid: ticks for pid, ticks in found.items() if is_helper(pid) and start_ticks(pid) == ticks != 0}
+
+
+def about(pid: int) -> object:
+    """What it holds, for whoever wonders."""
+    try:
+        return pid, [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+    except OSError as error:
+        return pid, error
 
 
 def stays(pid: int) -> bool:

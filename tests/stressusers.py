@@ -172,17 +172,16 @@ class User:
     async def come_back(self, session: Any, client: str, *, own: bool, leave: bool) -> Any:
         """Leave it, and perhaps take it up again: then it is ours once more."""
         self.let_go()
-        if leave:
+        if leave or not own:  # somebody else of that client may have it at once, and do with it what he likes
             await self.manager.release(session, keep_alive=True)
             return None
         await self.manager.detach(session)
         try:
-            if own:
-                found = (
-                    await self.manager.attach(session.sandbox_id, client, timeouts=session.timeouts)
-                ).session
-            else:
+            if self.random.random() < 0.5:
                 found = await self.manager.resume(session)
+            else:
+                attached = await self.manager.attach(session.sandbox_id, client, timeouts=session.timeouts)
+                found = attached.session
         except ENDED:
             self.tally["detached: ended"] += 1
             return None
