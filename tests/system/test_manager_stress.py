@@ -44,7 +44,9 @@ def test_stress(tmp_path: Path) -> None:
     assert 0 < inits <= stress.MAXIMUM
     assert looks > SECONDS
     assert (left, groups) == ([{}, {}], [])
-    moves = ("acquired", "came back", "suspend", "leave", "touch", "no room", "run_pooled", "run_ephemeral")
+    moves = ["acquired", "came back", "suspend", "leave", "no room"]
+    if SECONDS >= 30:  # they are rare
+        moves += ["touch", "run_pooled", "run_ephemeral", "brief: ended"]
     assert all(tally.get(move) for move in moves) or SECONDS < 3, tally
 
 
