@@ -1,5 +1,6 @@
 """The verbs about the files of persistent sandboxes at earlier moments."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -143,7 +144,7 @@ def import_(file: str, snapshot: str, like: str, state_dir: str | None) -> None:
     """Make a snapshot of an exported tar file, for sandboxes such as LIKE: a sandbox, or a snapshot."""
     store = SnapshotStore(state_dir)
     try:
-        with PersistentSandbox.connect(like, state_dir=state_dir) as sandbox:
+        with contextlib.closing(PersistentSandbox.connect(like, state_dir=state_dir)) as sandbox:
             spec = sandbox.spec
     except SandboxNotFound:
         with store.load(like) as known:

@@ -146,7 +146,8 @@ class _Pass:
 
     def _cannot(self, action: Action, error: Exception) -> None:
         action = replace(action, error=str(error) or repr(error))
-        _log.warning("%s %s: %s", action.kind, action.name or action.id, action.error)
+        level = logging.INFO if isinstance(error, BlockingIOError) else logging.WARNING  # not just now
+        _log.log(level, "%s %s: %s", action.kind, action.name or action.id, action.error)
         self._noted(action)
 
     def _noted(self, action: Action) -> None:
