@@ -186,6 +186,11 @@ class PersistentSandbox(Sandbox):
                 else:
                     self._note_pause(SandboxState.PAUSED)
 
+    async def change_spec(self, **fields: Any) -> Mapping[str, LimitChange]:
+        """:meth:`sandboxcore.PersistentSandbox.change_spec`, as :meth:`update`."""
+        async with self._changing():
+            return self._own._respecified(fields)
+
     def _updated(self, changes: Mapping[str, Any]) -> Mapping[str, LimitChange]:
         self._own._look()
         return sandbox.Sandbox._update(self._own, changes)  # its own would wait for the lock that we hold

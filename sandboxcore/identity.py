@@ -43,6 +43,17 @@ def lives(process: str) -> bool:
     return start_ticks(int(pid)) == int(ticks)
 
 
+def children(pid: int) -> list[int]:
+    """Of a process with a single thread: proc(5), children; none of one that is gone. Raises OSError where
+    that cannot be told, as on a kernel without CONFIG_PROC_CHILDREN."""
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        if start_ticks(pid):
+            raise
+        return []
+
+
 def pid_of(pidfd: int) -> int:
     """The number behind a pidfd, as this process sees it; 0 when the process is gone: proc(5), fdinfo."""
     lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()

@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+from sandboxcore.identity import children
 from sandboxcore.journal import Journal
 from sandboxcore.records import SandboxRecord
 from sandboxcore.store import Store
@@ -12,21 +13,13 @@ def is_awaited(store: Store, record: SandboxRecord) -> bool:
     """Whether a command runs in a persistent sandbox that is not detached: it ends with whoever started it,
     so he is there. What a detached one has below it is its own."""
     detached: set[int] | None = None
-    for helper in _children(record.pid):
-        commands = {_number_inside(pid) for pid in _children(helper)} - {0}
+    for helper in children(record.pid):
+        commands = {_number_inside(pid) for pid in children(helper)} - {0}
         if commands:
             detached = _detached(store, record.id) if detached is None else detached
             if not commands & detached:
                 return True
     return False
-
-
-def _children(pid: int) -> list[int]:
-    """proc(5), of the thread of that number, which all of ours have alone."""
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
 
 
 def _number_inside(pid: int) -> int:

@@ -435,14 +435,17 @@ class PersistentSandbox(PersistentCommands):
         Raises what :meth:`update` does, and what a sandbox of the new spec would on this host.
         """
         with self._lock, self._store.locked(self.id):
-            self._look()
-            if self._state is SandboxState.DESTROYED:
-                raise SandboxNotFound(f"sandbox {self.name} is not on record any more")
-            return self._respecified(fields, dict(fields.pop("limits", None) or {}))
+            return self._respecified(fields)
 
-    def _respecified(self, fields: Mapping[str, Any], limits: Mapping[str, Any]) -> dict[str, LimitChange]:
-        for kind, given, known in (("", fields, SandboxSpec), ("limits.", limits, Limits)):
-            for name in given:
+    def _respecified(self, given: Mapping[str, Any]) -> dict[str, LimitChange]:
+        """The caller holds its lock."""
+        self._look()
+        if self._state is SandboxState.DESTROYED:
+            raise SandboxNotFound(f"sandbox {self.name} is not on record any more")
+        fields = dict(given)
+        limits: Mapping[str, Any] = fields.pop("limits", None) or {}
+        for kind, names, known in (("", fields, SandboxSpec), ("limits.", limits, Limits)):
+            for name in names:
                 if name not in known.__dataclass_fields__ or name == "fingerprint":
                     raise SpecError(f"{kind}{name}: there is no such field")
         before = SandboxSpec.from_dict(self._record.next_spec or self._record.spec)

@@ -14,6 +14,7 @@ from sandboxcore._native import LayersOrder
 from sandboxcore.archive import Names
 from sandboxcore.errors import SandboxError, SpecError
 from sandboxcore.events import EventKind
+from sandboxcore.identity import children
 from sandboxcore.layers import Copy, Layers
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.link import START_PATIENCE, Link
@@ -28,10 +29,6 @@ from sandboxcore.store import Store
 def _number() -> int:
     """Of a layer in a sandbox that other processes change, too: one that nobody takes is a random one."""
     return 1024 + int.from_bytes(os.urandom(8)) % (_native.constant("LAYER_NEW") - 1024)
-
-
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 class _OneCopy(Layers):
@@ -113,15 +110,6 @@ class PersistentFiles(Sandbox):
                 link.hear_layer(answer, START_PATIENCE)
             self._write_layers(about["base"], about["now"])
 
-    def keep(self) -> None:
-        """From the next start on, begin with the files as they are now. As :meth:`snapshot`, but that it has
-        no name, and lasts until it begins with something else."""
-        try:
-            with self.snapshots.holding(), self._lock, self._store.locked(self.id), self._quiet("keep"):
-                self._kept_now()
-        finally:
-            self.snapshots.gc()
-
     def _kept_now(self) -> None:
         """The caller holds its lock, and the layers'."""
         digests = self._copied(self.snapshots, self._written_layers())
@@ -144,7 +132,7 @@ class PersistentFiles(Sandbox):
     def _any_commands(self) -> bool:
         """Whether a launcher has children: proc(5), children. Where that cannot be told, perhaps."""
         try:
-            return any(_children(launcher) for launcher in _children(self.pid))
+            return any(children(launcher) for launcher in children(self.pid))
         except OSError:
             return True
 

@@ -151,7 +151,7 @@ def test_the_interfaces_are_the_same() -> None:
             for key in mine.keys() & others.keys():
                 assert mine[key] == others[key], (sync, name, key)
     for name in ("gc", "list_sandboxes"):
-        theirs = inspect.signature(getattr(sandboxcore.persistent, name)).parameters
+        theirs = inspect.signature(getattr(sandboxcore.recovery, name)).parameters
         assert inspect.signature(getattr(aio, name)).parameters == theirs, name
     names = [name for name, _ in inspect.getmembers(sandboxcore.files.Files, inspect.isfunction)]
     for name in names:

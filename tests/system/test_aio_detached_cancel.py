@@ -49,7 +49,7 @@ def test_create_cancelled_while_somebody_has_found_it(state: Path) -> None:
         original = aio_sandbox.born
         started = asyncio.Event()
 
-        async def born(*_: Any) -> None:
+        async def born(*_: Any, **__: Any) -> None:
             started.set()
             await asyncio.sleep(300)
 

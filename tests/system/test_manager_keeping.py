@@ -25,6 +25,8 @@ from sandboxcore import (
 from sandboxcore import SandboxSpec as Spec
 from sandboxcore.store import DATABASE
 
+pytestmark = pytest.mark.once
+
 __all__ = ["heard", "manager", "nothing_left", "second", "state"]  # fixtures
 
 POOLED = SelectionOptions(use_pool=True)

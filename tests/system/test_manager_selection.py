@@ -20,6 +20,8 @@ from sandboxcore import (
 )
 from sandboxcore import SandboxSpec as Spec
 
+pytestmark = pytest.mark.once
+
 __all__ = ["heard", "manager", "nothing_left", "second", "state"]  # fixtures
 
 POOLED = SelectionOptions(use_pool=True)

@@ -18,6 +18,8 @@ from sandboxcore import (
     SessionState,
 )
 
+pytestmark = pytest.mark.once
+
 __all__ = ["heard", "manager", "nothing_left", "state"]  # fixtures
 
 REFUSED = "refused"

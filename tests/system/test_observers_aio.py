@@ -16,6 +16,8 @@ from loops import play
 
 from sandboxcore import EventKind, ProgramNotFound, SandboxSpec, aio
 
+pytestmark = pytest.mark.once
+
 
 class Told:
     """What one observer was told."""

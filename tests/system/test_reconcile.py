@@ -26,6 +26,8 @@ from sandboxcore.reconcile import KEEP_SESSIONS, Reconciled, reconcile
 from sandboxcore.records import SandboxRecord, SessionRecord
 from sandboxcore.store import DATABASE
 
+pytestmark = pytest.mark.once
+
 PATIENCE = 30
 LONG = 1e6  # seconds
 __all__ = ["state"]  # a fixture
