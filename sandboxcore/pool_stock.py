@@ -17,8 +17,9 @@ from sandboxcore.sandbox import Sandbox
 
 TICK = 0.005  # seconds between two looks while there are claims, which would else have to wake the thread
 HOT = 2.0  # seconds after a claim in which others are expected
-QUIET = 0.003  # seconds after a claim in which nothing is started, for whoever claimed wants the CPU
+QUIET = 0.003  # seconds after a claim in which nothing starts or ends, for whoever claimed wants the CPU
 PATIENCE = 0.02  # seconds for which that may go on, claim after claim; the less the fewer are left
+MANY = 16  # of those that were given back: then they end at once
 AGAIN = (0.05, 5.0)  # seconds after a start that failed, twice as long each time
 
 
@@ -123,17 +124,30 @@ class Stock(Shelf):
 
     def round(self) -> float | None:
         """Do what is due, one start at most. Returns in how many seconds to look again; None: when woken."""
-        self.tidy_up()
+        with self._changed:
+            rest = self._rest(time.monotonic())
+        if not rest:
+            self.tidy_up()
         self._expire()
         with self._changed:
             now = time.monotonic()
-            if self.state != "open" or self._back:
+            if self.state != "open" or (self._back and not rest):
                 return 0
             wait = self._wait(now)
+            if self._back:
+                wait = rest if wait is None else min(wait, rest)
             if wait != 0:
                 return self._park(now, wait)
         self._refill()
         return 0
+
+    def _rest(self, now: float) -> float:
+        """How long what was given back stays as it is, for its end takes processor time, too. The caller has
+        the lock."""
+        in_need = self.state != "open" or self._waiting or self._hasty
+        if in_need or not 0 < len(self._back) < MANY:
+            return 0.0
+        return max(0.0, min(self._claimed_at + QUIET, self._back_since + PATIENCE) - now)
 
     def _wait(self, now: float) -> float | None:
         """How long until the next start; None: none is wanted. The caller has the lock."""
