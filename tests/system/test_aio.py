@@ -28,6 +28,8 @@ from sandboxcore.aio_streams import Store
 from sandboxcore.detached import DetachedCommand
 from sandboxcore.persistent import PersistentSandbox
 
+pytestmark = pytest.mark.once
+
 __all__ = ["spawner_runs"]  # fixtures
 
 

@@ -18,6 +18,8 @@ import sandboxcore.files
 import sandboxcore.persistent
 from sandboxcore import Cause, SandboxState, aio
 
+pytestmark = pytest.mark.once
+
 __all__ = ["spawner_runs"]  # fixtures
 
 

@@ -43,6 +43,8 @@ from sandboxcore import (
 from sandboxcore.command import Exit, Stderr, Stdout
 from sandboxcore.persistent import PersistentSandbox
 
+pytestmark = pytest.mark.once
+
 __all__ = ["living", "spawner_runs", "state"]  # fixtures
 
 

@@ -18,6 +18,8 @@ from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.recovery import list_sandboxes
 from sandboxcore.store import Store
 
+pytestmark = pytest.mark.once
+
 __all__ = ["living", "spawner_runs", "state"]  # fixtures
 
 

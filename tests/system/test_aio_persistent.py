@@ -31,6 +31,8 @@ from sandboxcore import (
 from sandboxcore.aio_loop import tell_init
 from sandboxcore.persistent import PersistentSandbox
 
+pytestmark = pytest.mark.once
+
 __all__ = ["living", "spawner_runs", "state"]  # fixtures
 
 

@@ -16,6 +16,8 @@ import sandboxcore.files
 import sandboxcore.persistent
 from sandboxcore import Cause, Limits, aio
 
+pytestmark = pytest.mark.once
+
 __all__ = ["spawner_runs"]  # fixtures
 
 

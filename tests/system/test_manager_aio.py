@@ -26,6 +26,8 @@ from sandboxcore import (
 )
 from sandboxcore import SandboxSpec as Spec
 
+pytestmark = pytest.mark.once
+
 __all__ = ["nothing_left", "state"]  # fixtures
 
 POOLED = SelectionOptions(use_pool=True)

@@ -25,6 +25,8 @@ from sandboxcore import SandboxSpec as Spec
 from sandboxcore.pool_policy import PoolConfig
 from sandboxcore.template import Template
 
+pytestmark = pytest.mark.once
+
 __all__ = ["heard", "manager", "nothing_left", "second", "state"]  # fixtures
 
 POOLED = SelectionOptions(use_pool=True)

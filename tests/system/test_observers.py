@@ -30,6 +30,8 @@ from sandboxcore import (
     verify_log,
 )
 
+pytestmark = pytest.mark.once
+
 SECRET = "s3cret"
 WRITABLE = SandboxSpec(writable=True)
 

@@ -25,6 +25,8 @@ from sandboxcore import (
     aio,
 )
 
+pytestmark = pytest.mark.once
+
 T = TypeVar("T")
 PATIENCE = 20
 

@@ -13,6 +13,8 @@ from support import PYTHON, Spec, shell
 import sandboxcore
 from sandboxcore import DEVNULL, STDOUT
 
+pytestmark = pytest.mark.once
+
 ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
 

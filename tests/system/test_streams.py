@@ -14,6 +14,8 @@ from support import PYTHON, Spec, ask_python, host_program, run_python, shell
 import sandboxcore
 from sandboxcore import DEVNULL, PIPE, STDOUT, Cause, Limits
 
+pytestmark = pytest.mark.once
+
 MIB = 1 << 20
 
 

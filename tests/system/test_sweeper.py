@@ -13,6 +13,8 @@ from support import host_program, wait_until
 from sandboxcore import SpecError
 from sandboxcore.reconcile import Sweeper
 
+pytestmark = pytest.mark.once
+
 PATIENCE = 30
 NEVER = 3600.0  # seconds
 
