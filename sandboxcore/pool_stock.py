@@ -142,9 +142,9 @@ class Stock(Shelf):
         return 0
 
     def _rest(self, now: float) -> float:
-        """How long what was given back stays as it is, for its end takes processor time, too. The caller has
-        the lock."""
-        in_need = self.state != "open" or self._waiting or self._hasty
+        """How long what was given back stays as it is, for its end takes processor time, too. What is to be
+        reset does not wait, or its namespaces' numbers may be given again. The caller has the lock."""
+        in_need = self.state != "open" or self._waiting or self._hasty or self.config.reset
         if in_need or not 0 < len(self._back) < MANY:
             return 0.0
         return max(0.0, min(self._claimed_at + QUIET, self._back_since + PATIENCE) - now)
