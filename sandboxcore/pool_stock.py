@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from sandboxcore.errors import InvalidTransition, TooManySandboxes
+from sandboxcore.lifecycle import SandboxState
 from sandboxcore.link import ANSWER_PATIENCE
 from sandboxcore.pool_reset import look, prime, survivors
 from sandboxcore.pool_shelf import Claim, Member, Shelf, end_and_wait, log
@@ -142,9 +143,9 @@ class Stock(Shelf):
         return 0
 
     def _rest(self, now: float) -> float:
-        """How long what was given back stays as it is, for its end takes processor time, too. What is to be
-        reset does not wait, or its namespaces' numbers may be given again. The caller has the lock."""
-        in_need = self.state != "open" or self._waiting or self._hasty or self.config.reset
+        """How long what was given back stays as it is, for its end takes processor time, too. The caller has
+        the lock."""
+        in_need = self.state != "open" or self._waiting or self._hasty
         if in_need or not 0 < len(self._back) < MANY:
             return 0.0
         return max(0.0, min(self._claimed_at + QUIET, self._back_since + PATIENCE) - now)
@@ -263,7 +264,7 @@ class Stock(Shelf):
         fresh, member = self.made(self.spec, {}), None
         try:
             member = self._begun(fresh)
-            found = survivors(claim.view, member.view)
+            found = survivors(claim.view, member.view, there=used.state is SandboxState.RUNNING)
             end_and_wait(used)  # only now: the number of a namespace is given again when that is gone
         except TooManySandboxes:
             self.total.give()
