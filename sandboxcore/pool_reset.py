@@ -88,14 +88,15 @@ def look(sandbox: Sandbox) -> View:
         sandbox._file_server.close()
 
 
-def survivors(before: View, after: View | None) -> list[str]:
-    """What is not as it was in the one that nobody had used, which still exists; nothing: it is as new."""
+def survivors(before: View, after: View | None, *, there: bool = True) -> list[str]:
+    """What is not as it was in the one that nobody had used; nothing: it is as new. ``there``: that one still
+    exists, so no other namespace can have the number of one of its own."""
     if after is None:
         return ["nothing was read back"]
     found = [
         f"{kind} namespace: the same"
         for kind, number in before.namespaces.items()
-        if after.namespaces.get(kind) == number
+        if there and after.namespaces.get(kind) == number
     ]
     if before.namespaces.keys() != after.namespaces.keys():
         found.append(f"namespaces: {sorted(after.namespaces)}, not {sorted(before.namespaces)}")

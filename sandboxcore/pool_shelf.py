@@ -150,6 +150,7 @@ class Shelf:
         self._parked = False
         self._waiting = 0  # who waits for a warm one
         self._claimed_at = -1e9
+        self._back_since = 0.0
 
     def check(self) -> None:
         """Raise SandboxGone in a process that was forked from the pool's."""
@@ -216,15 +217,20 @@ class Shelf:
             claim = self._out.pop(sandbox, None)
             if claim is None:
                 raise SandboxNotFound(f"pool: sandbox {sandbox.name} is none that it has handed out")
-            self._back.append((sandbox, claim))
-            self._nudge()
+            self._take_back(sandbox, claim)
             return self.state == "open"
 
     def drop(self, sandbox: Sandbox) -> None:
         """It is of no use, and will be destroyed."""
         with self._changed:
-            self._back.append((sandbox, Claim()))
-            self._nudge()
+            self._take_back(sandbox, Claim())
+
+    def _take_back(self, sandbox: Sandbox, claim: Claim) -> None:
+        """The caller has the lock."""
+        if not self._back:
+            self._back_since = time.monotonic()
+        self._back.append((sandbox, claim))
+        self._nudge()
 
     def client_of(self, sandbox: Sandbox) -> str | None:
         """For whom it was claimed."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from sandboxcore.errors import InvalidTransition, TooManySandboxes
+from sandboxcore.lifecycle import SandboxState
 from sandboxcore.link import ANSWER_PATIENCE
 from sandboxcore.pool_reset import look, prime, survivors
 from sandboxcore.pool_shelf import Claim, Member, Shelf, end_and_wait, log
@@ -17,8 +18,9 @@ from sandboxcore.sandbox import Sandbox
 
 TICK = 0.005  # seconds between two looks while there are claims, which would else have to wake the thread
 HOT = 2.0  # seconds after a claim in which others are expected
-QUIET = 0.003  # seconds after a claim in which nothing is started, for whoever claimed wants the CPU
+QUIET = 0.003  # seconds after a claim in which nothing starts or ends, for whoever claimed wants the CPU
 PATIENCE = 0.02  # seconds for which that may go on, claim after claim; the less the fewer are left
+MANY = 16  # of those that were given back: then they end at once
 AGAIN = (0.05, 5.0)  # seconds after a start that failed, twice as long each time
 
 
@@ -123,17 +125,30 @@ class Stock(Shelf):
 
     def round(self) -> float | None:
         """Do what is due, one start at most. Returns in how many seconds to look again; None: when woken."""
-        self.tidy_up()
+        with self._changed:
+            rest = self._rest(time.monotonic())
+        if not rest:
+            self.tidy_up()
         self._expire()
         with self._changed:
             now = time.monotonic()
-            if self.state != "open" or self._back:
+            if self.state != "open" or (self._back and not rest):
                 return 0
             wait = self._wait(now)
+            if self._back:
+                wait = rest if wait is None else min(wait, rest)
             if wait != 0:
                 return self._park(now, wait)
         self._refill()
         return 0
+
+    def _rest(self, now: float) -> float:
+        """How long what was given back stays as it is, for its end takes processor time, too. The caller has
+        the lock."""
+        in_need = self.state != "open" or self._waiting or self._hasty
+        if in_need or not 0 < len(self._back) < MANY:
+            return 0.0
+        return max(0.0, min(self._claimed_at + QUIET, self._back_since + PATIENCE) - now)
 
     def _wait(self, now: float) -> float | None:
         """How long until the next start; None: none is wanted. The caller has the lock."""
@@ -249,7 +264,7 @@ class Stock(Shelf):
         fresh, member = self.made(self.spec, {}), None
         try:
             member = self._begun(fresh)
-            found = survivors(claim.view, member.view)
+            found = survivors(claim.view, member.view, there=used.state is SandboxState.RUNNING)
             end_and_wait(used)  # only now: the number of a namespace is given again when that is gone
         except TooManySandboxes:
             self.total.give()
