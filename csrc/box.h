@@ -47,6 +47,18 @@ struct sbx_retired {
 	uint64_t due;	 /* CLOCK_MONOTONIC, ns */
 };
 
+/*
+ * What a child of init is to do with layers, all of it opened by init: until the child runs, the overlays may have been
+ * made anew, and then what it had of the old root leads to no mounts any more.
+ */
+struct sbx_chore {
+	int scratch, to, tree; /* tree: of `to`, to be lent */
+	uint32_t count, drops;
+	int from[SBX_MAX_LAYERS]; /* what is copied, the topmost first */
+	int gone[SBX_MAX_LAYERS + 1];
+	uint32_t drop[SBX_MAX_LAYERS + 1]; /* what is removed */
+};
+
 struct sbx_box {
 	const struct sbx_plan *plan;
 	const struct sbx_request *request;
@@ -335,8 +347,13 @@ void sbx_binds_release(struct sbx_binds *binds);
 
 /* layer.c */
 int sbx_layer_lend(int scratch, uint32_t number);
-void sbx_layers_drop(const struct sbx_box *box, const struct sbx_layers *l);
-int sbx_layers_copy(const struct sbx_box *box, const struct sbx_layers *l, struct sbx_error *err);
+long sbx_chore_begin(const struct sbx_box *box, struct sbx_chore *c);
+void sbx_chore_drop(struct sbx_chore *c, const uint32_t *number, uint32_t count);
+long sbx_chore_copy(struct sbx_chore *c, uint32_t upper, const uint32_t *number, uint32_t count);
+void sbx_chore_cancel(const struct sbx_chore *c, uint32_t upper);
+void sbx_chore_close(const struct sbx_chore *c);
+void sbx_layers_drop(const struct sbx_chore *c);
+int sbx_layers_copy(const struct sbx_box *box, struct sbx_chore *c, uint32_t upper, struct sbx_error *err);
 
 /* root.c */
 int sbx_root_build(const struct sbx_plan *p, struct sbx_error *err);

@@ -23,17 +23,12 @@ int sbx_layer_lend(int scratch, uint32_t number)
 	return ret < 0 ? (int)ret : sbx_steal_fd(&tree);
 }
 
-/* Remove what nobody has any more. */
-static void drop_layers(int scratch, const struct sbx_layers *l)
+static int open_layer(int scratch, uint32_t number)
 {
 	char name[16];
 
-	for (uint32_t i = 0; i < l->drops; i++) {
-		sbx_format_path(name, "l", l->drop[i], "");
-		if (sbx_sys(SYS_fchdir, scratch) >= 0) /* one that came from elsewhere is a mount */
-			(void)sbx_sys(SYS_umount2, name, MNT_DETACH | UMOUNT_NOFOLLOW);
-		(void)sbx_remove_tree(scratch, name, false);
-	}
+	sbx_format_path(name, "l", number, "");
+	return sbx_openat2(scratch, name, O_PATH | O_DIRECTORY, 0, 0);
 }
 
 static long copy_part(int from, int to, uint32_t index, int links)
@@ -66,48 +61,88 @@ static long copy_parts(const struct sbx_plan *p, int from, int to)
 	return ret < 0 ? ret : sbx_remove_tree(to, "links", false);
 }
 
-/* In a child. */
-void sbx_layers_drop(const struct sbx_box *box, const struct sbx_layers *l)
-{
-	_cleanup_fd_ int scratch = sbx_openat2(box->void_fd, SBX_VOID_SCRATCH, O_PATH | O_DIRECTORY, 0,
-					       SBX_RESOLVE_STRICT);
+/* --- what a child does ---------------------------------------------------------------------------- */
 
-	if (scratch >= 0)
-		drop_layers(scratch, l);
+void sbx_chore_close(const struct sbx_chore *c)
+{
+	sbx_close(c->scratch);
+	sbx_close(c->to);
+	sbx_close(c->tree);
+	for (uint32_t i = 0; i < c->count; i++)
+		sbx_close(c->from[i]);
+	for (uint32_t i = 0; i < c->drops; i++)
+		sbx_close(c->gone[i]);
 }
 
-/* One layer of some, the topmost first. `to` is empty. */
-static long merge(const struct sbx_plan *p, int scratch, const uint32_t *number, uint32_t count, int to)
+long sbx_chore_begin(const struct sbx_box *box, struct sbx_chore *c)
+{
+	c->to = c->tree = -1;
+	c->count = c->drops = 0;
+	c->scratch = sbx_openat2(box->void_fd, SBX_VOID_SCRATCH, O_PATH | O_DIRECTORY, 0, SBX_RESOLVE_STRICT);
+	return c->scratch;
+}
+
+/* What nobody has any more. One that came from elsewhere is a mount: it is no more, but for the child, who ends it. */
+void sbx_chore_drop(struct sbx_chore *c, const uint32_t *number, uint32_t count)
 {
 	char name[16];
-	long ret = 0;
 
-	while (count-- > 0 && ret >= 0) {
-		sbx_format_path(name, "l", number[count], "");
-		_cleanup_fd_ int from = sbx_openat2(scratch, name, O_PATH | O_DIRECTORY, 0, 0);
-		ret = from < 0 ? from : copy_parts(p, from, to);
+	if (c->scratch < 0 || sbx_sys(SYS_fchdir, c->scratch) < 0)
+		return;
+	for (uint32_t i = 0; i < count && c->drops < SBX_COUNT(c->drop); i++) {
+		c->gone[c->drops] = open_layer(c->scratch, number[i]);
+		c->drop[c->drops++] = number[i];
+		sbx_format_path(name, "l", number[i], "");
+		(void)sbx_sys(SYS_umount2, name, MNT_DETACH | UMOUNT_NOFOLLOW);
 	}
+	(void)syscall(SYS_chdir, "/"); /* which nothing can refuse */
+}
+
+/* A new layer of this number, empty until the child has run: a copy of others. */
+long sbx_chore_copy(struct sbx_chore *c, uint32_t upper, const uint32_t *number, uint32_t count)
+{
+	char name[16];
+
+	sbx_format_path(name, "l", upper, "");
+	long ret = c->to = make_directory(c->scratch, name);
+	if (ret >= 0)
+		ret = c->tree = sbx_layer_lend(c->scratch, upper);
+	for (; c->count < count && ret >= 0; c->count++)
+		ret = c->from[c->count] = open_layer(c->scratch, number[c->count]);
 	return ret;
 }
 
-/*
- * A new layer: a copy of those that are named, or of what is written to, while nobody writes. Returns a descriptor of
- * it, or -1 with *err filled, and then there is nothing of it.
- */
-int sbx_layers_copy(const struct sbx_box *box, const struct sbx_layers *l, struct sbx_error *err)
+/* There is no child, and nothing to be copied to. */
+void sbx_chore_cancel(const struct sbx_chore *c, uint32_t upper)
 {
-	const uint32_t *number = l->count ? l->number : &box->layers.upper;
 	char name[16];
 
-	sbx_format_path(name, "l", l->upper, "");
-	_cleanup_fd_ int scratch = sbx_openat2(box->void_fd, SBX_VOID_SCRATCH, O_PATH | O_DIRECTORY, 0,
-					       SBX_RESOLVE_STRICT);
-	_cleanup_fd_ int to = scratch < 0 ? scratch : make_directory(scratch, name);
-	long ret = to < 0 ? to : merge(box->plan, scratch, number, l->count ? l->count : 1, to);
-	int layer = ret < 0 ? (int)ret : sbx_layer_lend(scratch, l->upper);
-	if (layer >= 0)
-		return layer;
-	if (to >= 0)
-		(void)sbx_remove_tree(scratch, name, false);
-	return sbx_fail(err, SBX_STAGE_MOUNT, box->plan->mounts.count, layer);
+	sbx_format_path(name, "l", upper, "");
+	(void)sbx_sys(SYS_unlinkat, c->scratch, name, AT_REMOVEDIR);
+}
+
+void sbx_layers_drop(const struct sbx_chore *c)
+{
+	char name[16];
+
+	for (uint32_t i = 0; i < c->drops; i++) {
+		sbx_format_path(name, "l", c->drop[i], "");
+		(void)sbx_remove_tree(c->scratch, name, false);
+	}
+}
+
+/* Fill the new layer. Returns a descriptor of it, or -1 with *err filled, and then there is nothing of it. */
+int sbx_layers_copy(const struct sbx_box *box, struct sbx_chore *c, uint32_t upper, struct sbx_error *err)
+{
+	uint32_t i = c->count;
+	char name[16];
+	long ret = 0;
+
+	while (i-- > 0 && ret >= 0)
+		ret = copy_parts(box->plan, c->from[i], c->to);
+	if (ret >= 0)
+		return sbx_steal_fd(&c->tree);
+	sbx_format_path(name, "l", upper, "");
+	(void)sbx_remove_tree(c->scratch, name, false);
+	return sbx_fail(err, SBX_STAGE_MOUNT, box->plan->mounts.count, ret);
 }

@@ -61,22 +61,24 @@ bool sbx_restack(struct resident *r, const struct sbx_layers *l, int *fds, size_
 }
 
 /* COPY, in a child; of what is written to while all others stand still. */
-static void copy_layer(const struct resident *r, unsigned self, const struct sbx_layers *l, int answer)
+static void copy_layer(const struct resident *r, unsigned self, struct sbx_chore *chore, const struct sbx_layers *l,
+		       int answer)
 {
-	SBX_FAULT_ARM(l->fault_at, l->fault_errno);
 	sbx_binds_forget(r->box->binds);
 	sbx_retired_forget(&r->box->retired);
 	struct sbx_record done = { .kind = SBX_RECORD_DONE };
 	struct sbx_held *held = sbx_map_memory(sizeof *held, MAP_PRIVATE, &done.error);
 	int layer = -1;
 
-	sbx_layers_drop(r->box, l);
+	sbx_layers_drop(chore);
 	bool still = r->pool->state[self] == SBX_LAUNCHER_COPIER;
 	long ret = held && still ? sbx_proc_hold(held) : 0;
 	if (ret < 0)
 		sbx_fail(&done.error, SBX_STAGE_LAUNCHER, 9, ret);
 	if (held && ret == 0 && l->upper)
-		layer = sbx_layers_copy(r->box, l, &done.error);
+		layer = sbx_layers_copy(r->box, chore, l->upper, &done.error);
+	else
+		sbx_chore_cancel(chore, l->upper);
 	SBX_FAULT_ARM(0, 0);
 	if (held && ret == 0 && still)
 		sbx_proc_let_go(held);
@@ -86,10 +88,25 @@ static void copy_layer(const struct resident *r, unsigned self, const struct sbx
 		(void)sbx_sys(SYS_exit_group, 0);
 }
 
+static long open_chore(const struct resident *r, const struct sbx_layers *l, struct sbx_chore *chore,
+		       struct sbx_error *err)
+{
+	long ret = sbx_chore_begin(r->box, chore);
+
+	if (ret >= 0 && l->upper)
+		ret = sbx_chore_copy(chore, l->upper, l->count ? l->number : &r->box->layers.upper,
+				     l->count ? l->count : 1);
+	if (ret < 0)
+		return sbx_fail(err, SBX_STAGE_MOUNT, r->box->plan->mounts.count, ret), ret;
+	sbx_chore_drop(chore, l->drop, l->drops);
+	return 0;
+}
+
 void sbx_restack_copy(struct resident *r, const struct sbx_layers *l, int answer)
 {
 	const struct clone_args args = { .exit_signal = SIGCHLD };
 	struct sbx_record failed = { .kind = SBX_RECORD_DONE };
+	struct sbx_chore chore;
 	long pid = -EPROTO;
 
 	const unsigned char as = l->count || !l->upper ? SBX_LAUNCHER_SWEEPER : SBX_LAUNCHER_COPIER;
@@ -100,15 +117,23 @@ void sbx_restack_copy(struct resident *r, const struct sbx_layers *l, int answer
 		sbx_restack_sweep(r, l);
 	const unsigned number = pid == -EAGAIN ? sbx_pool_take(r->pool, as) : SBX_MAX_LAUNCHERS;
 	if (number < SBX_MAX_LAUNCHERS) {
-		pid = sbx_sys(SYS_clone3, &args, sizeof args);
+		SBX_FAULT_ARM(l->fault_at, l->fault_errno);
+		pid = open_chore(r, l, &chore, &failed.error);
+		if (pid >= 0)
+			pid = sbx_sys(SYS_clone3, &args, sizeof args);
 		if (pid == 0)
-			copy_layer(r, number, l, answer);
+			copy_layer(r, number, &chore, l, answer);
+		SBX_FAULT_ARM(0, 0);
+		if (pid < 0)
+			sbx_chore_cancel(&chore, l->upper);
+		sbx_chore_close(&chore);
 		r->pool->pid[number] = pid < 0 ? 0 : (pid_t)pid;
 		if (pid < 0)
 			r->pool->state[number] = SBX_LAUNCHER_NONE;
 	}
 	if (pid > 0)
 		return;
-	failed.error.err = (int32_t)-pid;
+	if (failed.error.err == 0)
+		failed.error.err = (int32_t)-pid;
 	(void)sbx_send_record(answer, &failed, NULL, 0, -1);
 }

@@ -43,21 +43,6 @@ bool sbx_retired_due(const struct sbx_retired *r, const struct sbx_layers *l)
 	return r->count == SBX_COUNT(r->overlay) || sbx_now() >= r->due;
 }
 
-static void remove_layers(const struct sbx_box *box, const struct sbx_layers *old, const struct sbx_layers *l)
-{
-	struct sbx_layers all;
-
-	if (l->drops == SBX_DROP_OLD) {
-		memcpy(all.drop, old->number, sizeof all.drop);
-		all.drops = old->count;
-		sbx_layers_drop(box, &all);
-		all.drop[0] = old->upper;
-		all.drops = 1;
-		l = &all;
-	}
-	sbx_layers_drop(box, l);
-}
-
 /*
  * A child ends what was retired, if that is due, and what else it has and init will not have; it removes the layers that `l`
  * names, of `old` ones. Returns the child, or 0: there can be none, and init ends the overlays.
@@ -66,11 +51,20 @@ pid_t sbx_sweep(struct sbx_box *box, bool due, const struct sbx_layers *old, con
 {
 	const struct clone_args args = { .exit_signal = SIGCHLD };
 	const struct sched_param none = { 0 };
+	struct sbx_chore chore;
 
+	(void)sbx_chore_begin(box, &chore);
+	if (l->drops == SBX_DROP_OLD) {
+		sbx_chore_drop(&chore, &old->upper, 1);
+		sbx_chore_drop(&chore, old->number, old->count);
+	} else {
+		sbx_chore_drop(&chore, l->drop, l->drops);
+	}
 	long pid = sbx_sys(SYS_clone3, &args, sizeof args);
 	if (pid != 0) {
 		if (due)
 			sbx_retired_forget(&box->retired);
+		sbx_chore_close(&chore);
 		return pid < 0 ? 0 : (pid_t)pid;
 	}
 	/* The kernel would have others wait for milliseconds behind it. */
@@ -78,7 +72,7 @@ pid_t sbx_sweep(struct sbx_box *box, bool due, const struct sbx_layers *old, con
 	if (!due)
 		sbx_retired_forget(&box->retired);
 	sbx_binds_forget(box->binds);
-	remove_layers(box, old, l);
+	sbx_layers_drop(&chore);
 	for (;;)
 		(void)sbx_sys(SYS_exit_group, 0);
 }

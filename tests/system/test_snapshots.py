@@ -154,6 +154,7 @@ def test_deep_stacks_are_folded(spec: Any) -> None:
             assert len(sandbox._layers.stack) < 40
             if len(sandbox._layers.stack) > 30 and (fold := sandbox._layers._fold) is not None:
                 assert fold.done(PATIENCE), "it goes on meanwhile, however slow the machine is"
+            assert sandbox._layers._rest == 0, "no fold has failed"
         assert len({layer.weight for layer in sandbox._layers.stack}) > 1
         random.shuffle(kept)
         for one, then in kept:
@@ -161,6 +162,27 @@ def test_deep_stacks_are_folded(spec: Any) -> None:
             assert manifest(sandbox) == then
             with Sandbox.from_snapshot(one) as child:
                 assert manifest(child) == then
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["own", "of_another"])
+def test_what_is_folded_stays_reachable(spec: Any, other: bool) -> None:
+    """A fold that is not over when the root, and all that lies on it, is mounted anew."""
+    with Sandbox(spec) as sandbox:
+        for n in range(12):
+            ok(sandbox, f"head -c 12M /dev/urandom > /data/{n}; rm -f /data/{n - 2}")
+            last = sandbox.snapshot()
+            if other and n == 7:
+                sandbox = Sandbox.from_snapshot(last)
+        sandbox.snapshot()
+        fold = sandbox._layers._fold
+        assert fold is not None
+        assert fold.done(PATIENCE)
+        sandbox.snapshot()
+        assert sandbox._layers._rest == 0
+        assert [layer.weight for layer in sandbox._layers.stack].count(8) == 1
+        before = manifest(sandbox)
+        sandbox.restore(last)
+        assert manifest(sandbox) == before
 
 
 def test_no_room_for_folding(spec: Any) -> None:
