@@ -88,9 +88,13 @@ class Layers:
         """``base``: what it begins with, the topmost first."""
         self.base = base
 
+    def kept_by_another(self, keeper: Spawner) -> bool:
+        """Whether what it begins with is not on this keeper's shelf, so that it cannot begin there."""
+        return any(layer.keeper is not keeper for layer in self.base)
+
     def begin(self, keeper: Spawner) -> list[int]:
         """The sandbox starts: with what, by the numbers on the keeper's shelf. Raises SandboxError."""
-        if any(layer.keeper is not keeper for layer in self.base):
+        if self.kept_by_another(keeper):
             raise SandboxError(
                 "what the sandbox begins with is gone: its spawner has died, or is another process's"
             )

@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,12 +17,13 @@ from sandboxcore.events import EventKind
 from sandboxcore.identity import children
 from sandboxcore.layers import Copy, Layers
 from sandboxcore.lifecycle import SandboxState
-from sandboxcore.link import START_PATIENCE, Link
+from sandboxcore.link import START_PATIENCE, Birth, Home, Link
 from sandboxcore.plan import Plan, completed_plan
 from sandboxcore.process import with_spawner
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.saved import SnapshotStore, distinct
 from sandboxcore.snapshots import Snapshot
+from sandboxcore.spawner import Spawner
 from sandboxcore.store import Store
 
 
@@ -208,8 +209,18 @@ class PersistentFiles(Sandbox):
         if self._plan.overlays:
             store, base = self.snapshots, self._layers_file()["base"]
             with store.holding():
-                self._layers = Layers(tuple(store.layer(digest, self._plan) for digest in base))
+                self._load(base)
                 self._write_layers(base, base)
+
+    def _load(self, base: Iterable[str]) -> None:
+        store = self.snapshots
+        with store.holding():
+            self._layers = Layers(tuple(store.layer(digest, self._plan) for digest in base))
+
+    def _asked(self, connection: Spawner, home: Home | None) -> Birth:
+        if self._layers.kept_by_another(connection):  # who has died since they were read
+            self._load(self._layers_file()["base"])
+        return super()._asked(connection, home)
 
     # --- which layers it has, on the disk ---------------------------------------------------------
 

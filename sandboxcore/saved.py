@@ -26,6 +26,7 @@ from sandboxcore.archive import Names
 from sandboxcore.errors import ArchiveError, SandboxError, SnapshotNotFound, SpecError
 from sandboxcore.layers import Layer
 from sandboxcore.plan import Plan, compile_plan
+from sandboxcore.process import reach_spawner
 from sandboxcore.snapshots import Snapshot, loaded, write_archive
 from sandboxcore.spec import SandboxSpec, check_name
 from sandboxcore.statedir import private_directory
@@ -209,9 +210,9 @@ class SnapshotStore:
         return digest
 
     def layer(self, digest: str, plan: Plan) -> Layer:
-        """A layer that was kept, in memory."""
+        """A layer that was kept, in memory: with the spawner that a sandbox of this plan begins with now."""
         layer = self._loaded.get(digest)
-        if layer is not None and layer.keeper.close.alive:
+        if layer is not None and layer.keeper is reach_spawner(plan, None):
             return layer
         with open(self._path(digest), "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Spec, host_program
+from support import Spec, host_program, kill_spawners
 from trees import filled, make_source, manifest, ok, same
 
 from sandboxcore import (
@@ -17,6 +17,7 @@ from sandboxcore import (
     gc,
     list_sandboxes,
 )
+from sandboxcore.link import Home
 
 pytestmark = pytest.mark.usefixtures("overlays")
 
@@ -246,3 +247,21 @@ def test_layers_that_are_the_same(source: Path, state_dir: Path) -> None:
                 with begun:
                     ok(begun, "test ! -e /data/same")
         first.close()
+
+
+def test_the_spawner_dies_in_the_midst_of_a_start(
+    box: PersistentSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the sandbox begins with was read into that one's memory; it is on the disk, too."""
+    before = filled(box)
+    box.archive()
+    box.recover()
+    home = box._home
+
+    def late() -> Home:
+        kill_spawners()
+        return home()
+
+    monkeypatch.setattr(box, "_home", late)
+    box.start()
+    assert manifest(box) == before

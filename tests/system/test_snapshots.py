@@ -167,12 +167,13 @@ def test_deep_stacks_are_folded(spec: Any) -> None:
 @pytest.mark.parametrize("other", [False, True], ids=["own", "of_another"])
 def test_what_is_folded_stays_reachable(spec: Any, other: bool) -> None:
     """A fold that is not over when the root, and all that lies on it, is mounted anew."""
-    with Sandbox(spec) as sandbox:
+    with contextlib.ExitStack() as stack:
+        sandbox = stack.enter_context(Sandbox(spec))
         for n in range(12):
             ok(sandbox, f"head -c 12M /dev/urandom > /data/{n}; rm -f /data/{n - 2}")
             last = sandbox.snapshot()
             if other and n == 7:
-                sandbox = Sandbox.from_snapshot(last)
+                sandbox = stack.enter_context(Sandbox.from_snapshot(last))
         sandbox.snapshot()
         fold = sandbox._layers._fold
         assert fold is not None
