@@ -83,7 +83,7 @@ def sh(tmp_path: Path) -> Iterator[Shell]:
     """An empty state directory; at the end its sandboxes are gone."""
     shell = Shell(tmp_path / "state")
     yield shell
-    rows = shell.json("ls")
+    rows = shell.json("ls") if shell.state.exists() else []
     if rows:
         shell("rm", "-f", *[row["name"] for row in rows])
     for row in rows:
