@@ -132,7 +132,7 @@ struct sbx_pool {
 	_Atomic pid_t pid[SBX_MAX_LAUNCHERS];
 	_Atomic unsigned used;	/* slots from here on were never used */
 	_Atomic unsigned kills; /* how often the host had every command killed */
-	_Atomic unsigned door;	/* taken by who takes a request, or keeps others from that: overlays */
+	_Atomic unsigned door;	/* who takes a request, or keeps others from that, 0 for nobody: door.c */
 };
 
 /* What a command and everything below it used: the sum over wait4(2), the largest of ru_maxrss. */
@@ -344,6 +344,12 @@ int sbx_binds_prepare(struct sbx_binds *binds, int old, int over, size_t prefix,
 int sbx_binds_attach(struct sbx_binds *binds, int old, struct sbx_error *err);
 int sbx_binds_reopen(struct sbx_binds *binds, struct sbx_error *err);
 void sbx_binds_release(struct sbx_binds *binds);
+
+/* door.c */
+void sbx_door_enter(struct sbx_pool *pool, unsigned number);
+void sbx_door_leave(struct sbx_pool *pool, unsigned number);
+bool sbx_door_close(struct sbx_pool *pool);
+void sbx_door_open(struct sbx_pool *pool);
 
 /* layer.c */
 int sbx_layer_lend(int scratch, uint32_t number);

@@ -22,7 +22,7 @@ HELPER_SOURCES = (
     *("cred.c", "file.c", "landlock.c", "seccomp.c", "record.c", "spawn.c", "child.c", "init.c", "inbox.c"),
     *("spawner.c", "probe.c", "resident.c", "pool.c", "launcher.c", "command.c", "stdio.c", "pump.c"),
     *("pty.c", "proc.c", "files.c", "remove.c", "group.c", "meter.c", "watch.c", "binds.c", "mountinfo.c"),
-    *("source.c", "fsmount.c", "room.c", "visit.c", "sweep.c", "restack.c"),
+    *("source.c", "fsmount.c", "room.c", "visit.c", "sweep.c", "restack.c", "door.c"),
 )
 
 CFLAGS = ["-std=gnu11", "-O2", "-D_GNU_SOURCE", "-fvisibility=hidden", "-fstack-protector-strong"]

@@ -97,11 +97,10 @@ static long take_behind_door(const struct sbx_launcher *l, int *fds, size_t *nfd
 
 	for (;;) {
 		(void)sbx_sys(SYS_ppoll, &p, 1, NULL, NULL, 0);
-		while (atomic_exchange(&l->pool->door, 1))
-			(void)sbx_sys(SYS_sched_yield);
+		sbx_door_enter(l->pool, l->number);
 		bool ready = sbx_sys(SYS_ppoll, &p, 1, &now, NULL, 0) > 0;
 		long len = ready ? take(l, fds, nfds) : 0;
-		atomic_store(&l->pool->door, 0);
+		sbx_door_leave(l->pool, l->number);
 		if (ready)
 			return len;
 	}

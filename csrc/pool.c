@@ -62,6 +62,7 @@ void sbx_pool_forget(struct resident *r, unsigned number)
 		sbx_close(sbx_steal_fd(&r->nursery));
 	r->pool->pid[number] = 0;
 	r->pool->state[number] = SBX_LAUNCHER_NONE;
+	sbx_door_leave(r->pool, number);
 	sbx_slot_remove(r->box, number);
 }
 
@@ -222,16 +223,6 @@ long sbx_pool_ensure(struct resident *r)
 }
 
 /* --- all of them anew ---------------------------------------------------------------------------- */
-
-/*
- * Keep launchers from taking requests: these wait. One that was killed behind the door left it locked, and nobody stays
- * there for long.
- */
-void sbx_pool_close_door(struct sbx_pool *pool)
-{
-	for (int i = 0; i < 50 && atomic_exchange(&pool->door, 1); i++)
-		sbx_nap(1000000);
-}
 
 /* What it has to tell the host is told before it goes. */
 static void await_end(const struct sbx_pool *pool, unsigned number)

@@ -27,7 +27,6 @@ void sbx_pool_look(struct resident *r);
 long sbx_pool_signal(const struct sbx_pool *pool, pid_t ancestor, int sig);
 bool sbx_pool_idle(const struct sbx_pool *pool);
 bool sbx_pool_any(const struct sbx_pool *pool, unsigned char state);
-void sbx_pool_close_door(struct sbx_pool *pool);
 long sbx_pool_renew(struct resident *r);
 
 /* resident.c */

@@ -36,12 +36,12 @@ bool sbx_restack(struct resident *r, const struct sbx_layers *l, int *fds, size_
 
 	if (nfds == 0)
 		return true;
-	sbx_pool_close_door(r->pool);
+	const bool closed = sbx_door_close(r->pool);
 	if (r->box->void_fd < 0 || l->count > SBX_MAX_LAYERS ||
 	    (l->drops > SBX_COUNT(l->drop) && l->drops != SBX_DROP_OLD) ||
 	    sbx_layers_take(&plain, l->number, l->count) != (int)nfds - 1)
 		sbx_fail(&done.error, SBX_STAGE_LAUNCHER, 7, -EPROTO);
-	else if (sbx_pool_any(r->pool, SBX_LAUNCHER_BUSY) || sbx_pool_any(r->pool, SBX_LAUNCHER_COPIER))
+	else if (!closed || sbx_pool_any(r->pool, SBX_LAUNCHER_BUSY) || sbx_pool_any(r->pool, SBX_LAUNCHER_COPIER))
 		sbx_fail(&done.error, SBX_STAGE_LAUNCHER, 8, -EBUSY);
 	else {
 		SBX_FAULT_ARM(l->fault_at, l->fault_errno);
@@ -52,7 +52,8 @@ bool sbx_restack(struct resident *r, const struct sbx_layers *l, int *fds, size_
 		place_sweeper(r, sweeper);
 	if (ret >= 0 && sbx_pool_renew(r) < 0)
 		(void)sbx_sys(SYS_write, r->poke, &one, sizeof one); /* as with every other that cannot be made */
-	atomic_store(&r->pool->door, 0);
+	if (closed)
+		sbx_door_open(r->pool);
 	done.status = ret == -2;
 	(void)sbx_send_record(fds[0], &done, NULL, 0, ret > 0 ? ret : -1);
 	if (ret > 0)

@@ -15,7 +15,7 @@ AFTER_CLONE = (
     *("path", "mount", "overlay", "layers", "layer", "copy", "pack", "unpack", "root", "idmap", "session"),
     *("fds", "rlimit", "cred", "file", "landlock", "seccomp", "record", "child", "init", "inbox", "message"),
     *("resident", "pool", "launcher", "command", "stdio", "pump", "pty", "proc", "files", "remove", "group"),
-    *("meter", "watch", "binds", "mountinfo", "room", "fsmount", "sweep", "restack"),
+    *("meter", "watch", "binds", "mountinfo", "room", "fsmount", "sweep", "restack", "door"),
 )
 HOST = ("plan", "error", "wire", "client", "stream", "ask", "run")
 HELPER_ONLY = ("template", "source", "shelf", "net", "spawn", "spawner", "probe", "visit")
