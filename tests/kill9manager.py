@@ -1,5 +1,5 @@
 """The same as kill9.py with managers: killed in the midst of acquire, release, fork, archive, sweep, refill.
-See tests/system/test_manager_kill9.py."""
+See tests/system/test_kill9.py."""
 
 import os
 import random
