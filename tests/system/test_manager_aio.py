@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from sandboxcore import (
     SessionState,
     TooManySandboxes,
     aio,
+    aio_sandbox,
+    persistent,
 )
 from sandboxcore import SandboxSpec as Spec
 
@@ -257,3 +260,64 @@ def test_many_tasks_take_turns(state: Path) -> None:
         await condition(lambda: manager.list_sessions() == [], "the end of all")
 
     with_manager(state, action, max_sandboxes=3)
+
+
+def held(lock: Any) -> bool:
+    """Whether any thread has it; it may be this one."""
+
+    def look() -> bool:
+        if free := lock.acquire(blocking=False):
+            lock.release()
+        return not free
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(look).result()
+
+
+@pytest.mark.parametrize("move", ["start", "stop"])
+def test_a_task_and_a_thread_change_the_same_sandbox(
+    state: Path, move: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread comes while the task is at it: neither waits for what the other one has."""
+    came, go = threading.Event(), threading.Event()
+
+    def late(real: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            came.set()
+            assert go.wait(PATIENCE)
+            return real(*args)
+
+        return wrapper
+
+    async def action(manager: aio.SandboxManager) -> None:
+        box = await manager.create(start=move == "stop")
+        real_born, real_end = aio_sandbox.born, aio.PersistentSandbox._end
+
+        async def the_thread_goes_on() -> None:
+            go.set()
+            await condition(lambda: held(box._own._lock), "one of them")
+
+        async def born(*args: Any, **options: Any) -> Any:
+            link = await real_born(*args, **options)
+            await the_thread_goes_on()
+            return link
+
+        async def end(self: aio.PersistentSandbox, *args: Any, **options: Any) -> None:
+            await the_thread_goes_on()
+            assert self.state is SandboxState.RUNNING
+            await real_end(self, *args, **options)
+
+        monkeypatch.setattr(aio_sandbox, "born", born)
+        monkeypatch.setattr(aio.PersistentSandbox, "_end", end)
+        for name in ("start", "_destroy"):
+            monkeypatch.setattr(
+                persistent.PersistentSandbox, name, late(getattr(persistent.PersistentSandbox, name))
+            )
+        work: Awaitable[Any] = manager.attach(box.id) if move == "start" else manager.destroy(box.id)
+        thread = asyncio.ensure_future(work)
+        await condition(came.is_set, "the thread")
+        await getattr(box, move)()
+        await thread
+        assert manager.get_state(box.id) == ("running" if move == "start" else None)
+
+    with_manager(state, action)
