@@ -16,6 +16,7 @@ from sandboxcore.aio_session import AttachResult, SandboxSession
 from sandboxcore.events import Event
 from sandboxcore.policy import LifecyclePolicy
 from sandboxcore.pool_policy import PoolConfig
+from sandboxcore.pools import as_spec
 from sandboxcore.request import Program
 from sandboxcore.result import ExecResult
 from sandboxcore.selection import SelectionOptions
@@ -31,7 +32,8 @@ class SandboxManager(Keeping):
 
     Who is cancelled leaves nothing: what :meth:`acquire`, :meth:`attach`, :meth:`create` and :meth:`fork`
     were making is released or destroyed. What ends something ends it also if its caller is cancelled.
-    ``on_event`` is called in whatever thread works.
+    ``on_event`` is called in whatever thread works. The pools of ``warm`` are begun by a thread: what that
+    raises, entering an ``async with`` block does.
     """
 
     def __init__(
@@ -46,17 +48,18 @@ class SandboxManager(Keeping):
         sweep_interval: float | None = manager.SWEEP,
         on_event: Iterable[Callable[[Event], object]] = (),
     ) -> None:
+        specs = [as_spec(one) for one in warm]
         own = manager.SandboxManager(
             state_dir,
             max_sandboxes=max_sandboxes,
             timeouts=timeouts,
             policy=policy,
             pool=pool,
-            warm=warm,
             sweep_interval=sweep_interval,
             on_event=on_event,
         )
         super().__init__(own)
+        self._filled = self._threads.submit(own._fill, specs)
 
     # --- sessions -------------------------------------------------------------------------------
 
@@ -211,6 +214,11 @@ class SandboxManager(Keeping):
         self._threads.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
+        try:
+            await self._finished(self._filled)
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(

@@ -22,12 +22,15 @@ from sandboxcore import (
     SelectionOptions,
     SelectionRefused,
     SessionState,
+    SpecError,
     TooManySandboxes,
     aio,
     aio_sandbox,
     persistent,
 )
 from sandboxcore import SandboxSpec as Spec
+from sandboxcore.pool import SandboxPool
+from sandboxcore.pool_policy import PoolConfig
 
 pytestmark = pytest.mark.once
 
@@ -321,3 +324,28 @@ def test_a_task_and_a_thread_change_the_same_sandbox(
         assert manager.get_state(box.id) == ("running" if move == "start" else None)
 
     with_manager(state, action)
+
+
+def test_no_pool_is_filled_on_the_loop(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, real = threading.Event(), SandboxPool.start
+
+    def start(self: SandboxPool) -> SandboxPool:
+        assert go.wait(PATIENCE)
+        return real(self)
+
+    monkeypatch.setattr(SandboxPool, "start", start)
+
+    async def main() -> None:
+        asyncio.get_running_loop().call_soon(go.set)
+        config = PoolConfig(min_warm=2, max_warm=2)
+        async with aio.SandboxManager(
+            state, max_sandboxes=1, warm=["minimal"], pool=config, sweep_interval=None
+        ) as manager:
+            await condition(lambda: manager._own.stats().pool_size == 1, "the one for which there is room")
+            assert (await manager.run_pooled(["echo", "x"], spec=Spec(profile="minimal"))).stdout == b"x\n"
+        for bad in ("no such profile", Spec(ro=["/no/such/thing"])):
+            with pytest.raises(SpecError):
+                async with aio.SandboxManager(state, warm=[bad], sweep_interval=None):
+                    pass
+
+    play(main())
