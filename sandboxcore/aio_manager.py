@@ -6,6 +6,7 @@ wait by the loop.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from sandboxcore.result import ExecResult
 from sandboxcore.selection import SelectionOptions
 from sandboxcore.session import SessionState, SessionTimeouts
 from sandboxcore.spec import SandboxSpec
-from sandboxcore.statedir import StatePath
+from sandboxcore.statedir import StatePath, close_lock
 
 AnySession = SandboxSession | str
 
@@ -60,6 +61,7 @@ class SandboxManager(Keeping):
         )
         super().__init__(own)
         self._filled = self._threads.submit(own._fill, specs)
+        self._closing: Future[None] | None = None
 
     # --- sessions -------------------------------------------------------------------------------
 
@@ -177,12 +179,15 @@ class SandboxManager(Keeping):
     ) -> ExecResult:
         """:meth:`sandboxcore.SandboxManager.run_ephemeral`."""
 
-        async def attempt() -> ExecResult:
-            with self._own._place(0.0):
-                return await run(argv, spec=spec, **options)
+        def take() -> Awaitable[int]:
+            return self._make(_give_back, self._own._when_there_is_room, self._own._room.take, 0.0)
 
         with self._own._telling(argv) as told:
-            told.append(await self._when_there_is_room(attempt, wait))
+            place = await self._when_there_is_room(take, wait)
+            try:
+                told.append(await run(argv, spec=spec, **options))
+            finally:
+                _give_back(place)
         return told[0]
 
     async def run_pooled(
@@ -191,13 +196,14 @@ class SandboxManager(Keeping):
         *,
         spec: SandboxSpec | None = None,
         wait: float | None = 0.0,
+        client: str | None = None,
         **options: Any,
     ) -> ExecResult:
         """:meth:`sandboxcore.SandboxManager.run_pooled`."""
         pools = self._own.pools
 
         def claim() -> Awaitable[sandbox.Sandbox]:
-            return self._make(pools.release, pools.claim, spec)
+            return self._make(pools.release, pools.claim, spec, client=client)
 
         with self._own._telling(argv) as told:
             own = await self._when_there_is_room(claim, wait)
@@ -209,9 +215,13 @@ class SandboxManager(Keeping):
         return told[0]
 
     async def close(self) -> None:
-        """:meth:`sandboxcore.SandboxManager.close`."""
-        await self._do(self._own.close)
-        self._threads.shutdown(wait=False)
+        """:meth:`sandboxcore.SandboxManager.close`; it is closed also if this is cancelled."""
+        if self._closing is None:
+            self._closing = self._threads.submit(self._own.close)
+        try:
+            await self._finished(self._closing)
+        finally:
+            self._threads.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         try:
@@ -225,6 +235,11 @@ class SandboxManager(Keeping):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _give_back(place: int) -> None:
+    if place >= 0:
+        close_lock(place)
 
 
 def _id(session: AnySession) -> str:

@@ -349,3 +349,71 @@ def test_no_pool_is_filled_on_the_loop(state: Path, monkeypatch: pytest.MonkeyPa
                     pass
 
     play(main())
+
+
+def test_a_place_is_taken_by_a_thread(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, go = threading.Event(), threading.Event()
+    tidied: list[int] = []
+
+    async def action(manager: aio.SandboxManager) -> None:
+        own = manager._own
+        take, make_room = own._room.take, own._make_room
+
+        def slowly() -> int:
+            asked.set()
+            assert go.wait(PATIENCE)
+            return take()
+
+        def told() -> bool:
+            tidied.append(threading.get_ident())
+            return make_room()
+
+        monkeypatch.setattr(own._room, "take", slowly)
+        monkeypatch.setattr(own, "_make_room", told)
+        run = asyncio.create_task(manager.run_ephemeral(["true"]))
+        await condition(asked.is_set, "the place is asked for")
+        run.cancel()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        assert own._room.taken() == 0
+        assert (await manager.run_ephemeral(["true"])).ok
+        assert own._room.taken() == 0
+        box = await manager.create()
+        with pytest.raises(TooManySandboxes):
+            await manager.run_ephemeral(["true"])
+        assert tidied
+        assert threading.get_ident() not in tidied
+        await manager.destroy(box.id)
+
+    with_manager(state, action, max_sandboxes=1)
+
+
+def test_closed_twice_and_cancelled(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with aio.SandboxManager(state, sweep_interval=None) as manager:
+            assert (await manager.run_pooled(["echo", "x"], client="me")).stdout == b"x\n"
+            await manager.close()
+            await manager.close()
+        began, go = threading.Event(), threading.Event()
+        manager = aio.SandboxManager(state, sweep_interval=None)
+        real = manager._own.close
+
+        def slowly() -> None:
+            began.set()
+            assert go.wait(PATIENCE)
+            real()
+
+        monkeypatch.setattr(manager._own, "close", slowly)
+        closing = asyncio.create_task(manager.close())
+        await condition(began.is_set, "it closes")
+        closing.cancel()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await condition(
+            lambda: not any(thread.is_alive() for thread in manager._threads._threads),
+            "the end of its threads",
+        )
+
+    play(main())
