@@ -417,3 +417,38 @@ def test_closed_twice_and_cancelled(state: Path, monkeypatch: pytest.MonkeyPatch
         )
 
     play(main())
+
+
+def test_the_loop_goes_on_while_a_thread_changes_a_sandbox(state: Path) -> None:
+    """One of a manager that forks it, or archives it, has its lock all the while."""
+    has, go = threading.Event(), threading.Event()
+
+    async def action(manager: aio.SandboxManager) -> None:
+        box = await manager.create()
+
+        def change() -> None:
+            with box._own._lock:
+                has.set()
+                assert go.wait(PATIENCE)
+
+        thread = asyncio.create_task(asyncio.to_thread(change))
+        await condition(has.is_set, "the thread")
+        assert manager.get_state(box.id) is box.state is SandboxState.RUNNING
+        tasks = [
+            asyncio.ensure_future(work)
+            for work in (
+                box.exec(["true"]),
+                box.popen(["true"]),
+                box.detach(["true"]),
+                box.signal(0),
+                box.files.write("/tmp/x", b""),
+            )
+        ]
+        await asyncio.sleep(0)  # each has begun
+        assert not any(task.done() for task in tasks)
+        go.set()
+        _, process, *_ = await asyncio.gather(*tasks)
+        assert await process.wait() == 0
+        await thread
+
+    with_manager(state, action)
