@@ -10,6 +10,7 @@ from typing import Any
 from sandboxcore.directory import Directory, Managed
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.events import LOGGER, EventKind
+from sandboxcore.lifecycle import SandboxState
 from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.policy import Action, LifecyclePolicy
 from sandboxcore.reconcile import Reconciled, Sweeper, reconcile
@@ -200,7 +201,18 @@ class Keeping(Directory):
         done = reconcile(self._ledger, dry_run=dry_run, busy=self._is_busy, note=self._acted, **options)
         if not dry_run:
             self._drop_private()
+            self._drop_handles()
         return done
+
+    def _drop_handles(self) -> None:
+        """Those of sandboxes that another process has destroyed. Each finds out by itself, and tells it."""
+        there = {record.id for record in self._ledger.all()}
+        with self._guard:
+            missing = [handle for key, handle in self._handles.items() if key not in there]
+        for handle in missing:
+            with contextlib.suppress(SandboxError):  # its record is damaged: it is there
+                if handle.state is SandboxState.DESTROYED:
+                    self._forgotten(handle.id)
 
     def gc(self) -> Reconciled:
         """The same as :meth:`reconcile`."""

@@ -3,12 +3,13 @@
 import contextlib
 import sqlite3
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 from managed import heard, in_state, is_gone, kinds, manager, nothing_left, runs, second, session_in, state
-from support import wait_until
+from support import open_fds, wait_until
 
 from sandboxcore import (
     Event,
@@ -354,3 +355,29 @@ def test_a_damaged_record_is_told_of_skipped_and_kept(
         db.execute("UPDATE sessions SET timeouts = '{}' WHERE id = ?", (broken.id,))
     assert runs(manager.attach(left.sandbox_id, "me").session)
     assert manager.get_state(broken.sandbox_id) is SandboxState.RUNNING
+
+
+def test_what_another_process_has_destroyed_is_let_go(
+    manager: SandboxManager, second: SandboxManager, heard: list[Event]
+) -> None:
+    kept, damaged, gone = (manager.create(name=name) for name in ("kept", "damaged", "gone"))
+    before = open_fds()
+    handle = weakref.ref(manager.create(name="unused"))
+    second.destroy("unused")
+    command = gone.detach(["sleep", "60"])
+    spec = manager._ledger._do("SELECT spec FROM sandboxes WHERE id = ?", (damaged.id,))[0]["spec"]
+    manager._ledger._do("UPDATE sandboxes SET spec = '{' WHERE id = ?", (damaged.id,))
+    second.destroy(gone.id)
+    heard.clear()
+    manager.reconcile(dry_run=True)
+    assert gone.id in manager._handles
+    for _ in range(2):
+        manager.reconcile()
+    manager._ledger._do("UPDATE sandboxes SET spec = ? WHERE id = ?", (spec, damaged.id))
+    assert manager._handles.keys() == {kept.id, damaged.id}
+    assert sorted(kinds(heard, "sandbox.destroyed", "command.ended")) == [
+        "command.ended", "sandbox.destroyed", "sandbox.destroyed",
+    ]  # fmt: skip
+    command.close()
+    assert handle() is None
+    assert len(open_fds()) < len(before)
