@@ -2,6 +2,7 @@
 crashes have left."""
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -198,11 +199,39 @@ class Keeping(Directory):
         """One :func:`reconcile`; what it does is told, with what was known of it before."""
         self._seen = {} if dry_run else {record.id: record for record in self._ledger.all()}
         self._used = [] if dry_run else self._ledger.sessions(states=LIVE)
-        done = reconcile(self._ledger, dry_run=dry_run, busy=self._is_busy, note=self._acted, **options)
+        if not dry_run:
+            self._note_private()
+        done = reconcile(
+            self._ledger,
+            dry_run=dry_run,
+            busy=self._is_busy,
+            written=self._written,
+            note=self._acted,
+            **options,
+        )
         if not dry_run:
             self._drop_private()
             self._drop_handles()
         return done
+
+    def _note_private(self) -> None:
+        """Put down the states of those of this process alone: nobody else can tell."""
+        for key, sandbox in list(self._private.items()):
+            state = sandbox.state
+            if state is SandboxState.DESTROYED:  # by whoever has it, who has not ended his session yet
+                state = SandboxState.STOPPED
+            with contextlib.suppress(SandboxError):  # its record is damaged
+                record = self._ledger.get(key)
+                if record is not None and record.state != state:
+                    self._ledger.change(key, state=state.value, stopped_at=sandbox.stopped_at)
+
+    def _written(self, key: str) -> float:
+        """When a detached command of such a one has put something into its journal last; 0: none has."""
+        sandbox, last = self._private.get(key), 0.0
+        for command in [] if sandbox is None else list(sandbox._detached.values()):
+            with contextlib.suppress(OSError):  # it is forgotten just now
+                last = max(last, os.fstat(command._journal.fd).st_mtime)
+        return last
 
     def _drop_handles(self) -> None:
         """Those of sandboxes that another process has destroyed. Each finds out by itself, and tells it."""

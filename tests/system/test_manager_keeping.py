@@ -1,6 +1,8 @@
 """What becomes of sandboxes in time, of what is stored of them, and of records that are damaged."""
 
 import contextlib
+import os
+import signal
 import sqlite3
 import time
 import weakref
@@ -9,14 +11,16 @@ from typing import Any
 
 import pytest
 from managed import heard, in_state, is_gone, kinds, manager, nothing_left, runs, second, session_in, state
-from support import open_fds, wait_until
+from support import host_program, open_fds, wait_until
 
 from sandboxcore import (
+    PIPE,
     Event,
     InvalidTransition,
     LifecyclePolicy,
     SandboxManager,
     SandboxNotFound,
+    SandboxSession,
     SandboxState,
     SelectionOptions,
     SessionTimeouts,
@@ -381,3 +385,75 @@ def test_what_another_process_has_destroyed_is_let_go(
     command.close()
     assert handle() is None
     assert len(open_fds()) < len(before)
+
+
+# --- of a pool: what this process alone can tell --------------------------------------------------------
+
+
+def test_output_of_a_pools_sandbox_is_activity(manager: SandboxManager) -> None:
+    session, silent = (manager.acquire(options=POOLED) for _ in range(2))
+    command = session.sandbox.detach(["sh", "-c", "read x; echo x; sleep 60"], stdin=PIPE)
+    for sandbox in (session.sandbox, silent.sandbox):
+        sandbox.detach(["sleep", "60"])
+        for known in sandbox._detached.values():
+            os.utime(known._journal.fd, times=(time.time() - 400,) * 2)
+    ago(manager, 301)
+    with command.input(last=True) as stdin:
+        stdin.write(b"\n")
+    wait_until(lambda: command.logs().end, "output")
+    assert manager.reconcile(dry_run=True).terminated == (silent.id,)
+    assert manager.reconcile().terminated == (silent.id,)
+    assert runs(session)
+
+
+def test_the_state_of_a_pools_sandbox_is_on_record(manager: SandboxManager, second: SandboxManager) -> None:
+    def state(session: SandboxSession) -> str:
+        manager.reconcile()
+        record = second.get_record(session.sandbox_id)
+        assert record is not None
+        return record.state
+
+    session = manager.acquire(options=POOLED)
+    assert state(session) == "running"
+    session.suspend()
+    assert state(session) == "paused"
+    session.resume()
+    assert state(session) == "running"
+    os.kill(session.sandbox.pid, signal.SIGKILL)
+    wait_until(lambda: session.sandbox.state is SandboxState.STOPPED, "its end")
+    assert state(session) == "stopped"
+
+
+def test_another_process_times_out_no_session_of_a_pools_sandbox(
+    manager: SandboxManager, state: Path
+) -> None:
+    """It cannot know that a client waits for a command there."""
+    session = manager.acquire(options=POOLED)
+    ago(manager, 301)
+    sweep = f"""
+        from sandboxcore import SandboxManager
+        with SandboxManager({str(state)!r}, sweep_interval=None) as manager:
+            print(len(manager.reconcile().actions))
+    """
+    assert host_program(sweep).stdout.split() == ["0"]
+    assert session.state == "active"
+    assert manager.reconcile().terminated == (session.id,)
+    assert is_gone(manager, session.sandbox_id)
+
+
+def test_a_pools_sandbox_that_cannot_be_ended_yet_is_forgotten(
+    manager: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = manager.acquire(options=POOLED)
+    sandbox = session.sandbox
+    real = sandbox.destroy
+
+    def fail() -> None:
+        raise TimeoutError("not yet")
+
+    monkeypatch.setattr(sandbox, "destroy", fail)
+    with pytest.raises(TimeoutError):
+        session.terminate()
+    assert manager.get_record(session.sandbox_id) is None
+    assert session.state == "terminated"
+    real()
