@@ -48,6 +48,7 @@ class Keeping(Directory):
         self._told: set[Damage] = set()
         self._seen: dict[str, SandboxRecord] = {}
         self._used: list[SessionRecord] = []
+        self._ended = ""  # the sandbox whose handle the sweep has find out that it is gone
         self._sweeper = None if sweep_interval is None else Sweeper(self.reconcile, sweep_interval)
 
     # --- times and policies -----------------------------------------------------------------------
@@ -292,10 +293,29 @@ class Keeping(Directory):
             self._emit(why, sandbox=action.id, **facts)
         if action.error:
             return
+        gone = action.kind in ("delete", "forget")
+        if gone:
+            self._settle_handle(action.id)
         self._emit(_ENDS[action.kind], sandbox=action.id, **facts)
-        if action.kind in ("delete", "forget"):
+        if gone:
             self._emit_ends([one for one in self._used if one.sandbox == action.id], action.reason)
             self._forgotten(action.id)
+
+    def _settle_handle(self, key: str) -> None:
+        """Have the handle of what the sweep has destroyed find that out: it tells how its commands ended."""
+        with self._guard:
+            handle = self._handles.get(key)
+        if handle is not None:
+            self._ended = key
+            try:
+                with contextlib.suppress(SandboxError):
+                    handle.state  # noqa: B018
+            finally:
+                self._ended = ""
+
+    def _heard(self, key: str, kind: str, data: Mapping[str, Any]) -> None:
+        if kind != EventKind.SANDBOX_DESTROYED or key != self._ended:  # that the sweep tells, and why
+            super()._heard(key, kind, data)
 
     def _drop_private(self) -> None:
         """Those of this process whose time is over, or whose last session somebody else has ended."""

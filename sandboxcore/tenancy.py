@@ -217,8 +217,7 @@ class Tenancy(Keeping):
             return
         try:
             if why == "released" and not self._closed:
-                sandbox._observers = ()  # the pool says what becomes of it
-                self.pools.release(sandbox)
+                self.pools.release(sandbox)  # it ends in a while, and tells that then
             else:
                 sandbox.destroy()
         finally:  # also of one that cannot be killed yet: nobody gets it again

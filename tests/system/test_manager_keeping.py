@@ -28,6 +28,7 @@ from sandboxcore import (
     UnsupportedHost,
 )
 from sandboxcore import SandboxSpec as Spec
+from sandboxcore.pool_policy import PoolConfig
 from sandboxcore.store import DATABASE
 
 pytestmark = pytest.mark.once
@@ -457,3 +458,40 @@ def test_a_pools_sandbox_that_cannot_be_ended_yet_is_forgotten(
     assert manager.get_record(session.sandbox_id) is None
     assert session.state == "terminated"
     real()
+
+
+# --- what is told of an end -----------------------------------------------------------------------------
+
+
+def ends(heard: list[Event], key: str) -> list[tuple[str, str | None]]:
+    """What was told of the ends of a sandbox and its commands, and of which command."""
+    found = (event for event in heard if event.sandbox == key)
+    return [
+        (event.kind.value, event.data.get("command"))
+        for event in found
+        if event.kind in ("command.ended", "sandbox.destroyed")
+    ]
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["ended", "reset"])
+def test_the_end_of_what_was_released_is_told_once(state: Path, heard: list[Event], reset: bool) -> None:
+    config = PoolConfig(min_warm=1, max_warm=1, reset=reset)
+    with SandboxManager(state, pool=config, sweep_interval=None, on_event=[heard.append]) as manager:
+        session = manager.acquire(options=POOLED)
+        command = session.sandbox.detach(["sleep", "60"])
+        session.release()
+        wait_until(lambda: ("sandbox.destroyed", None) in ends(heard, session.sandbox_id), "its end")
+        manager.reconcile()
+    assert ends(heard, session.sandbox_id) == [("command.ended", command.id), ("sandbox.destroyed", None)]
+
+
+def test_the_end_of_what_the_sweep_destroys_is_told_once(manager: SandboxManager, heard: list[Event]) -> None:
+    session = manager.acquire()
+    sandbox = session.sandbox
+    command = sandbox.detach(["sleep", "60"])
+    ago(manager, 301)
+    os.utime(command._journal.fd, times=(time.time() - 400,) * 2)
+    assert manager.reconcile().terminated == (session.id,)
+    assert sandbox.state is SandboxState.DESTROYED
+    manager.reconcile()
+    assert ends(heard, sandbox.id) == [("command.ended", command.id), ("sandbox.destroyed", None)]
