@@ -272,15 +272,19 @@ class Keeping(Directory):
         if action.error:
             facts["error"] = action.error
         if action.kind == "terminate":
-            session = next((one for one in self._used if one.id == action.id), None)
-            if session is not None:
-                self._used.remove(session)
-                self._left(session)
-            self._emit(EventKind.SESSION_TIMED_OUT, session, **facts)
+            if not action.error:
+                self._timed_out(action, facts)
         elif action.id.startswith("sbx-"):
             self._emit_action(action, facts)
         if not action.error:
             self.metrics.count_action(action.kind)
+
+    def _timed_out(self, action: Action, facts: Mapping[str, Any]) -> None:
+        session = next((one for one in self._used if one.id == action.id), None)
+        if session is not None:
+            self._used.remove(session)
+            self._left(session)
+        self._emit(EventKind.SESSION_TIMED_OUT, session, **facts)
 
     def _emit_action(self, action: Action, facts: Mapping[str, Any]) -> None:
         """What has become of a sandbox, and why."""
@@ -300,6 +304,8 @@ class Keeping(Directory):
         if gone:
             self._emit_ends([one for one in self._used if one.sandbox == action.id], action.reason)
             self._forgotten(action.id)
+        if action.kind == "delete":  # what is forgotten has ended with its process
+            self.metrics.count_end("swept")
 
     def _settle_handle(self, key: str) -> None:
         """Have the handle of what the sweep has destroyed find that out: it tells how its commands ended."""
@@ -322,7 +328,8 @@ class Keeping(Directory):
         for key in list(self._private):
             record = self._ledger.get(key)
             if record is None or record.doomed:
-                self._end_private(key, "" if record is None else record.doomed)
+                released = record is not None and record.doomed == "released"
+                self._end_private(key, "released" if released else "swept")
             elif record.expires_at is not None and time.time() >= record.expires_at:
                 users = self._ledger.sessions(states=LIVE, sandbox=key)
                 self._emit(EventKind.SANDBOX_EXPIRED, sandbox=key, name=record.name)
@@ -335,7 +342,7 @@ class Keeping(Directory):
             self._users.get(session.sandbox, {}).pop(session.id, None)
 
     def _end_private(self, key: str, why: str) -> None:
-        """A sandbox of a pool is not wanted any more."""
+        """A sandbox of a pool is not wanted any more: "released" or not, for a reason that is counted."""
         raise NotImplementedError
 
     def destroy_all(self, *, labels: Mapping[str, str] | None = None) -> tuple[Action, ...]:

@@ -221,6 +221,7 @@ class Tenancy(Keeping):
             else:
                 sandbox.destroy()
         finally:  # also of one that cannot be killed yet: nobody gets it again
+            self.metrics.count_end(why)
             self._ledger.forget_private(key)
 
     def _pool_said(self, kind: str, data: Mapping[str, Any]) -> None:

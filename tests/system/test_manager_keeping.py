@@ -495,3 +495,29 @@ def test_the_end_of_what_the_sweep_destroys_is_told_once(manager: SandboxManager
     assert sandbox.state is SandboxState.DESTROYED
     manager.reconcile()
     assert ends(heard, sandbox.id) == [("command.ended", command.id), ("sandbox.destroyed", None)]
+
+
+def test_what_failed_is_not_told_as_done(manager: SandboxManager, heard: list[Event]) -> None:
+    session = manager.acquire(client_id="me")
+    manager._ledger._do("UPDATE sessions SET timeouts = '{\"idle\": -5}' WHERE id = ?", (session.id,))
+    heard.clear()
+    for _ in range(2):
+        assert [action.id for action in manager.reconcile().failed] == [session.id]
+    assert kinds(heard, "session") == []
+    assert manager._users[session.sandbox_id] == {session.id: "me"}
+
+
+def test_every_destroyed_sandbox_is_counted(manager: SandboxManager) -> None:
+    swept, expired, pooled, left = (
+        manager.acquire(ttl=ttl, options=options)
+        for ttl, options in ((None, None), (50, POOLED), (None, POOLED), (None, POOLED))
+    )
+    left.release()
+    for session, seconds in ((swept, 301), (expired, 60), (pooled, 301)):
+        ago(manager, seconds, session.sandbox_id)
+    manager.reconcile()
+    for session in (swept, expired, pooled):
+        assert is_gone(manager, session.sandbox_id)
+    text = manager.prometheus()
+    for reason, number in (("swept", 2), ("expired", 1), ("released", 1)):
+        assert f'sandboxcore_destroyed_total{{reason="{reason}"}} {number}\n' in text
