@@ -5,6 +5,7 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ class Keeping(Directory):
         ):
             raise SpecError(f"sweep_interval: {sweep_interval!r} is not a positive number of seconds")
         super().__init__(*directory, **options)
+        _keepings.add(self)
         self._sweeping = threading.Lock()
         self._swept_at, self._swept = 0.0, False  # when room was made last, and whether there was any to make
         self._told: set[Damage] = set()
@@ -386,6 +388,20 @@ class Keeping(Directory):
         for handle in handles:
             handle.close()
 
+
+_keepings: weakref.WeakSet[Keeping] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    """What is of one process alone stays its parent's, with its record and sessions; and locks may have been
+    those of threads that are not here."""
+    for keeping in list(_keepings):
+        keeping._guard, keeping._sweeping = threading.RLock(), threading.Lock()
+        for known in (keeping._private, keeping._users, keeping._busy):
+            known.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 _ACTIVE = (SessionState.ACTIVE,)
 _FREES = ("terminate", "delete", "stop", "archive")

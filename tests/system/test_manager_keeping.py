@@ -521,3 +521,41 @@ def test_every_destroyed_sandbox_is_counted(manager: SandboxManager) -> None:
     text = manager.prometheus()
     for reason, number in (("swept", 2), ("expired", 1), ("released", 1)):
         assert f'sandboxcore_destroyed_total{{reason="{reason}"}} {number}\n' in text
+
+
+# --- a fork ---------------------------------------------------------------------------------------------
+
+
+def test_a_forked_child_ends_nothing_of_its_parents(state: Path) -> None:
+    """It may leave the block, whatever a thread of its parent was at."""
+    code = f"""
+        import os, signal, threading
+        from sandboxcore import SandboxError, SandboxManager, SelectionOptions
+        held, go = threading.Event(), threading.Event()
+        def hold(manager):
+            with manager._guard, manager._sweeping:
+                held.set()
+                go.wait()
+        with SandboxManager({str(state)!r}, sweep_interval=None) as manager:
+            session = manager.acquire(client_id="me", options=SelectionOptions(use_pool=True))
+            thread = threading.Thread(target=hold, args=[manager])
+            thread.start()
+            held.wait()
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)
+                try:
+                    session.sandbox
+                except SandboxError as error:
+                    assert str(os.getppid()) in str(error), error
+                    manager.reconcile()
+                    manager.close()
+                    os._exit(0)
+                os._exit(1)
+            print(os.waitpid(child, 0)[1])
+            go.set()
+            thread.join()
+            print(session.state, manager.get_record(session.sandbox_id).state)
+            print(session.sandbox.exec(["echo", "x"]).stdout.decode())
+    """
+    assert host_program(code).stdout.split() == ["0", "active", "running", "x"]
