@@ -2,11 +2,11 @@
 
 import asyncio
 import errno as E
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from sandboxcore import _native
-from sandboxcore.aio_loop import has_ended, readable, writable
+from sandboxcore.aio_loop import LOCK_PATIENCE, has_ended, patiently, readable, writable
 from sandboxcore.errors import SandboxGone
 from sandboxcore.fileops import Ask, Data, FileInfo, Operations, Path, Steps
 from sandboxcore.files import REPLY_PATIENCE, FileServer, ServerLost
@@ -19,6 +19,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Listing = list[FileInfo]  # inside the class `list` is a method
+
+
+async def looking(sandbox: "Sandbox", look: Callable[[], T]) -> T:
+    """What needs a sandbox's lock for an instant. A thread of a manager may have it for as long as a fork or
+    an archive takes, which is waited for without blocking. Raises TimeoutError."""
+
+    def lock() -> None:
+        if not sandbox._lock.acquire(blocking=False):
+            raise BlockingIOError
+
+    text = f"sandbox {sandbox.name}: somebody else has been changing it for {LOCK_PATIENCE} s"
+    await patiently(lock, LOCK_PATIENCE, text)
+    try:
+        return look()
+    finally:
+        sandbox._lock.release()
 
 
 class AsyncFileServer(FileServer):
@@ -89,14 +105,14 @@ class Files:
     async def _ask(self, ask: Ask) -> int:
         again = False
         while True:
-            link = self._sandbox._ready("use its files")
+            link = await looking(self._sandbox, lambda: self._sandbox._ready("use its files"))
             try:
                 return await self._server.put(link, ask)
             except ServerLost as lost:
                 final = again or (lost.taken and not ask.idempotent)
                 if final:
                     await has_ended(link)
-                if self._sandbox.state is not SandboxState.RUNNING:
+                if await looking(self._sandbox, lambda: self._sandbox.state) is not SandboxState.RUNNING:
                     raise SandboxGone(f"sandbox {self._sandbox.name}: its init has ended") from None
                 if final:
                     text = "its file server was killed; the change may be made"

@@ -245,7 +245,9 @@ class Keeping:
 
     def get_state(self, key: str) -> SandboxState | None:
         """:meth:`sandboxcore.SandboxManager.get_state`."""
-        return self._own.get_state(key)
+        found = self.get_sandbox(key)
+        state = None if found is None else found.state
+        return None if state is SandboxState.DESTROYED else state
 
     def set_default_sandbox(self, key: str | None) -> None:
         """:meth:`sandboxcore.SandboxManager.set_default_sandbox`."""

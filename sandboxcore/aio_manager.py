@@ -6,6 +6,7 @@ wait by the loop.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,12 +17,13 @@ from sandboxcore.aio_session import AttachResult, SandboxSession
 from sandboxcore.events import Event
 from sandboxcore.policy import LifecyclePolicy
 from sandboxcore.pool_policy import PoolConfig
+from sandboxcore.pools import as_spec
 from sandboxcore.request import Program
 from sandboxcore.result import ExecResult
 from sandboxcore.selection import SelectionOptions
 from sandboxcore.session import SessionState, SessionTimeouts
 from sandboxcore.spec import SandboxSpec
-from sandboxcore.statedir import StatePath
+from sandboxcore.statedir import StatePath, close_lock
 
 AnySession = SandboxSession | str
 
@@ -31,7 +33,8 @@ class SandboxManager(Keeping):
 
     Who is cancelled leaves nothing: what :meth:`acquire`, :meth:`attach`, :meth:`create` and :meth:`fork`
     were making is released or destroyed. What ends something ends it also if its caller is cancelled.
-    ``on_event`` is called in whatever thread works.
+    ``on_event`` is called in whatever thread works. The pools of ``warm`` are begun by a thread: what that
+    raises, entering an ``async with`` block does.
     """
 
     def __init__(
@@ -46,17 +49,19 @@ class SandboxManager(Keeping):
         sweep_interval: float | None = manager.SWEEP,
         on_event: Iterable[Callable[[Event], object]] = (),
     ) -> None:
+        specs = [as_spec(one) for one in warm]
         own = manager.SandboxManager(
             state_dir,
             max_sandboxes=max_sandboxes,
             timeouts=timeouts,
             policy=policy,
             pool=pool,
-            warm=warm,
             sweep_interval=sweep_interval,
             on_event=on_event,
         )
         super().__init__(own)
+        self._filled = self._threads.submit(own._fill, specs)
+        self._closing: Future[None] | None = None
 
     # --- sessions -------------------------------------------------------------------------------
 
@@ -174,12 +179,15 @@ class SandboxManager(Keeping):
     ) -> ExecResult:
         """:meth:`sandboxcore.SandboxManager.run_ephemeral`."""
 
-        async def attempt() -> ExecResult:
-            with self._own._place(0.0):
-                return await run(argv, spec=spec, **options)
+        def take() -> Awaitable[int]:
+            return self._make(_give_back, self._own._when_there_is_room, self._own._room.take, 0.0)
 
         with self._own._telling(argv) as told:
-            told.append(await self._when_there_is_room(attempt, wait))
+            place = await self._when_there_is_room(take, wait)
+            try:
+                told.append(await run(argv, spec=spec, **options))
+            finally:
+                _give_back(place)
         return told[0]
 
     async def run_pooled(
@@ -188,13 +196,14 @@ class SandboxManager(Keeping):
         *,
         spec: SandboxSpec | None = None,
         wait: float | None = 0.0,
+        client: str | None = None,
         **options: Any,
     ) -> ExecResult:
         """:meth:`sandboxcore.SandboxManager.run_pooled`."""
         pools = self._own.pools
 
         def claim() -> Awaitable[sandbox.Sandbox]:
-            return self._make(pools.release, pools.claim, spec)
+            return self._make(pools.release, pools.claim, spec, client=client)
 
         with self._own._telling(argv) as told:
             own = await self._when_there_is_room(claim, wait)
@@ -206,17 +215,31 @@ class SandboxManager(Keeping):
         return told[0]
 
     async def close(self) -> None:
-        """:meth:`sandboxcore.SandboxManager.close`."""
-        await self._do(self._own.close)
-        self._threads.shutdown(wait=False)
+        """:meth:`sandboxcore.SandboxManager.close`; it is closed also if this is cancelled."""
+        if self._closing is None:
+            self._closing = self._threads.submit(self._own.close)
+        try:
+            await self._finished(self._closing)
+        finally:
+            self._threads.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
+        try:
+            await self._finished(self._filled)
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _give_back(place: int) -> None:
+    if place >= 0:
+        close_lock(place)
 
 
 def _id(session: AnySession) -> str:

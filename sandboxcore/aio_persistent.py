@@ -6,8 +6,9 @@ a start takes; that is waited for without blocking.
 
 import asyncio
 import contextlib
+import errno as E
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 from sandboxcore import persistent, recovery, sandbox
@@ -60,7 +61,7 @@ class PersistentSandbox(Sandbox):
     def _undone(self) -> bool:
         """Forget it at once, unless somebody works on it just now."""
         own = self._own
-        with contextlib.suppress(BlockingIOError), own._store.locked(own.id, wait=False):
+        with contextlib.suppress(BlockingIOError), self._alone():
             own._look()
             if own._link is not None:
                 own._link.end(wait=0)
@@ -148,16 +149,28 @@ class PersistentSandbox(Sandbox):
 
     @contextlib.asynccontextmanager
     async def _changing(self) -> AsyncIterator[None]:
-        own = self._own
-
         def attempt() -> contextlib.ExitStack:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(own._store.locked(own.id, wait=False))
+                stack.enter_context(self._alone())
                 return stack.pop_all()
 
         async with self._moving:
             with await patiently(attempt, LOCK_PATIENCE, self._held()):
                 yield
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold its locks in the order of its own methods, which threads of a manager call, or both sides wait
+        for each other. Other tasks of this thread have that of the process as well: they go by ``_moving``.
+        Raises BlockingIOError if somebody else holds either."""
+        own = self._own
+        if not own._lock.acquire(blocking=False):
+            raise BlockingIOError(E.EAGAIN, f"sandbox {own.name}: a thread works on it")
+        try:
+            with own._store.locked(own.id, wait=False):
+                yield
+        finally:
+            own._lock.release()
 
     def _home(self) -> Home:
         return self._own._home()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno as E
+import functools
 import os
 import signal
 import weakref
@@ -14,7 +15,7 @@ from typing import Any, Self
 from sandboxcore import _native, sandbox
 from sandboxcore.aio_detached import DetachedCommand, await_start
 from sandboxcore.aio_exec import converse
-from sandboxcore.aio_files import AsyncFileServer, Files
+from sandboxcore.aio_files import AsyncFileServer, Files, looking
 from sandboxcore.aio_loop import (
     LOCK_PATIENCE,
     born,
@@ -98,8 +99,15 @@ class Sandbox:
 
     @property
     def state(self) -> SandboxState:
-        """A :class:`SandboxState`. One that was killed from outside is stopped."""
-        return self._own.state
+        """A :class:`SandboxState`. One that was killed from outside is stopped. While a thread of a manager
+        changes it, that before the change."""
+        own = self._own
+        if not own._lock.acquire(blocking=False):
+            return own._state
+        try:
+            return own.state
+        finally:
+            own._lock.release()
 
     @property
     def pid(self) -> int:
@@ -177,7 +185,7 @@ class Sandbox:
         """Send a signal to every process of every command. After SIGKILL it is empty, and still runs."""
         if number in (signal.SIGSTOP, signal.SIGCONT):
             raise ValueError("use suspend() and resume()")
-        self._own._ready("signal")
+        await looking(self._own, lambda: self._own._ready("signal"))
         await self._through(lambda link: tell_init(link, number, lambda: None))
 
     async def _through(self, action: Callable[[Link], Awaitable[None]]) -> None:
@@ -437,14 +445,14 @@ class Sandbox:
 
     async def _ready(self, wanted: str, seconds: float | None) -> Link:
         """The link, when it takes a command at once."""
-        link = self._own._ready(wanted)
+        link = await looking(self._own, lambda: self._own._ready(wanted))
         try:
             patience = ANSWER_PATIENCE if seconds is None else min(seconds, ANSWER_PATIENCE)
             await writable(link.work.fileno(), patience)
         except TimeoutError:
             failure = _native.NativeFailure.of("launcher", 11, E.EAGAIN)
             raise self._own._rendered(None, failure) from None
-        return self._own._ready(wanted)
+        return await looking(self._own, lambda: self._own._ready(wanted))
 
     async def _converse(
         self, link: Link, request: Request, streams: _native.Streams, seconds: float | None
@@ -499,7 +507,8 @@ class Sandbox:
         own = self._own
         seconds = own._deadline(timeout, own._bounds(limits))
         await self._ready("popen", seconds)
-        ending, pipes = own._launched(
+        launch = functools.partial(
+            own._launched,
             argv,
             stdio=(DEVNULL if stdin is None else stdin, stdout, stderr),
             pty=pty,
@@ -511,6 +520,7 @@ class Sandbox:
             files=files,
             pass_fds=pass_fds,
         )
+        ending, pipes = await looking(own, launch)
         self._busy += 1
         try:
             process = await start_process(ending, pipes, limit)
@@ -535,7 +545,7 @@ class Sandbox:
     ) -> DetachedCommand:
         """:meth:`sandboxcore.Sandbox.detach`. When cancelled, the command is gone before that is raised."""
         own = self._own
-        own._ready("detach")
+        await looking(own, lambda: own._ready("detach"))
         request, kept = own._kept(
             argv,
             stdin=stdin,

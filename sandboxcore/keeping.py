@@ -2,14 +2,17 @@
 crashes have left."""
 
 import contextlib
+import os
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from sandboxcore.directory import Directory, Managed
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.events import LOGGER, EventKind
+from sandboxcore.lifecycle import SandboxState
 from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.policy import Action, LifecyclePolicy
 from sandboxcore.reconcile import Reconciled, Sweeper, reconcile
@@ -41,11 +44,13 @@ class Keeping(Directory):
         ):
             raise SpecError(f"sweep_interval: {sweep_interval!r} is not a positive number of seconds")
         super().__init__(*directory, **options)
+        _keepings.add(self)
         self._sweeping = threading.Lock()
         self._swept_at, self._swept = 0.0, False  # when room was made last, and whether there was any to make
         self._told: set[Damage] = set()
         self._seen: dict[str, SandboxRecord] = {}
         self._used: list[SessionRecord] = []
+        self._ended = ""  # the sandbox whose handle the sweep has find out that it is gone
         self._sweeper = None if sweep_interval is None else Sweeper(self.reconcile, sweep_interval)
 
     # --- times and policies -----------------------------------------------------------------------
@@ -197,10 +202,49 @@ class Keeping(Directory):
         """One :func:`reconcile`; what it does is told, with what was known of it before."""
         self._seen = {} if dry_run else {record.id: record for record in self._ledger.all()}
         self._used = [] if dry_run else self._ledger.sessions(states=LIVE)
-        done = reconcile(self._ledger, dry_run=dry_run, busy=self._is_busy, note=self._acted, **options)
+        if not dry_run:
+            self._note_private()
+        done = reconcile(
+            self._ledger,
+            dry_run=dry_run,
+            busy=self._is_busy,
+            written=self._written,
+            note=self._acted,
+            **options,
+        )
         if not dry_run:
             self._drop_private()
+            self._drop_handles()
         return done
+
+    def _note_private(self) -> None:
+        """Put down the states of those of this process alone: nobody else can tell."""
+        for key, sandbox in list(self._private.items()):
+            state = sandbox.state
+            if state is SandboxState.DESTROYED:  # by whoever has it, who has not ended his session yet
+                state = SandboxState.STOPPED
+            with contextlib.suppress(SandboxError):  # its record is damaged
+                record = self._ledger.get(key)
+                if record is not None and record.state != state:
+                    self._ledger.change(key, state=state.value, stopped_at=sandbox.stopped_at)
+
+    def _written(self, key: str) -> float:
+        """When a detached command of such a one has put something into its journal last; 0: none has."""
+        sandbox, last = self._private.get(key), 0.0
+        for command in [] if sandbox is None else list(sandbox._detached.values()):
+            with contextlib.suppress(OSError):  # it is forgotten just now
+                last = max(last, os.fstat(command._journal.fd).st_mtime)
+        return last
+
+    def _drop_handles(self) -> None:
+        """Those of sandboxes that another process has destroyed. Each finds out by itself, and tells it."""
+        there = {record.id for record in self._ledger.all()}
+        with self._guard:
+            missing = [handle for key, handle in self._handles.items() if key not in there]
+        for handle in missing:
+            with contextlib.suppress(SandboxError):  # its record is damaged: it is there
+                if handle.state is SandboxState.DESTROYED:
+                    self._forgotten(handle.id)
 
     def gc(self) -> Reconciled:
         """The same as :meth:`reconcile`."""
@@ -230,15 +274,19 @@ class Keeping(Directory):
         if action.error:
             facts["error"] = action.error
         if action.kind == "terminate":
-            session = next((one for one in self._used if one.id == action.id), None)
-            if session is not None:
-                self._used.remove(session)
-                self._left(session)
-            self._emit(EventKind.SESSION_TIMED_OUT, session, **facts)
+            if not action.error:
+                self._timed_out(action, facts)
         elif action.id.startswith("sbx-"):
             self._emit_action(action, facts)
         if not action.error:
             self.metrics.count_action(action.kind)
+
+    def _timed_out(self, action: Action, facts: Mapping[str, Any]) -> None:
+        session = next((one for one in self._used if one.id == action.id), None)
+        if session is not None:
+            self._used.remove(session)
+            self._left(session)
+        self._emit(EventKind.SESSION_TIMED_OUT, session, **facts)
 
     def _emit_action(self, action: Action, facts: Mapping[str, Any]) -> None:
         """What has become of a sandbox, and why."""
@@ -251,17 +299,39 @@ class Keeping(Directory):
             self._emit(why, sandbox=action.id, **facts)
         if action.error:
             return
+        gone = action.kind in ("delete", "forget")
+        if gone:
+            self._settle_handle(action.id)
         self._emit(_ENDS[action.kind], sandbox=action.id, **facts)
-        if action.kind in ("delete", "forget"):
+        if gone:
             self._emit_ends([one for one in self._used if one.sandbox == action.id], action.reason)
             self._forgotten(action.id)
+        if action.kind == "delete":  # what is forgotten has ended with its process
+            self.metrics.count_end("swept")
+
+    def _settle_handle(self, key: str) -> None:
+        """Have the handle of what the sweep has destroyed find that out: it tells how its commands ended."""
+        with self._guard:
+            handle = self._handles.get(key)
+        if handle is not None:
+            self._ended = key
+            try:
+                with contextlib.suppress(SandboxError):
+                    handle.state  # noqa: B018
+            finally:
+                self._ended = ""
+
+    def _heard(self, key: str, kind: str, data: Mapping[str, Any]) -> None:
+        if kind != EventKind.SANDBOX_DESTROYED or key != self._ended:  # that the sweep tells, and why
+            super()._heard(key, kind, data)
 
     def _drop_private(self) -> None:
         """Those of this process whose time is over, or whose last session somebody else has ended."""
         for key in list(self._private):
             record = self._ledger.get(key)
             if record is None or record.doomed:
-                self._end_private(key, "" if record is None else record.doomed)
+                released = record is not None and record.doomed == "released"
+                self._end_private(key, "released" if released else "swept")
             elif record.expires_at is not None and time.time() >= record.expires_at:
                 users = self._ledger.sessions(states=LIVE, sandbox=key)
                 self._emit(EventKind.SANDBOX_EXPIRED, sandbox=key, name=record.name)
@@ -274,7 +344,7 @@ class Keeping(Directory):
             self._users.get(session.sandbox, {}).pop(session.id, None)
 
     def _end_private(self, key: str, why: str) -> None:
-        """A sandbox of a pool is not wanted any more."""
+        """A sandbox of a pool is not wanted any more: "released" or not, for a reason that is counted."""
         raise NotImplementedError
 
     def destroy_all(self, *, labels: Mapping[str, str] | None = None) -> tuple[Action, ...]:
@@ -318,6 +388,20 @@ class Keeping(Directory):
         for handle in handles:
             handle.close()
 
+
+_keepings: weakref.WeakSet[Keeping] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    """What is of one process alone stays its parent's, with its record and sessions; and locks may have been
+    those of threads that are not here."""
+    for keeping in list(_keepings):
+        keeping._guard, keeping._sweeping = threading.RLock(), threading.Lock()
+        for known in (keeping._private, keeping._users, keeping._busy):
+            known.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 _ACTIVE = (SessionState.ACTIVE,)
 _FREES = ("terminate", "delete", "stop", "archive")

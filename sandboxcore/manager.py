@@ -55,7 +55,8 @@ class SandboxManager(Acquiring):
     timeouts: of sessions that say nothing else.
     policy: of sandboxes that say nothing else; default none.
     pool: how its pools behave: :class:`PoolConfig`. warm: specs, or names of profiles, whose pools are filled
-        from the beginning.
+        from the beginning, as far as there is room; nobody waits for that. Raises what compiling a spec, or
+        preparing its template, does.
     sweep_interval: seconds between two :meth:`reconcile` in the background; default 60, None: none.
     on_event: called with each :class:`Event`, as by ``manager.events.subscribe``.
     """
@@ -82,10 +83,15 @@ class SandboxManager(Acquiring):
             pool=pool,
         )
         try:
-            self.pools.warm(*warm)
+            self._fill(warm)
         except BaseException:
             self.close()
             raise
+
+    def _fill(self, specs: Iterable[SandboxSpec | str]) -> None:
+        """Have their pools begin. Without waiting: where there is no room it might be for ever."""
+        for spec in specs:
+            self.pools.pool(spec)
 
     # --- without a session ------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sandboxcore.errors import SandboxNotFound, SpecError
-from sandboxcore.identity import lives
+from sandboxcore.identity import lives, this_process
 from sandboxcore.inhabitants import is_awaited
 from sandboxcore.ledger import Ledger
 from sandboxcore.persistent import PersistentSandbox
@@ -72,6 +72,7 @@ def reconcile(
     dry_run: bool = False,
     crashes: bool = True,
     busy: Callable[[str], bool] = lambda sandbox: False,
+    written: Callable[[str], float] = lambda sandbox: 0.0,
     note: Callable[[Action], None] = lambda action: None,
 ) -> Reconciled:
     """Do what is due, each thing only if nothing has come between; what fails leaves the rest as it is.
@@ -80,14 +81,18 @@ def reconcile(
     long are terminated, and sandboxes destroyed whose last one it was; sandboxes are stopped, archived and
     destroyed by their policy and their time to live; what crashes have left is cleared away. A command that
     somebody waits for is activity, and so is the output of a detached one. While a session is active, only
-    the time to live ends its sandbox. Sandboxes of another process that lives are its own to destroy.
+    the time to live ends its sandbox. Sandboxes of another process that lives are its own to destroy, and
+    their sessions its own to terminate: it alone knows what runs there.
 
     now: seconds since the epoch. dry_run: nothing changes, and the actions are those that would be done.
     crashes: False leaves what they have left, which takes longest to look for, for another time.
-    busy: whether this process runs something in a sandbox, which counts as activity. note: called with each
-    action that was done, or has failed.
+    busy: whether this process runs something in a sandbox, which counts as activity. written: when a detached
+    command of one of this process's own has written something last. note: called with each action that was
+    done, or has failed.
     """
-    return _Pass(ledger, time.time() if now is None else now, dry_run, busy, note).run(crashes=crashes)
+    now = time.time() if now is None else now
+    one = _Pass(ledger, now, dry_run=dry_run, busy=busy, written=written, note=note)
+    return one.run(crashes=crashes)
 
 
 class _Pass:
@@ -98,11 +103,14 @@ class _Pass:
         self,
         ledger: Ledger,
         now: float,
+        *,
         dry_run: bool,
         busy: Callable[[str], bool],
+        written: Callable[[str], float],
         note: Callable[[Action], None],
     ) -> None:
-        self.ledger, self.now, self.dry_run, self.note = ledger, now, dry_run, note
+        self.ledger, self.now, self.dry_run = ledger, now, dry_run
+        self.written, self.note, self.host = written, note, this_process()
         self.actions: list[Action] = []
         self.ended: list[str] = []
         self.old = ledger.ended_sessions(now - KEEP_SESSIONS)
@@ -203,9 +211,9 @@ class _Pass:
 
     def _written(self, record: SandboxRecord) -> float:
         """When a detached command has put something into its journal last; 0: none has."""
-        last = 0.0
+        last = self.written(record.id) if record.host else 0.0
         if record.host or record.state not in ("running", "paused"):
-            return last
+            return min(last, self.now)
         try:
             with os.scandir(self.ledger.home(record.id).path) as entries:
                 for entry in entries:
@@ -244,6 +252,9 @@ class _Pass:
 
     def _end_session(self, session: SessionRecord) -> None:
         action = Action(kind="terminate", id=session.id, name=session.client, reason="timed out")
+        record = self.records.get(session.sandbox)
+        if record is not None and record.host not in ("", self.host):
+            return
         try:
             if session.sandbox in self.busy or not is_timed_out(session, self.now):
                 return
@@ -254,7 +265,6 @@ class _Pass:
         seconds = self.now - session.last_active_at
         why = f"timed out: {session.state} without activity for {seconds:.0f} s (timeout {most:g} s)"
         states = self.states.get(session.sandbox, {})  # read later than the session: it may have ended
-        record = self.records.get(session.sandbox)
         last = states.keys() == {session.id} and record is not None and not record.lasting
 
         def terminate() -> bool:

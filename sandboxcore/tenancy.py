@@ -215,12 +215,14 @@ class Tenancy(Keeping):
                 known.pop(key, None)
         if sandbox is None:
             return
-        if why == "released" and not self._closed:
-            sandbox._observers = ()  # the pool says what becomes of it
-            self.pools.release(sandbox)
-        else:
-            sandbox.destroy()
-        self._ledger.forget_private(key)
+        try:
+            if why == "released" and not self._closed:
+                self.pools.release(sandbox)  # it ends in a while, and tells that then
+            else:
+                sandbox.destroy()
+        finally:  # also of one that cannot be killed yet: nobody gets it again
+            self.metrics.count_end(why)
+            self._ledger.forget_private(key)
 
     def _pool_said(self, kind: str, data: Mapping[str, Any]) -> None:
         rest = {name: value for name, value in data.items() if name != "sandbox"}

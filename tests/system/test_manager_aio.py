@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,15 @@ from sandboxcore import (
     SelectionOptions,
     SelectionRefused,
     SessionState,
+    SpecError,
     TooManySandboxes,
     aio,
+    aio_sandbox,
+    persistent,
 )
 from sandboxcore import SandboxSpec as Spec
+from sandboxcore.pool import SandboxPool
+from sandboxcore.pool_policy import PoolConfig
 
 pytestmark = pytest.mark.once
 
@@ -257,3 +263,192 @@ def test_many_tasks_take_turns(state: Path) -> None:
         await condition(lambda: manager.list_sessions() == [], "the end of all")
 
     with_manager(state, action, max_sandboxes=3)
+
+
+def held(lock: Any) -> bool:
+    """Whether any thread has it; it may be this one."""
+
+    def look() -> bool:
+        if free := lock.acquire(blocking=False):
+            lock.release()
+        return not free
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(look).result()
+
+
+@pytest.mark.parametrize("move", ["start", "stop"])
+def test_a_task_and_a_thread_change_the_same_sandbox(
+    state: Path, move: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread comes while the task is at it: neither waits for what the other one has."""
+    came, go = threading.Event(), threading.Event()
+
+    def late(real: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            came.set()
+            assert go.wait(PATIENCE)
+            return real(*args)
+
+        return wrapper
+
+    async def action(manager: aio.SandboxManager) -> None:
+        box = await manager.create(start=move == "stop")
+        real_born, real_end = aio_sandbox.born, aio.PersistentSandbox._end
+
+        async def the_thread_goes_on() -> None:
+            go.set()
+            await condition(lambda: held(box._own._lock), "one of them")
+
+        async def born(*args: Any, **options: Any) -> Any:
+            link = await real_born(*args, **options)
+            await the_thread_goes_on()
+            return link
+
+        async def end(self: aio.PersistentSandbox, *args: Any, **options: Any) -> None:
+            await the_thread_goes_on()
+            assert self.state is SandboxState.RUNNING
+            await real_end(self, *args, **options)
+
+        monkeypatch.setattr(aio_sandbox, "born", born)
+        monkeypatch.setattr(aio.PersistentSandbox, "_end", end)
+        for name in ("start", "_destroy"):
+            monkeypatch.setattr(
+                persistent.PersistentSandbox, name, late(getattr(persistent.PersistentSandbox, name))
+            )
+        work: Awaitable[Any] = manager.attach(box.id) if move == "start" else manager.destroy(box.id)
+        thread = asyncio.ensure_future(work)
+        await condition(came.is_set, "the thread")
+        await getattr(box, move)()
+        await thread
+        assert manager.get_state(box.id) == ("running" if move == "start" else None)
+
+    with_manager(state, action)
+
+
+def test_no_pool_is_filled_on_the_loop(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, real = threading.Event(), SandboxPool.start
+
+    def start(self: SandboxPool) -> SandboxPool:
+        assert go.wait(PATIENCE)
+        return real(self)
+
+    monkeypatch.setattr(SandboxPool, "start", start)
+
+    async def main() -> None:
+        asyncio.get_running_loop().call_soon(go.set)
+        config = PoolConfig(min_warm=2, max_warm=2)
+        async with aio.SandboxManager(
+            state, max_sandboxes=1, warm=["minimal"], pool=config, sweep_interval=None
+        ) as manager:
+            await condition(lambda: manager._own.stats().pool_size == 1, "the one for which there is room")
+            assert (await manager.run_pooled(["echo", "x"], spec=Spec(profile="minimal"))).stdout == b"x\n"
+        for bad in ("no such profile", Spec(ro=["/no/such/thing"])):
+            with pytest.raises(SpecError):
+                async with aio.SandboxManager(state, warm=[bad], sweep_interval=None):
+                    pass
+
+    play(main())
+
+
+def test_a_place_is_taken_by_a_thread(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, go = threading.Event(), threading.Event()
+    tidied: list[int] = []
+
+    async def action(manager: aio.SandboxManager) -> None:
+        own = manager._own
+        take, make_room = own._room.take, own._make_room
+
+        def slowly() -> int:
+            asked.set()
+            assert go.wait(PATIENCE)
+            return take()
+
+        def told() -> bool:
+            tidied.append(threading.get_ident())
+            return make_room()
+
+        monkeypatch.setattr(own._room, "take", slowly)
+        monkeypatch.setattr(own, "_make_room", told)
+        run = asyncio.create_task(manager.run_ephemeral(["true"]))
+        await condition(asked.is_set, "the place is asked for")
+        run.cancel()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        assert own._room.taken() == 0
+        assert (await manager.run_ephemeral(["true"])).ok
+        assert own._room.taken() == 0
+        box = await manager.create()
+        with pytest.raises(TooManySandboxes):
+            await manager.run_ephemeral(["true"])
+        assert tidied
+        assert threading.get_ident() not in tidied
+        await manager.destroy(box.id)
+
+    with_manager(state, action, max_sandboxes=1)
+
+
+def test_closed_twice_and_cancelled(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with aio.SandboxManager(state, sweep_interval=None) as manager:
+            assert (await manager.run_pooled(["echo", "x"], client="me")).stdout == b"x\n"
+            await manager.close()
+            await manager.close()
+        began, go = threading.Event(), threading.Event()
+        manager = aio.SandboxManager(state, sweep_interval=None)
+        real = manager._own.close
+
+        def slowly() -> None:
+            began.set()
+            assert go.wait(PATIENCE)
+            real()
+
+        monkeypatch.setattr(manager._own, "close", slowly)
+        closing = asyncio.create_task(manager.close())
+        await condition(began.is_set, "it closes")
+        closing.cancel()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await condition(
+            lambda: not any(thread.is_alive() for thread in manager._threads._threads),
+            "the end of its threads",
+        )
+
+    play(main())
+
+
+def test_the_loop_goes_on_while_a_thread_changes_a_sandbox(state: Path) -> None:
+    """One of a manager that forks it, or archives it, has its lock all the while."""
+    has, go = threading.Event(), threading.Event()
+
+    async def action(manager: aio.SandboxManager) -> None:
+        box = await manager.create()
+
+        def change() -> None:
+            with box._own._lock:
+                has.set()
+                assert go.wait(PATIENCE)
+
+        thread = asyncio.create_task(asyncio.to_thread(change))
+        await condition(has.is_set, "the thread")
+        assert manager.get_state(box.id) is box.state is SandboxState.RUNNING
+        tasks = [
+            asyncio.ensure_future(work)
+            for work in (
+                box.exec(["true"]),
+                box.popen(["true"]),
+                box.detach(["true"]),
+                box.signal(0),
+                box.files.write("/tmp/x", b""),
+            )
+        ]
+        await asyncio.sleep(0)  # each has begun
+        assert not any(task.done() for task in tasks)
+        go.set()
+        _, process, *_ = await asyncio.gather(*tasks)
+        assert await process.wait() == 0
+        await thread
+
+    with_manager(state, action)

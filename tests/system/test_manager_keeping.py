@@ -1,21 +1,26 @@
 """What becomes of sandboxes in time, of what is stored of them, and of records that are damaged."""
 
 import contextlib
+import os
+import signal
 import sqlite3
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 from managed import heard, in_state, is_gone, kinds, manager, nothing_left, runs, second, session_in, state
-from support import wait_until
+from support import host_program, open_fds, wait_until
 
 from sandboxcore import (
+    PIPE,
     Event,
     InvalidTransition,
     LifecyclePolicy,
     SandboxManager,
     SandboxNotFound,
+    SandboxSession,
     SandboxState,
     SelectionOptions,
     SessionTimeouts,
@@ -23,6 +28,7 @@ from sandboxcore import (
     UnsupportedHost,
 )
 from sandboxcore import SandboxSpec as Spec
+from sandboxcore.pool_policy import PoolConfig
 from sandboxcore.store import DATABASE
 
 pytestmark = pytest.mark.once
@@ -354,3 +360,202 @@ def test_a_damaged_record_is_told_of_skipped_and_kept(
         db.execute("UPDATE sessions SET timeouts = '{}' WHERE id = ?", (broken.id,))
     assert runs(manager.attach(left.sandbox_id, "me").session)
     assert manager.get_state(broken.sandbox_id) is SandboxState.RUNNING
+
+
+def test_what_another_process_has_destroyed_is_let_go(
+    manager: SandboxManager, second: SandboxManager, heard: list[Event]
+) -> None:
+    kept, damaged, gone = (manager.create(name=name) for name in ("kept", "damaged", "gone"))
+    before = open_fds()
+    handle = weakref.ref(manager.create(name="unused"))
+    second.destroy("unused")
+    command = gone.detach(["sleep", "60"])
+    spec = manager._ledger._do("SELECT spec FROM sandboxes WHERE id = ?", (damaged.id,))[0]["spec"]
+    manager._ledger._do("UPDATE sandboxes SET spec = '{' WHERE id = ?", (damaged.id,))
+    second.destroy(gone.id)
+    heard.clear()
+    manager.reconcile(dry_run=True)
+    assert gone.id in manager._handles
+    for _ in range(2):
+        manager.reconcile()
+    manager._ledger._do("UPDATE sandboxes SET spec = ? WHERE id = ?", (spec, damaged.id))
+    assert manager._handles.keys() == {kept.id, damaged.id}
+    assert sorted(kinds(heard, "sandbox.destroyed", "command.ended")) == [
+        "command.ended", "sandbox.destroyed", "sandbox.destroyed",
+    ]  # fmt: skip
+    command.close()
+    assert handle() is None
+    assert len(open_fds()) < len(before)
+
+
+# --- of a pool: what this process alone can tell --------------------------------------------------------
+
+
+def test_output_of_a_pools_sandbox_is_activity(manager: SandboxManager) -> None:
+    session, silent = (manager.acquire(options=POOLED) for _ in range(2))
+    command = session.sandbox.detach(["sh", "-c", "read x; echo x; sleep 60"], stdin=PIPE)
+    for sandbox in (session.sandbox, silent.sandbox):
+        sandbox.detach(["sleep", "60"])
+        for known in sandbox._detached.values():
+            os.utime(known._journal.fd, times=(time.time() - 400,) * 2)
+    ago(manager, 301)
+    with command.input(last=True) as stdin:
+        stdin.write(b"\n")
+    wait_until(lambda: command.logs().end, "output")
+    assert manager.reconcile(dry_run=True).terminated == (silent.id,)
+    assert manager.reconcile().terminated == (silent.id,)
+    assert runs(session)
+
+
+def test_the_state_of_a_pools_sandbox_is_on_record(manager: SandboxManager, second: SandboxManager) -> None:
+    def state(session: SandboxSession) -> str:
+        manager.reconcile()
+        record = second.get_record(session.sandbox_id)
+        assert record is not None
+        return record.state
+
+    session = manager.acquire(options=POOLED)
+    assert state(session) == "running"
+    session.suspend()
+    assert state(session) == "paused"
+    session.resume()
+    assert state(session) == "running"
+    os.kill(session.sandbox.pid, signal.SIGKILL)
+    wait_until(lambda: session.sandbox.state is SandboxState.STOPPED, "its end")
+    assert state(session) == "stopped"
+
+
+def test_another_process_times_out_no_session_of_a_pools_sandbox(
+    manager: SandboxManager, state: Path
+) -> None:
+    """It cannot know that a client waits for a command there."""
+    session = manager.acquire(options=POOLED)
+    ago(manager, 301)
+    sweep = f"""
+        from sandboxcore import SandboxManager
+        with SandboxManager({str(state)!r}, sweep_interval=None) as manager:
+            print(len(manager.reconcile().actions))
+    """
+    assert host_program(sweep).stdout.split() == ["0"]
+    assert session.state == "active"
+    assert manager.reconcile().terminated == (session.id,)
+    assert is_gone(manager, session.sandbox_id)
+
+
+def test_a_pools_sandbox_that_cannot_be_ended_yet_is_forgotten(
+    manager: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = manager.acquire(options=POOLED)
+    sandbox = session.sandbox
+    real = sandbox.destroy
+
+    def fail() -> None:
+        raise TimeoutError("not yet")
+
+    monkeypatch.setattr(sandbox, "destroy", fail)
+    with pytest.raises(TimeoutError):
+        session.terminate()
+    assert manager.get_record(session.sandbox_id) is None
+    assert session.state == "terminated"
+    real()
+
+
+# --- what is told of an end -----------------------------------------------------------------------------
+
+
+def ends(heard: list[Event], key: str) -> list[tuple[str, str | None]]:
+    """What was told of the ends of a sandbox and its commands, and of which command."""
+    found = (event for event in heard if event.sandbox == key)
+    return [
+        (event.kind.value, event.data.get("command"))
+        for event in found
+        if event.kind in ("command.ended", "sandbox.destroyed")
+    ]
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["ended", "reset"])
+def test_the_end_of_what_was_released_is_told_once(state: Path, heard: list[Event], reset: bool) -> None:
+    config = PoolConfig(min_warm=1, max_warm=1, reset=reset)
+    with SandboxManager(state, pool=config, sweep_interval=None, on_event=[heard.append]) as manager:
+        session = manager.acquire(options=POOLED)
+        command = session.sandbox.detach(["sleep", "60"])
+        session.release()
+        wait_until(lambda: ("sandbox.destroyed", None) in ends(heard, session.sandbox_id), "its end")
+        manager.reconcile()
+    assert ends(heard, session.sandbox_id) == [("command.ended", command.id), ("sandbox.destroyed", None)]
+
+
+def test_the_end_of_what_the_sweep_destroys_is_told_once(manager: SandboxManager, heard: list[Event]) -> None:
+    session = manager.acquire()
+    sandbox = session.sandbox
+    command = sandbox.detach(["sleep", "60"])
+    ago(manager, 301)
+    os.utime(command._journal.fd, times=(time.time() - 400,) * 2)
+    assert manager.reconcile().terminated == (session.id,)
+    assert sandbox.state is SandboxState.DESTROYED
+    manager.reconcile()
+    assert ends(heard, sandbox.id) == [("command.ended", command.id), ("sandbox.destroyed", None)]
+
+
+def test_what_failed_is_not_told_as_done(manager: SandboxManager, heard: list[Event]) -> None:
+    session = manager.acquire(client_id="me")
+    manager._ledger._do("UPDATE sessions SET timeouts = '{\"idle\": -5}' WHERE id = ?", (session.id,))
+    heard.clear()
+    for _ in range(2):
+        assert [action.id for action in manager.reconcile().failed] == [session.id]
+    assert kinds(heard, "session") == []
+    assert manager._users[session.sandbox_id] == {session.id: "me"}
+
+
+def test_every_destroyed_sandbox_is_counted(manager: SandboxManager) -> None:
+    swept, expired, pooled, left = (
+        manager.acquire(ttl=ttl, options=options)
+        for ttl, options in ((None, None), (50, POOLED), (None, POOLED), (None, POOLED))
+    )
+    left.release()
+    for session, seconds in ((swept, 301), (expired, 60), (pooled, 301)):
+        ago(manager, seconds, session.sandbox_id)
+    manager.reconcile()
+    for session in (swept, expired, pooled):
+        assert is_gone(manager, session.sandbox_id)
+    text = manager.prometheus()
+    for reason, number in (("swept", 2), ("expired", 1), ("released", 1)):
+        assert f'sandboxcore_destroyed_total{{reason="{reason}"}} {number}\n' in text
+
+
+# --- a fork ---------------------------------------------------------------------------------------------
+
+
+def test_a_forked_child_ends_nothing_of_its_parents(state: Path) -> None:
+    """It may leave the block, whatever a thread of its parent was at."""
+    code = f"""
+        import os, signal, threading
+        from sandboxcore import SandboxError, SandboxManager, SelectionOptions
+        held, go = threading.Event(), threading.Event()
+        def hold(manager):
+            with manager._guard, manager._sweeping:
+                held.set()
+                go.wait()
+        with SandboxManager({str(state)!r}, sweep_interval=None) as manager:
+            session = manager.acquire(client_id="me", options=SelectionOptions(use_pool=True))
+            thread = threading.Thread(target=hold, args=[manager])
+            thread.start()
+            held.wait()
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)
+                try:
+                    session.sandbox
+                except SandboxError as error:
+                    assert str(os.getppid()) in str(error), error
+                    manager.reconcile()
+                    manager.close()
+                    os._exit(0)
+                os._exit(1)
+            print(os.waitpid(child, 0)[1])
+            go.set()
+            thread.join()
+            print(session.state, manager.get_record(session.sandbox_id).state)
+            print(session.sandbox.exec(["echo", "x"]).stdout.decode())
+    """
+    assert host_program(code).stdout.split() == ["0", "active", "running", "x"]

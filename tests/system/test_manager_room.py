@@ -193,6 +193,17 @@ def test_pools_that_are_filled_from_the_beginning(state: Path) -> None:
     assert SandboxManager(state, sweep_interval=None).list_sandboxes() == []
 
 
+def test_pools_for_which_there_is_no_room_are_not_waited_for(state: Path) -> None:
+    config = PoolConfig(min_warm=2, max_warm=2)
+    with SandboxManager(
+        state, max_sandboxes=1, warm=["minimal"], pool=config, sweep_interval=None
+    ) as manager:
+        wait_until(lambda: manager.stats().pool_size == 1, "the one for which there is room", PATIENCE)
+        assert manager.run_pooled(["echo", "x"], spec=Spec(profile="minimal")).stdout == b"x\n"
+    with pytest.raises(SpecError):
+        SandboxManager(state, warm=[Spec(ro=["/no/such/thing"])], sweep_interval=None)
+
+
 def test_destroy_all(manager: SandboxManager, second: SandboxManager) -> None:
     kept = manager.create(labels={"keep": "1"})
     for name in ("active", "detached", "suspended"):

@@ -473,7 +473,8 @@ def test_of_a_process_that_has_ended(ledger: Ledger) -> None:
             private(ledger, "ours", this_process(), expires_at=1.0),
         )
         sessions = [attend(ledger, one) for one in (theirs, ours)]
-        late = attend(ledger, theirs, ago=400)
+        sessions.append(attend(ledger, theirs, ago=400))  # theirs to say whether anything runs there
+        late = attend(ledger, ours, ago=400)
         assert [(action.kind, action.id) for action in both(ledger).actions] == [("terminate", late.id)]
         other.kill()
         other.wait(PATIENCE)
@@ -481,7 +482,7 @@ def test_of_a_process_that_has_ended(ledger: Ledger) -> None:
     assert [(action.kind, action.id) for action in done.actions] == [("forget", theirs.id)]
     assert "has ended" in done.actions[0].reason
     assert [record.name for record in ledger.all()] == ["ours"]
-    assert [ledger.session(one.id).state for one in sessions] == ["terminated", "active"]
+    assert [ledger.session(one.id).state for one in sessions] == ["terminated", "active", "terminated"]
     assert done.collected.ended == ()
     ledger.forget_private(ours.id)
 
