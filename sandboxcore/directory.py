@@ -16,7 +16,7 @@ from sandboxcore.ledger import Ledger
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.manager_metrics import Metrics
 from sandboxcore.persistent import PersistentSandbox
-from sandboxcore.records import SandboxRecord, SessionRecord
+from sandboxcore.records import SandboxRecord, SessionRecord, plain_metadata
 from sandboxcore.recovery import true_records
 from sandboxcore.room import Room
 from sandboxcore.sandbox import Sandbox
@@ -254,7 +254,8 @@ class Directory:
         Raises what :class:`PersistentSandbox` does, and :class:`TooManySandboxes`. Then there is no record.
         """
         about = {
-            "name": name, "labels": labels, "description": description, "metadata": metadata, "owner": owner,
+            "name": name, "labels": labels, "description": description, "owner": owner,
+            "metadata": plain_metadata(metadata or {}),
         }  # fmt: skip
         more = self._more(ttl, policy, template, template_help)
         return self._created(

@@ -47,6 +47,14 @@ class Ledger(Store):
             raise SessionNotFound(f"no session has the id {session_id!r} in {self.path}")
         return self._read(rows[0])
 
+    def bare_session(self, session_id: str) -> SessionRecord:
+        """The same without its timeouts, metadata and labels: also one in which these cannot be read."""
+        names = "id, sandbox, client, state, created_at, last_active_at, trace_id, ended_at, ended_why"
+        rows = self._do(f"SELECT {names} FROM sessions WHERE id = ?", (session_id,))
+        if not rows:
+            raise SessionNotFound(f"no session has the id {session_id!r} in {self.path}")
+        return SessionRecord(**dict(rows[0]))
+
     def _read(self, row: sqlite3.Row) -> SessionRecord:
         try:
             return session_of(row)

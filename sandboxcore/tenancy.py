@@ -17,9 +17,10 @@ from sandboxcore.lifecycle import SandboxState, new_id
 from sandboxcore.managed_session import SandboxSession
 from sandboxcore.pool_policy import PoolConfig
 from sandboxcore.pools import SandboxPools
-from sandboxcore.records import SandboxRecord, SessionRecord
+from sandboxcore.records import SandboxRecord, SessionRecord, plain_metadata
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.session import LIVE, SessionState, SessionTimeouts, check_move
+from sandboxcore.spec import check_labels
 
 AnySession = SandboxSession | str
 
@@ -44,11 +45,12 @@ class Tenancy(Keeping):
     ) -> SessionRecord:
         if not isinstance(client_id, str):
             raise SpecError(f"client_id: {client_id!r} is not text")
+        said, marks = plain_metadata(metadata or {}), check_labels(labels or {})
         now = time.time()
         return SessionRecord(
             id=new_id("sess"), sandbox=sandbox, client=client_id, state=SessionState.ACTIVE.value,
             created_at=now, last_active_at=now, timeouts=(timeouts or self._timeouts).to_dict(),
-            metadata=dict(metadata or {}), labels=dict(labels or {}), trace_id=current_trace(),
+            metadata=said, labels=marks, trace_id=current_trace(),
         )  # fmt: skip
 
     def _held(
@@ -140,7 +142,7 @@ class Tenancy(Keeping):
         self._terminated(id_of(session), "terminated", EventKind.SESSION_TERMINATED)
 
     def _terminated(self, session_id: str, why: str, kind: EventKind) -> None:
-        record = self._ledger.session(session_id)
+        record = self._ledger.bare_session(session_id)
         ended, last = self._ledger.end_session(session_id, why)
         self._left(record)
         if ended:

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from support import spawner_pids, wait_until
 
 from sandboxcore import (
     InvalidTransition,
+    PersistentSandbox,
     SandboxBusy,
+    SandboxError,
     SandboxManager,
     SandboxNotFound,
     SandboxState,
@@ -118,6 +121,38 @@ def test_one_that_cannot_start_leaves_nothing(manager: SandboxManager, tmp_path:
         manager.acquire(Spec(ro=[(str(tmp_path / "missing"), "/missing")]))
     assert manager.list_sandboxes() == []
     assert manager.list_sessions() == []
+
+
+NO_TEXT: dict[str, Callable[[SandboxManager], object]] = {
+    "create": lambda manager: manager.create(name="x", labels={"n": 1}),
+    "handle": lambda manager: PersistentSandbox(name="x", labels={"n": 1}, state_dir=manager.state_dir),
+    "required": lambda manager: manager.acquire(options=SelectionOptions(required_labels={"n": 1})),
+    "acquire": lambda manager: manager.acquire(labels={"n": 1}),
+    "attach": lambda manager: manager.attach("x", labels={"n": 1}, create_if_missing=True),
+    "metadata": lambda manager: manager.acquire(metadata={"a": object()}),
+    "keys": lambda manager: manager.acquire(metadata={1: 2}),
+    "of a sandbox": lambda manager: manager.create(metadata={"a": {2: 3}}),
+}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("what", NO_TEXT)
+def test_what_cannot_be_read_back_is_not_put_on_record(manager: SandboxManager, what: str) -> None:
+    with pytest.raises(SpecError, match="labels|metadata"):
+        NO_TEXT[what](manager)
+    assert (manager.list_sandboxes(), manager.list_sessions(), manager.damaged()) == ([], [], [])
+    assert os.listdir(Path(manager.state_dir) / "sandboxes") == []
+
+
+@pytest.mark.parametrize("end", ["release", "terminate"])
+def test_a_session_whose_row_is_damaged_ends(manager: SandboxManager, end: str) -> None:
+    session = manager.acquire(client_id="me")
+    manager._ledger._do("UPDATE sessions SET labels = '{'")
+    with pytest.raises(SandboxError, match="damaged"):
+        session.detach()
+    getattr(session, end)()
+    assert is_gone(manager, session.sandbox_id)
+    with pytest.raises(SessionNotFound):
+        manager.release("sess-none")
 
 
 def test_creation_timeout(manager: SandboxManager) -> None:

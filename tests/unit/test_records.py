@@ -10,14 +10,15 @@ import sys
 import textwrap
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import host_environment
 
-from sandboxcore import SandboxError
+from sandboxcore import SandboxError, SpecError
 from sandboxcore.ledger import Ledger
 from sandboxcore.lifecycle import new_id
-from sandboxcore.records import CHANGES, SCHEMA, CommandRecord, SandboxRecord, SessionRecord
+from sandboxcore.records import CHANGES, SCHEMA, CommandRecord, SandboxRecord, SessionRecord, plain_metadata
 from sandboxcore.recovery import gc
 from sandboxcore.store import DATABASE, Store
 
@@ -113,6 +114,22 @@ def test_a_uuid_finds_it(ledger: Ledger) -> None:
     assert ledger.find(str(number)).id == "sbx-8"  # a name that somebody gave
 
 
+WRONG = [{"a": object()}, {1: 2}, {"a": [{None: 1}]}, {"a": float("nan")}, {"a": b"x"}, {"a": {1, 2}}]
+
+
+@pytest.mark.parametrize("metadata", WRONG, ids=repr)
+def test_metadata_is_json_data(metadata: dict[Any, Any]) -> None:
+    with pytest.raises(SpecError, match="metadata: is not JSON data"):
+        plain_metadata(metadata)
+
+
+def test_metadata_is_as_it_will_be_read(ledger: Ledger) -> None:
+    plain = plain_metadata({"a": (1, None, {"b": True}), "ü": 2.5})
+    assert plain == {"a": [1, None, {"b": True}], "ü": 2.5}
+    ledger.open_session(session(3, sandbox="sbx-1", metadata=plain))
+    assert ledger.session("sess-3").metadata == plain
+
+
 # --- from one version to the next -------------------------------------------------------------------
 
 BEFORE = [
@@ -182,6 +199,16 @@ def test_what_was_there_before_sessions(tmp_path: Path) -> None:
         assert [(one.lasting, one.next_spec) for one in ledger.all()] == [(True, {})] * 2
         ledger.open_session(session(1, sandbox="sbx-b"))
         assert ledger.end_session("sess-1", "released") == (True, False)
+
+
+def test_labels_that_the_first_version_took(tmp_path: Path) -> None:
+    """They become text; what is no JSON stays as it is, and is left out."""
+    path = version_1(tmp_path / "state")
+    run(path, """UPDATE sandboxes SET labels = '{"k": "v", "n": 1, "t": true, "z": null, "l": [1.5]}'""")
+    run(path, "UPDATE sandboxes SET labels = '{' WHERE id = 'sbx-b'")
+    with Ledger(path) as ledger:
+        assert ledger.find("a").labels == {"k": "v", "n": "1", "t": "true", "z": "null", "l": "[1.5]"}
+        assert [damage.id for damage in ledger.damaged()] == ["sbx-b"]
 
 
 def test_four_processes_migrate_at_once(tmp_path: Path) -> None:
