@@ -29,15 +29,12 @@ class Ledger(Store):
     # --- sessions -------------------------------------------------------------------------------
 
     def open_session(self, session: SessionRecord) -> None:
-        """A new one. Raises :class:`SandboxNotFound` where its sandbox is gone, or about to be."""
+        """A new one. Raises :class:`SandboxNotFound` where its sandbox is gone, or about to be, and
+        InvalidTransition where it does not run."""
         with self._change() as db:
-            query = "SELECT doomed, owner FROM sandboxes WHERE id = ?"
-            row = db.execute(query, (session.sandbox,)).fetchone()
-            if row is None or row["doomed"]:
-                why = f"about to be destroyed: {row['doomed']}" if row else "not on record any more"
-                raise SandboxNotFound(f"sandbox {session.sandbox} is {why}")
+            owner = _owner_of_usable(db, session.sandbox)
             insert(db, session)
-            if session.client != (row["owner"] or ""):
+            if session.client != (owner or ""):
                 db.execute("UPDATE sandboxes SET shared = 1 WHERE id = ?", (session.sandbox,))
 
     def session(self, session_id: str) -> SessionRecord:
@@ -88,7 +85,8 @@ class Ledger(Store):
         self, session_id: str, to: SessionState, wanted: str, *, alone: bool = False
     ) -> SessionRecord:
         """Bring one into another state, and touch it. ``alone``: only if no other session of its sandbox is
-        active, or :class:`SandboxBusy`. Raises InvalidTransition, SessionNotFound."""
+        active, or :class:`SandboxBusy`. Raises InvalidTransition, SessionNotFound; and for one that becomes
+        active what :meth:`open_session` does."""
         with self._change() as db:
             row = db.execute("SELECT * FROM sessions WHERE id = ?", (session_id,)).fetchone()
             if row is None:
@@ -97,6 +95,8 @@ class Ledger(Store):
             others = "SELECT 1 FROM sessions WHERE sandbox = ? AND state = 'active' AND id != ?"
             if alone and db.execute(others, (row["sandbox"], session_id)).fetchone():
                 raise SandboxBusy(f"session {session_id}: {wanted}: another one uses its sandbox")
+            if to is SessionState.ACTIVE:
+                _owner_of_usable(db, row["sandbox"])
             update = "UPDATE sessions SET state = ?, last_active_at = ? WHERE id = ?"
             db.execute(update, (to.value, time.time(), session_id))
             return self._read(db.execute("SELECT * FROM sessions WHERE id = ?", (session_id,)).fetchone())
@@ -109,13 +109,17 @@ class Ledger(Store):
         )
 
     def take_session(self, session_id: str) -> SessionRecord | None:
-        """Make a detached session active, unless somebody was faster or its sandbox is about to go."""
-        done = self._do(
-            "UPDATE sessions SET state = 'active', last_active_at = ? WHERE id = ? AND state = 'detached'"
-            " AND EXISTS (SELECT 1 FROM sandboxes WHERE id = sandbox AND doomed = '') RETURNING *",
-            (time.time(), session_id),
-        )
-        return self._read(done[0]) if done else None
+        """Make a detached session active; None where somebody was faster. Raises what :meth:`open_session`
+        does."""
+        with self._change() as db:
+            done = db.execute(
+                "UPDATE sessions SET state = 'active', last_active_at = ?"
+                " WHERE id = ? AND state = 'detached' RETURNING *",
+                (time.time(), session_id),
+            ).fetchall()
+            if done:
+                _owner_of_usable(db, done[0]["sandbox"])
+            return self._read(done[0]) if done else None
 
     def end_session(
         self, session_id: str, why: str, *, unless_touched: float | None = None
@@ -213,6 +217,19 @@ class Ledger(Store):
         """The same, whatever has happened."""
         self._do("UPDATE sandboxes SET doomed = ? WHERE id = ?", (why, sandbox))
 
+    def extend(self, sandbox: str, seconds: float | None) -> float | None:
+        """Give it so many seconds more, from now on where its time is over or it has no end; None: it gets
+        none. Returns when it expires. Raises :class:`SandboxNotFound` where it is gone, or about to be."""
+        rows = self._do(
+            "UPDATE sandboxes SET expires_at = max(coalesce(expires_at, 0), ?) + ?"
+            " WHERE id = ? AND doomed = '' RETURNING expires_at",
+            (time.time(), seconds, sandbox),
+        )
+        if not rows:
+            raise SandboxNotFound(f"sandbox {sandbox} is about to be destroyed, or not on record any more")
+        when: float | None = rows[0]["expires_at"]
+        return when
+
     def forget_private(self, sandbox: str) -> None:
         """It has ended."""
         with self.locked(sandbox):
@@ -238,3 +255,18 @@ class Ledger(Store):
             self._do("DELETE FROM settings WHERE key = ?", (key,))
         else:
             self._do("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+
+
+def _owner_of_usable(db: sqlite3.Connection, sandbox: str) -> str | None:
+    """The owner of a sandbox of which a session may become active. Raises :class:`SandboxNotFound` where it
+    is gone, or about to be; InvalidTransition where it does not run. What is on record does not say so of
+    one of a pool, which never starts again."""
+    query = "SELECT name, state, doomed, owner, host FROM sandboxes WHERE id = ?"
+    row = db.execute(query, (sandbox,)).fetchone()
+    if row is None or row["doomed"]:
+        why = f"about to be destroyed: {row['doomed']}" if row else "not on record any more"
+        raise SandboxNotFound(f"sandbox {sandbox} is {why}")
+    if row["state"] != "running" and not row["host"]:
+        raise InvalidTransition(f"sandbox {row['name']}", row["state"], "use it")
+    owner: str | None = row["owner"]
+    return owner

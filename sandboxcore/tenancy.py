@@ -7,6 +7,7 @@ from typing import Any
 
 from sandboxcore.errors import (
     InvalidTransition,
+    SandboxBusy,
     SandboxNotFound,
     SessionNotFound,
     SpecError,
@@ -103,11 +104,20 @@ class Tenancy(Keeping):
         try:  # in this order: who dies between has a suspended session of a sandbox that runs
             if sandbox.state is not SandboxState.PAUSED:
                 sandbox.suspend()
+                self._nobody_came(record.sandbox, sandbox)
         except BaseException:
             self._ledger.put_back(record)
             raise
         self._left(moved)
         self._emit(EventKind.SESSION_SUSPENDED, moved)
+
+    def _nobody_came(self, key: str, sandbox: Sandbox) -> None:
+        """Raises :class:`SandboxBusy`, and lets it go on, where a session of it has become active before it
+        stood still: from then on none does."""
+        if self._ledger.sessions(states=(SessionState.ACTIVE,), sandbox=key):
+            with contextlib.suppress(InvalidTransition):  # it goes on already, or has ended
+                sandbox.resume()
+            raise SandboxBusy(f"sandbox {sandbox.name}: suspend: another session uses it")
 
     def resume(self, session: AnySession, *, wait: float | None = 0.0) -> SandboxSession:
         """Go on with a suspended or a detached session: its sandbox runs, and it is active. Other suspended

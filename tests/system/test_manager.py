@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from managed import heard, is_gone, manager, nothing_left, runs, second, session_in, state
@@ -15,11 +16,13 @@ from support import spawner_pids, wait_until
 
 from sandboxcore import (
     InvalidTransition,
+    LifecyclePolicy,
     PersistentSandbox,
     SandboxBusy,
     SandboxError,
     SandboxManager,
     SandboxNotFound,
+    SandboxSession,
     SandboxState,
     SelectionOptions,
     SessionNotFound,
@@ -28,6 +31,7 @@ from sandboxcore import (
     SpecError,
 )
 from sandboxcore import SandboxSpec as Spec
+from sandboxcore.records import SessionRecord
 
 __all__ = ["heard", "manager", "nothing_left", "second", "state"]  # fixtures
 
@@ -236,6 +240,84 @@ def test_a_failed_suspend_changes_nothing(manager: SandboxManager) -> None:
         with pytest.raises(InvalidTransition):
             session.suspend()
         assert session.state == was
+
+
+def at(one: SandboxManager, monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[], object]) -> None:
+    """Have something happen right before a manager asks its ledger for this, the next time."""
+    ask = getattr(one._ledger, name)
+
+    def instead(*args: object, **options: object) -> object:
+        monkeypatch.setattr(one._ledger, name, ask)
+        act()
+        return ask(*args, **options)
+
+    monkeypatch.setattr(one._ledger, name, instead)
+
+
+def test_whoever_comes_before_it_stands_still_keeps_it_running(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attached when the other session was suspended on record, but not the sandbox yet."""
+    first, others = manager.acquire(client_id="a"), []
+    move = manager._ledger.move_session
+
+    def moved(*args: Any, **options: Any) -> SessionRecord:
+        done = move(*args, **options)
+        others.append(second.attach(first.sandbox_id, "b").session)
+        return done
+
+    monkeypatch.setattr(manager._ledger, "move_session", moved)
+    with pytest.raises(SandboxBusy):
+        first.suspend()
+    assert [first.state, *(other.state for other in others)] == [SessionState.ACTIVE] * 2
+    assert runs(first)
+    assert runs(others[0])
+
+
+COMES: dict[str, tuple[str, Callable[[SandboxManager, SandboxSession], object]]] = {
+    "attach": ("open_session", lambda one, left: one.attach(left.sandbox_id, "c")),
+    "go on": ("take_session", lambda one, left: one.attach(left.sandbox_id, "b")),
+    "resume": ("move_session", lambda one, left: one.resume(left.id)),
+}
+
+
+@pytest.mark.parametrize("way", COMES)
+@pytest.mark.parametrize("what", ["suspended", "stopped", "archived", "destroyed"])
+def test_whoever_comes_too_late_is_not_in(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch, way: str, what: str
+) -> None:
+    """It ran when they looked."""
+    first = manager.acquire(client_id="a")
+    left = manager.attach(first.sandbox_id, "b").session
+    left.detach()
+    key, policy = first.sandbox_id, LifecyclePolicy(auto_stop=0.001)
+    ends: dict[str, Callable[[], object]] = {
+        "suspended": first.suspend,
+        "stopped": lambda: (first.detach(), manager.set_policy(key, policy), manager.reconcile()),
+        "archived": lambda: (first.detach(), manager.archive(key)),
+        "destroyed": lambda: manager._ledger.doom_anyhow(key, "its time is up"),
+    }
+    name, come = COMES[way]
+    at(second, monkeypatch, name, ends[what])
+    with pytest.raises(SandboxNotFound if what == "destroyed" else InvalidTransition):
+        come(second, left)
+    assert left.state is SessionState.DETACHED
+    assert manager.get_state(key) == {"suspended": "paused", "destroyed": "running"}.get(what, what)
+    assert manager.list_sessions("active") == ([first] if what == "destroyed" else [])
+
+
+def test_whoever_comes_before_it_is_put_away_keeps_it(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, came = manager.create().id, []
+    at(manager, monkeypatch, "change_unused", lambda: came.append(second.attach(key, "b").session))
+    with pytest.raises(InvalidTransition, match="used by an active session"):
+        manager.archive(key)
+    assert runs(came[0])
+    came[0].detach()
+    at(manager, monkeypatch, "change_unused", lambda: second.touch(key))
+    manager.archive(key)  # somebody has only looked in
+    assert manager.get_state(key) is SandboxState.ARCHIVED
 
 
 # --- attach -------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def ledger(tmp_path: Path):
                 made.home(f"sbx-{number}").path.mkdir()
                 made.add(sandbox(number))
             made.add(CommandRecord(id=f"cmd-{number}", sandbox="sbx-1", args=[], pty=False, started_at=0.0))
-            made.open_session(session(number))
+            made.add(session(number))
         yield made
 
 
@@ -126,7 +126,7 @@ def test_metadata_is_json_data(metadata: dict[Any, Any]) -> None:
 def test_metadata_is_as_it_will_be_read(ledger: Ledger) -> None:
     plain = plain_metadata({"a": (1, None, {"b": True}), "ü": 2.5})
     assert plain == {"a": [1, None, {"b": True}], "ü": 2.5}
-    ledger.open_session(session(3, sandbox="sbx-1", metadata=plain))
+    ledger.add(session(3, sandbox="sbx-1", metadata=plain))
     assert ledger.session("sess-3").metadata == plain
 
 
@@ -182,7 +182,7 @@ def test_from_version_1(tmp_path: Path) -> None:
     path = version_1(tmp_path / "state")
     check_migrated(path)
     with Ledger(path) as ledger:  # and as one that was made so
-        ledger.open_session(session(1, sandbox="sbx-b"))
+        ledger.open_session(session(1, sandbox="sbx-a"))
         ledger.change("sbx-b", expires_at=5.0, policy={"auto_stop": 3})
         assert ledger.find("b").policy == {"auto_stop": 3}
     with Store(tmp_path / "new"):
@@ -197,7 +197,7 @@ def test_what_was_there_before_sessions(tmp_path: Path) -> None:
     check_migrated(path)
     with Ledger(path) as ledger:
         assert [(one.lasting, one.next_spec) for one in ledger.all()] == [(True, {})] * 2
-        ledger.open_session(session(1, sandbox="sbx-b"))
+        ledger.open_session(session(1, sandbox="sbx-a"))
         assert ledger.end_session("sess-1", "released") == (True, False)
 
 
