@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sandboxcore.errors import (
+    InvalidTransition,
     SandboxError,
     SandboxNotFound,
     SelectionRefused,
@@ -22,8 +23,12 @@ from sandboxcore.selection import SelectionOptions, unmet, unmet_by, unmet_insid
 from sandboxcore.session import SessionState, SessionTimeouts
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import SandboxSpec, check_name
+from sandboxcore.store import NameTaken
 from sandboxcore.template import Template
 from sandboxcore.tenancy import Tenancy
+
+_GOING = 2.0  # seconds for a sandbox that is about to be destroyed to be gone
+_SHORTEST, _LONGEST = 0.001, 0.1  # seconds between two looks at it
 
 
 class Acquiring(Tenancy):
@@ -204,24 +209,35 @@ class Acquiring(Tenancy):
         on, or there is a new one. A created or stopped sandbox is started.
 
         create_if_missing: make one of ``create_spec`` with this name where there is none: of several who
-        want that at once, one makes it. wait: for room, where it is to be started, as for :meth:`create`.
+        want that at once, one makes it; where one is about to be destroyed, as soon as it is gone, which is
+        awaited for 2 s. wait: for room, where it is to be started, as for :meth:`create`.
         Raises :class:`SandboxNotFound`; :class:`InvalidTransition` for a suspended or archived one.
         """
         first = self._new_session(client_id, timeouts, metadata, labels)
         if create_if_missing and self._ledger.get(sandbox_id) is None:
             check_name(sandbox_id)
+        deadline, pause = time.monotonic() + _GOING, _SHORTEST
         while True:
             try:
                 sandbox, session, new = self._attached(
                     sandbox_id, first, create_if_missing, create_spec, wait
                 )
                 break
-            except (SandboxNotFound, SpecError) as error:  # somebody was faster: it is there now, or gone
-                there = self._ledger.get(sandbox_id) is not None
-                if not create_if_missing or there is isinstance(error, SandboxNotFound):
+            except NameTaken:  # somebody was faster: it is there now
+                continue
+            except SandboxNotFound:  # it was there a moment ago, or is about to go
+                if not create_if_missing or time.monotonic() > deadline:
                     raise
+            self._make_room()  # whoever was to destroy it may have died
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST)
         held = self._held(session, EventKind.SESSION_ATTACHED, went_on=session.id != first.id, new=new)
-        return AttachResult(session=held, newly_created=new, capabilities=sandbox.capabilities)
+        try:
+            return AttachResult(session=held, newly_created=new, capabilities=sandbox.capabilities)
+        except BaseException:
+            with contextlib.suppress(InvalidTransition):  # it has ended with its sandbox
+                self._undo(held)
+            raise
 
     def _attached(
         self,

@@ -318,10 +318,24 @@ class Directory:
             if start:
                 self._started(made, None if deadline is None else deadline - time.monotonic())
         except BaseException:
-            made.destroy()
+            self._unmade(made, session)
             raise
         with self._guard:
             return self._handles.setdefault(made.id, made)
+
+    def _unmade(self, made: Managed, session: SessionRecord | None) -> None:
+        """It could not be made for this session. Who has attached to it meanwhile keeps it."""
+        if session is None:
+            made.destroy()
+            return
+        self._ledger.end_session(session.id, "its sandbox could not be made")
+        now = self._ledger.get(made.id)
+        if now is None or now.doomed:
+            made.destroy()
+            return
+        with self._guard:
+            self._users.get(made.id, {}).pop(session.id, None)
+        made.close()
 
     def _started(self, sandbox: Sandbox, wait: float | None) -> None:
         """Start one as soon as there is room."""
@@ -329,7 +343,9 @@ class Directory:
         try:
             self._when_there_is_room(sandbox.start, wait)
         except InvalidTransition:
-            if sandbox.state is not SandboxState.RUNNING:  # else somebody was faster
+            if (state := sandbox.state) is SandboxState.DESTROYED:  # while we waited
+                raise SandboxNotFound(f"sandbox {sandbox.name} is not on record any more") from None
+            if state is not SandboxState.RUNNING:  # else somebody was faster
                 raise
             return
         self.metrics.count_creation(time.monotonic() - began, sandbox.timings)

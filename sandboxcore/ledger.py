@@ -14,11 +14,10 @@ from sandboxcore.errors import (
     SandboxError,
     SandboxNotFound,
     SessionNotFound,
-    SpecError,
 )
 from sandboxcore.records import Damaged, SandboxRecord, SessionRecord, session_of
 from sandboxcore.session import LIVE, SessionState, check_move, sources
-from sandboxcore.store import Store, insert, readable
+from sandboxcore.store import NameTaken, Store, insert, readable
 
 _LIVE = ", ".join(f"'{state}'" for state in LIVE)
 
@@ -193,13 +192,12 @@ class Ledger(Store):
     # --- sandboxes ------------------------------------------------------------------------------
 
     def enrol(self, record: SandboxRecord, session: SessionRecord | None = None) -> SandboxRecord:
-        """A new sandbox, and with it perhaps its first session. Raises :class:`SpecError` where the name is
-        taken."""
+        """A new sandbox, and with it perhaps its first session. Raises :class:`NameTaken`."""
         with self._change() as db:
             try:
                 insert(db, record)
             except sqlite3.IntegrityError:
-                raise SpecError(f"name: {record.name!r} is the name of another sandbox") from None
+                raise NameTaken(f"name: {record.name!r} is the name of another sandbox") from None
             if session is not None:
                 insert(db, session)
         return record

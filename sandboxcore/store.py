@@ -47,6 +47,10 @@ PATIENCE = 10.0  # seconds for other processes to finish a change of the databas
 Read = TypeVar("Read")
 
 
+class NameTaken(SpecError):
+    """The name of a new sandbox is that of another one."""
+
+
 class Store:
     """The state directory. Any thread may use it, and a forked child. Raises :class:`SandboxError` where it
     cannot be used."""
@@ -135,7 +139,7 @@ class Store:
     # --- records --------------------------------------------------------------------------------
 
     def add(self, record: Record) -> None:
-        """Remember something new. Raises :class:`SpecError` where the name is taken."""
+        """Remember something new. Raises :class:`NameTaken`."""
         try:
             with self._lock, self._understood():
                 insert(self._connection(), record)
@@ -143,7 +147,7 @@ class Store:
             if not isinstance(error.__cause__, sqlite3.IntegrityError):
                 raise
             if isinstance(record, SandboxRecord):
-                raise SpecError(f"name: {record.name!r} is the name of another sandbox") from None
+                raise NameTaken(f"name: {record.name!r} is the name of another sandbox") from None
             raise SandboxNotFound(f"the sandbox of {record.id} is not on record any more") from None
 
     def change(self, sandbox: str, **values: Any) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from sandboxcore import (
     InvalidTransition,
     LifecyclePolicy,
     PersistentSandbox,
+    Sandbox,
     SandboxBusy,
     SandboxError,
+    SandboxGone,
     SandboxManager,
     SandboxNotFound,
     SandboxSession,
@@ -29,6 +32,8 @@ from sandboxcore import (
     SessionState,
     SetupError,
     SpecError,
+    TooManySandboxes,
+    acquiring,
 )
 from sandboxcore import SandboxSpec as Spec
 from sandboxcore.records import SessionRecord
@@ -384,6 +389,110 @@ def test_attach_starts_what_has_ended(manager: SandboxManager) -> None:
     session.detach()
     found = manager.attach(session.sandbox_id, "me")
     assert runs(found.session)
+
+
+def test_attach_that_cannot_say_what_holds_leaves_no_session(
+    manager: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = manager.create(name="dev")
+    left = manager.attach("dev", "me").session
+    left.detach()
+
+    def fail(self: object) -> None:
+        raise SandboxGone("just now")
+
+    monkeypatch.setattr(Sandbox, "capabilities", property(fail))
+    for client in ("me", "you"):
+        with pytest.raises(SandboxGone):
+            manager.attach("dev", client)
+    with pytest.raises(SandboxGone):
+        manager.attach("other", create_if_missing=True)
+    assert manager.list_sessions() == [left]
+    assert left.state is SessionState.DETACHED
+    assert [record.id for record in manager.list_sandboxes()] == [made.id]
+
+
+@pytest.mark.parametrize("make", [False, True])
+def test_attach_to_one_that_is_destroyed_when_it_is_to_start(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch, make: bool
+) -> None:
+    made = manager.create(name="dev")
+    made.stop()
+    at(second, monkeypatch, "locked", lambda: manager.destroy("dev"))
+    if make:
+        found = second.attach("dev", "me", create_if_missing=True)
+        assert found.newly_created
+        assert runs(found.session)
+    else:
+        with pytest.raises(SandboxNotFound):
+            second.attach("dev", "me")
+        assert second.list_sessions() == []
+
+
+def test_attach_makes_one_when_the_one_before_is_gone(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was to destroy it has died, or is at it just now."""
+    made = manager.create(name="dev")
+    manager._ledger.doom_anyhow(made.id, "released")
+    with pytest.raises(SandboxNotFound):
+        second.attach("dev")
+    found = second.attach("dev", create_if_missing=True)
+    assert found.newly_created
+    assert runs(found.session)
+
+    key, looks = found.session.sandbox_id, threading.Event()
+    manager._ledger.doom_anyhow(key, "released")
+    sweep = second._make_room
+    monkeypatch.setattr(second, "_make_room", lambda: (sweep(), looks.set()))
+    with ThreadPoolExecutor(1) as pool:
+        with manager._ledger.locked(key):
+            later = pool.submit(second.attach, "dev", create_if_missing=True)
+            assert looks.wait(30)
+            assert manager.exists(key)
+        assert later.result(30).session.sandbox_id != key
+
+    key = later.result().session.sandbox_id
+    manager._ledger.doom_anyhow(key, "released")
+    monkeypatch.setattr(acquiring, "_GOING", 0.05)
+    with manager._ledger.locked(key), pytest.raises(SandboxNotFound, match="about to be destroyed"):
+        second.attach("dev", create_if_missing=True)
+
+
+def test_one_that_cannot_be_started_by_its_spec_is_not_tried_for_ever(
+    manager: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = manager.create(name="dev")
+    made.stop()
+
+    def fail() -> None:
+        raise SpecError("a path is gone")
+
+    monkeypatch.setattr(made, "start", fail)
+    with pytest.raises(SpecError):
+        manager.attach("dev", create_if_missing=True)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_one_that_could_not_be_made_is_kept_for_whoever_has_attached(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch, attached: bool
+) -> None:
+    others = []
+
+    def start(sandbox: Sandbox, wait: float | None) -> None:
+        if attached:
+            others.append(second.attach("dev", "you").session)
+        raise TooManySandboxes(1)
+
+    monkeypatch.setattr(manager, "_started", start)
+    with pytest.raises(TooManySandboxes):
+        manager.acquire(client_id="me", name="dev")
+    assert manager.list_sessions() == others
+    assert [record.id for record in manager.list_sandboxes()] == [one.sandbox_id for one in others]
+    for other in others:
+        assert runs(other)
+        other.release()
+    assert manager.list_sandboxes() == []
 
 
 # --- looking ------------------------------------------------------------------------------------------
