@@ -59,7 +59,7 @@ class Acquiring(Tenancy):
         Parameters
         ----------
         spec: default that of the template, or :class:`SandboxSpec`.
-        client_id: yours, for whom it is.
+        client_id: yours, for whom it is: at most 512 characters.
         timeouts, metadata, labels: of the session; its timeouts default to the manager's.
         name, ttl, policy, template, wait, creation_timeout: of a new sandbox, as for :meth:`create`. One with
             a name or template is always new.

@@ -12,7 +12,7 @@ from sandboxcore.errors import (
     SessionNotFound,
     SpecError,
 )
-from sandboxcore.events import EventKind, current_trace
+from sandboxcore.events import MAX_NAME, EventKind, current_trace
 from sandboxcore.keeping import Keeping
 from sandboxcore.lifecycle import SandboxState, new_id
 from sandboxcore.managed_session import SandboxSession
@@ -44,8 +44,8 @@ class Tenancy(Keeping):
         labels: Mapping[str, str] | None,
         sandbox: str = "",
     ) -> SessionRecord:
-        if not isinstance(client_id, str):
-            raise SpecError(f"client_id: {client_id!r} is not text")
+        if not isinstance(client_id, str) or len(client_id) > MAX_NAME:  # else no event could name it
+            raise SpecError(f"client_id: {client_id!r} is not a text of at most {MAX_NAME} characters")
         said, marks = plain_metadata(metadata or {}), check_labels(labels or {})
         now = time.time()
         return SessionRecord(
