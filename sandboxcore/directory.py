@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError, TooManySandboxes
-from sandboxcore.events import Dispatcher, Event, EventKind
+from sandboxcore.events import Dispatcher, Event, EventKind, current_trace
 from sandboxcore.identity import this_process
 from sandboxcore.ledger import Ledger
 from sandboxcore.lifecycle import SandboxState
@@ -115,7 +115,7 @@ class Directory:
                 "client": session.client or None,
                 "sandbox": session.sandbox,
             } | about
-            about.setdefault("trace_id", session.trace_id)
+            about.setdefault("trace_id", current_trace() or session.trace_id)
         data = {name: about.pop(name) for name in list(about) if name not in _ABOUT}
         self.events.emit(kind, data=data, **about)
 

@@ -16,6 +16,7 @@ from managed import heard, is_gone, manager, nothing_left, runs, second, session
 from support import spawner_pids, wait_until
 
 from sandboxcore import (
+    Event,
     InvalidTransition,
     LifecyclePolicy,
     PersistentSandbox,
@@ -36,6 +37,7 @@ from sandboxcore import (
     acquiring,
 )
 from sandboxcore import SandboxSpec as Spec
+from sandboxcore.events import tracing
 from sandboxcore.records import SessionRecord
 
 __all__ = ["heard", "manager", "nothing_left", "second", "state"]  # fixtures
@@ -500,6 +502,25 @@ def test_one_that_could_not_be_made_is_kept_for_whoever_has_attached(
         assert runs(other)
         other.release()
     assert manager.list_sandboxes() == []
+
+
+def test_whose_trace_id_it_is(manager: SandboxManager, heard: list[Event]) -> None:
+    """That of whoever does it; where there is none, that of the session."""
+
+    def told(act: Callable[[], object], prefix: str = "session") -> list[str | None]:
+        heard.clear()
+        act()
+        return [event.trace_id for event in heard if event.kind.startswith(prefix)]
+
+    without = manager.acquire(client_id="me")
+    with tracing("first"):
+        session = manager.acquire(client_id="me")
+        assert told(without.detach) == ["first"]
+    assert told(session.detach) == ["first"]
+    with tracing("second"):
+        assert told(session.resume) == ["second"]
+        assert set(told(session.release, "")) == {"second"}
+    assert told(without.release) == [None]
 
 
 # --- looking ------------------------------------------------------------------------------------------
