@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from sandboxcore.directory import expiry
 from sandboxcore.errors import (
     InvalidTransition,
     SandboxError,
@@ -20,7 +21,7 @@ from sandboxcore.policy import LifecyclePolicy
 from sandboxcore.records import SandboxRecord, SessionRecord
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.selection import SelectionOptions, unmet, unmet_by, unmet_inside
-from sandboxcore.session import SessionState, SessionTimeouts
+from sandboxcore.session import SessionState, SessionTimeouts, begun
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import SandboxSpec, check_name
 from sandboxcore.store import NameTaken
@@ -73,10 +74,8 @@ class Acquiring(Tenancy):
         spec = spec or (template.spec if template is not None else SandboxSpec())
         lasting = {"template": template, "policy": policy, "creation_timeout": creation_timeout}
         _check_pooled(options, lasting, binding)
-        first, more = (
-            self._new_session(client_id, timeouts, metadata, labels),
-            self._more(ttl, policy, template),
-        )
+        first = self._new_session(client_id, timeouts, metadata, labels)
+        more = self._more(ttl, policy, template)
         found = self._preferred(options, first, wait)
         if found is None and not (options.require_fresh or name or template or binding):
             found = self._kept(spec, options, client_id)
@@ -86,13 +85,13 @@ class Acquiring(Tenancy):
         if failed := unmet(spec, options, {**spec.labels, **options.required_labels}, limits):
             raise SelectionRefused("a new sandbox of this spec", failed)
         if options.use_pool:
-            return self._pooled(spec, options, first, wait, more["expires_at"], name=name, **binding)
+            return self._pooled(spec, options, first, wait, ttl, name=name, **binding)
         about = {"name": name, "labels": dict(options.required_labels), "owner": client_id or None}
         made = self._created(
             spec_or, about, more, session=first, template=template, wait=wait, patience=creation_timeout
         )
         self._look_inside(made, options)
-        return self._held(replace(first, sandbox=made.id), EventKind.SESSION_ACQUIRED, new=True)
+        return self._held(self._ledger.session(first.id), EventKind.SESSION_ACQUIRED, new=True)
 
     def _preferred(
         self, options: SelectionOptions, first: SessionRecord, wait: float | None
@@ -111,13 +110,13 @@ class Acquiring(Tenancy):
     def _joined(self, sandbox: str, first: SessionRecord) -> SessionRecord:
         """The client's detached session of this sandbox, which goes on, or a new one."""
         if not first.client:  # nobody has left it for whoever comes
-            return self._opened(replace(first, sandbox=sandbox))
+            return self._opened(begun(first, sandbox))
         for session in self._ledger.sessions(
             states=(SessionState.DETACHED,), client=first.client, sandbox=sandbox
         ):
             if (taken := self._ledger.take_session(session.id)) is not None:
                 return taken
-        return self._opened(replace(first, sandbox=sandbox))
+        return self._opened(begun(first, sandbox))
 
     def _opened(self, first: SessionRecord) -> SessionRecord:
         self._ledger.open_session(first)
@@ -163,7 +162,7 @@ class Acquiring(Tenancy):
         options: SelectionOptions,
         first: SessionRecord,
         wait: float | None,
-        expires_at: float | None,
+        ttl: float | None,
         **binding: Any,
     ) -> SandboxSession:
         binding["labels"] = {**options.required_labels, **(binding.get("labels") or {})}
@@ -176,8 +175,8 @@ class Acquiring(Tenancy):
         try:
             if failed := unmet_inside(sandbox, options.required):
                 raise SelectionRefused(f"sandbox {sandbox.name}", failed)
-            first = replace(first, sandbox=sandbox.id)
-            self._ledger.enrol(replace(self._private_record(sandbox), expires_at=expires_at), first)
+            first = begun(first, sandbox.id)
+            self._ledger.enrol(replace(self._private_record(sandbox), expires_at=expiry(ttl)), first)
         except BaseException:
             sandbox.destroy()
             raise
@@ -255,7 +254,7 @@ class Acquiring(Tenancy):
             raise SandboxNotFound(f"no sandbox has the name or id {key!r} in {self.state_dir}")
         about = {"name": key, "owner": first.client or None}
         sandbox = self._created(spec, about, self._more(None, None, None), session=first, wait=wait)
-        return sandbox, replace(first, sandbox=sandbox.id), True
+        return sandbox, self._ledger.session(first.id), True
 
 
 def _check_pooled(options: SelectionOptions, lasting: Mapping[str, Any], binding: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from sandboxcore.records import SandboxRecord, SessionRecord, plain_metadata
 from sandboxcore.recovery import true_records
 from sandboxcore.room import Room
 from sandboxcore.sandbox import Sandbox
-from sandboxcore.session import LIVE
+from sandboxcore.session import LIVE, begun
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.statedir import StatePath, close_lock
@@ -270,12 +270,11 @@ class Directory:
         template: Template | Snapshot | None,
         help_: str = "",
     ) -> dict[str, Any]:
-        """What goes on record besides."""
-        if ttl is not None and not (isinstance(ttl, int | float) and 0 < ttl < 1e12):
-            raise SpecError(f"ttl: {ttl!r} is not a positive number of seconds")
+        """What goes on record besides; "ttl" begins then."""
+        check_ttl(ttl)
         policy = policy or self._policy
         return {
-            "expires_at": None if ttl is None else time.time() + ttl,
+            "ttl": ttl,
             "policy": {} if policy is None else policy.to_dict(),
             "template": None if template is None else template.name,
             "template_help": help_,
@@ -298,8 +297,10 @@ class Directory:
             self._when_there_is_room(self._check_room, wait)
 
         def enrol(record: SandboxRecord) -> SandboxRecord:
-            first = None if session is None else replace(session, sandbox=record.id)
-            return self._ledger.enrol(replace(record, lasting=session is None, **more), first)
+            first = None if session is None else begun(session, record.id)
+            rest = {name: value for name, value in more.items() if name != "ttl"}
+            whole = replace(record, lasting=session is None, expires_at=expiry(more["ttl"]), **rest)
+            return self._ledger.enrol(whole, first)
 
         parts: dict[str, Any] = {**about, "ledger": self._ledger, "enrol": enrol, "room": self._room}
         snapshot = template.snapshot() if isinstance(template, Template) else template
@@ -415,3 +416,14 @@ class Directory:
 
 
 _ABOUT = ("sandbox", "session", "client", "trace_id")
+
+
+def check_ttl(ttl: float | None) -> None:
+    """Raise :class:`SpecError` for what is no time to live, in seconds."""
+    if ttl is not None and not (isinstance(ttl, int | float) and 0 < ttl < 1e12):
+        raise SpecError(f"ttl: {ttl!r} is not a positive number of seconds")
+
+
+def expiry(ttl: float | None) -> float | None:
+    """When one that is put on record now expires, in seconds since the epoch; None: never."""
+    return None if ttl is None else time.time() + ttl

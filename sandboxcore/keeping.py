@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sandboxcore.directory import Directory, Managed
+from sandboxcore.directory import Directory, Managed, check_ttl
 from sandboxcore.errors import InvalidTransition, SandboxBusy, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.events import LOGGER, EventKind
 from sandboxcore.persistent import PersistentSandbox
@@ -54,8 +54,7 @@ class Keeping(Directory):
         """Give a sandbox more time: ``seconds`` after it would expire, or from now on where it would not;
         None: it does not expire. Returns when it will, in seconds since the epoch, or None. Raises
         :class:`SandboxNotFound`, also for one that is about to be destroyed."""
-        if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < 1e12):
-            raise SpecError(f"ttl: {seconds!r} is not a positive number of seconds")
+        check_ttl(seconds)
         record = self._ledger.find(key)
         when = self._ledger.extend(record.id, seconds)
         self._emit(EventKind.SANDBOX_UPDATED, sandbox=record.id, changed=["expires_at"])
