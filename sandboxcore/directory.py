@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SANDBOX = "default_sandbox"  # of the settings
 TOUCH = 1.0  # seconds between two notes of activity in one sandbox
+PAUSE = 0.05  # seconds between two attempts where nothing tells of room
 
 Enrol = Callable[[SandboxRecord], SandboxRecord]
 
@@ -357,13 +358,17 @@ class Directory:
         while True:
             try:
                 return action()
-            except TooManySandboxes:
+            except TooManySandboxes as error:
                 if not tidied:
                     tidied = True
                     if self._make_room():
                         continue
                 left = None if deadline is None else deadline - time.monotonic()
-                if (left is not None and left <= 0) or not self._room.wait(left):
+                if left is not None and left <= 0:
+                    raise
+                if error.state_dir is None:  # so many of this user: nothing tells when there is one less
+                    time.sleep(PAUSE if left is None else min(left, PAUSE))
+                elif not self._room.wait(left):
                     raise
 
     def _check_room(self) -> None:

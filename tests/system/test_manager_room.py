@@ -147,6 +147,24 @@ def test_who_waits_too_long_is_told_so(small: SandboxManager) -> None:
     assert len(small.list_sandboxes()) == 2
 
 
+def test_waiting_for_the_users_room_is_no_busy_loop(small: SandboxManager) -> None:
+    """This state directory has room, which says nothing of how many the user may have."""
+    attempts: list[float] = []
+
+    def start(succeeds: int) -> int:
+        attempts.append(time.monotonic())
+        if len(attempts) < succeeds:
+            raise TooManySandboxes(2)
+        return len(attempts)
+
+    with pytest.raises(TooManySandboxes):
+        small._when_there_is_room(lambda: start(1 << 30), 0.22)
+    assert len(attempts) <= 6
+    attempts.clear()
+    assert small._when_there_is_room(lambda: start(4), None) == 4
+    assert attempts[-1] - attempts[0] >= 3 * 0.05
+
+
 def test_what_is_due_makes_room(small: SandboxManager) -> None:
     heard: list[Event] = []
     small.events.subscribe(heard.append)
