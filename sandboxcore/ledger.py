@@ -17,7 +17,7 @@ from sandboxcore.errors import (
 )
 from sandboxcore.records import Damaged, SandboxRecord, SessionRecord, session_of
 from sandboxcore.session import LIVE, SessionState, check_move, sources
-from sandboxcore.store import NameTaken, Store, insert, readable
+from sandboxcore.store import Store, insert, readable
 
 _LIVE = ", ".join(f"'{state}'" for state in LIVE)
 
@@ -193,13 +193,7 @@ class Ledger(Store):
 
     def enrol(self, record: SandboxRecord, session: SessionRecord | None = None) -> SandboxRecord:
         """A new sandbox, and with it perhaps its first session. Raises :class:`NameTaken`."""
-        with self._change() as db:
-            try:
-                insert(db, record)
-            except sqlite3.IntegrityError:
-                raise NameTaken(f"name: {record.name!r} is the name of another sandbox") from None
-            if session is not None:
-                insert(db, session)
+        self.add(record, *(() if session is None else (session,)))
         return record
 
     def doom(self, record: SandboxRecord, why: str, *, used: bool = False) -> bool:

@@ -140,6 +140,8 @@ NO_TEXT: dict[str, Callable[[SandboxManager], object]] = {
     "required": lambda manager: manager.acquire(options=SelectionOptions(required_labels={"n": 1})),
     "acquire": lambda manager: manager.acquire(labels={"n": 1}),
     "attach": lambda manager: manager.attach("x", labels={"n": 1}, create_if_missing=True),
+    "nothing said": lambda manager: manager.create(name="x", description=None),
+    "bytes": lambda manager: manager.create(name="x", owner=b"me"),
     "client": lambda manager: manager.acquire(client_id="x" * 513),
     "metadata": lambda manager: manager.acquire(metadata={"a": object()}),
     "keys": lambda manager: manager.acquire(metadata={1: 2}),
@@ -149,7 +151,7 @@ NO_TEXT: dict[str, Callable[[SandboxManager], object]] = {
 
 @pytest.mark.parametrize("what", NO_TEXT)
 def test_what_cannot_be_read_back_is_not_put_on_record(manager: SandboxManager, what: str) -> None:
-    with pytest.raises(SpecError, match="client_id|labels|metadata"):
+    with pytest.raises(SpecError, match="client_id|description|labels|metadata|owner"):
         NO_TEXT[what](manager)
     assert (manager.list_sandboxes(), manager.list_sessions(), manager.damaged()) == ([], [], [])
     assert os.listdir(Path(manager.state_dir) / "sandboxes") == []
