@@ -189,7 +189,7 @@ class Acquiring(Tenancy):
             id=sandbox.id, name=sandbox.name, state=SandboxState.RUNNING.value, spec=sandbox.spec.to_dict(),
             labels=sandbox.labels, description=sandbox.description, metadata=sandbox.metadata,
             owner=sandbox.owner, created_at=sandbox.created_at, started_at=sandbox.started_at,
-            last_active_at=time.time(), pid=sandbox.pid, host=self._host(),
+            last_active_at=time.time(), pid=sandbox.pid, host=self._host(), lasting=False,
         )  # fmt: skip
 
     def attach(

@@ -96,7 +96,7 @@ class SandboxRecord:
     template_help: str = ""
     host: str = ""
     doomed: str = ""
-    lasting: bool = False
+    lasting: bool = True
     shared: bool = False
     next_spec: dict[str, Any] = field(default_factory=dict)
 

@@ -29,7 +29,7 @@ def ledger(tmp_path: Path):
 
 
 def sandbox(number: int, **more: object) -> SandboxRecord:
-    values = {"id": f"sbx-{number}", "name": f"box{number}", "state": "running", "spec": {}}
+    values = {"id": f"sbx-{number}", "name": f"box{number}", "state": "running", "spec": {}, "lasting": False}
     return SandboxRecord(**{**values, "created_at": 1.0, "last_active_at": 2.0, **more})  # type: ignore[arg-type]
 
 

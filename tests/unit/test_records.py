@@ -18,7 +18,15 @@ from support import host_environment
 from sandboxcore import SandboxError, SpecError
 from sandboxcore.ledger import Ledger
 from sandboxcore.lifecycle import new_id
-from sandboxcore.records import CHANGES, SCHEMA, CommandRecord, SandboxRecord, SessionRecord, plain_metadata
+from sandboxcore.records import (
+    CHANGES,
+    SCHEMA,
+    CommandRecord,
+    SandboxRecord,
+    SessionRecord,
+    plain_metadata,
+    row_of,
+)
 from sandboxcore.recovery import gc
 from sandboxcore.store import DATABASE, Store
 
@@ -94,6 +102,16 @@ def test_damage(ledger: Ledger, table: str, column: str, text: str) -> None:
     assert (collected.ended, collected.removed) == ((), ())
     assert ledger.home("sbx-1").path.is_dir()
     assert run(ledger.path, f"SELECT * FROM {table} ORDER BY id") == before
+
+
+def test_what_is_not_said_is_what_the_table_says(ledger: Ledger) -> None:
+    """So rows of an earlier version are what new ones are."""
+    table = run(ledger.path, "SELECT name, dflt_value FROM pragma_table_info('sandboxes')")
+    plain = row_of(sandbox(1))
+    for name, text in table:
+        if text is not None:
+            (said,) = run(ledger.path, f"SELECT {text}")[0]
+            assert plain[str(name)] == said, name
 
 
 def test_types_are_the_databases_own(ledger: Ledger) -> None:
