@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from sandboxcore.directory import expiry
 from sandboxcore.errors import (
+    InvalidTransition,
     SandboxError,
     SandboxNotFound,
     SelectionRefused,
@@ -19,11 +21,15 @@ from sandboxcore.policy import LifecyclePolicy
 from sandboxcore.records import SandboxRecord, SessionRecord
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.selection import SelectionOptions, unmet, unmet_by, unmet_inside
-from sandboxcore.session import SessionState, SessionTimeouts
+from sandboxcore.session import SessionState, SessionTimeouts, begun
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import SandboxSpec, check_name
+from sandboxcore.store import NameTaken
 from sandboxcore.template import Template
 from sandboxcore.tenancy import Tenancy
+
+_GOING = 2.0  # seconds for a sandbox that is about to be destroyed to be gone
+_SHORTEST, _LONGEST = 0.001, 0.1  # seconds between two looks at it
 
 
 class Acquiring(Tenancy):
@@ -54,7 +60,7 @@ class Acquiring(Tenancy):
         Parameters
         ----------
         spec: default that of the template, or :class:`SandboxSpec`.
-        client_id: yours, for whom it is.
+        client_id: yours, for whom it is: at most 512 characters.
         timeouts, metadata, labels: of the session; its timeouts default to the manager's.
         name, ttl, policy, template, wait, creation_timeout: of a new sandbox, as for :meth:`create`. One with
             a name or template is always new.
@@ -68,10 +74,8 @@ class Acquiring(Tenancy):
         spec = spec or (template.spec if template is not None else SandboxSpec())
         lasting = {"template": template, "policy": policy, "creation_timeout": creation_timeout}
         _check_pooled(options, lasting, binding)
-        first, more = (
-            self._new_session(client_id, timeouts, metadata, labels),
-            self._more(ttl, policy, template),
-        )
+        first = self._new_session(client_id, timeouts, metadata, labels)
+        more = self._more(ttl, policy, template)
         found = self._preferred(options, first, wait)
         if found is None and not (options.require_fresh or name or template or binding):
             found = self._kept(spec, options, client_id)
@@ -81,13 +85,13 @@ class Acquiring(Tenancy):
         if failed := unmet(spec, options, {**spec.labels, **options.required_labels}, limits):
             raise SelectionRefused("a new sandbox of this spec", failed)
         if options.use_pool:
-            return self._pooled(spec, options, first, wait, more["expires_at"], name=name, **binding)
+            return self._pooled(spec, options, first, wait, ttl, name=name, **binding)
         about = {"name": name, "labels": dict(options.required_labels), "owner": client_id or None}
         made = self._created(
             spec_or, about, more, session=first, template=template, wait=wait, patience=creation_timeout
         )
         self._look_inside(made, options)
-        return self._held(replace(first, sandbox=made.id), EventKind.SESSION_ACQUIRED, new=True)
+        return self._held(self._ledger.session(first.id), EventKind.SESSION_ACQUIRED, new=True)
 
     def _preferred(
         self, options: SelectionOptions, first: SessionRecord, wait: float | None
@@ -106,13 +110,13 @@ class Acquiring(Tenancy):
     def _joined(self, sandbox: str, first: SessionRecord) -> SessionRecord:
         """The client's detached session of this sandbox, which goes on, or a new one."""
         if not first.client:  # nobody has left it for whoever comes
-            return self._opened(replace(first, sandbox=sandbox))
+            return self._opened(begun(first, sandbox))
         for session in self._ledger.sessions(
             states=(SessionState.DETACHED,), client=first.client, sandbox=sandbox
         ):
             if (taken := self._ledger.take_session(session.id)) is not None:
                 return taken
-        return self._opened(replace(first, sandbox=sandbox))
+        return self._opened(begun(first, sandbox))
 
     def _opened(self, first: SessionRecord) -> SessionRecord:
         self._ledger.open_session(first)
@@ -158,7 +162,7 @@ class Acquiring(Tenancy):
         options: SelectionOptions,
         first: SessionRecord,
         wait: float | None,
-        expires_at: float | None,
+        ttl: float | None,
         **binding: Any,
     ) -> SandboxSession:
         binding["labels"] = {**options.required_labels, **(binding.get("labels") or {})}
@@ -171,8 +175,8 @@ class Acquiring(Tenancy):
         try:
             if failed := unmet_inside(sandbox, options.required):
                 raise SelectionRefused(f"sandbox {sandbox.name}", failed)
-            first = replace(first, sandbox=sandbox.id)
-            self._ledger.enrol(replace(self._private_record(sandbox), expires_at=expires_at), first)
+            first = begun(first, sandbox.id)
+            self._ledger.enrol(replace(self._private_record(sandbox), expires_at=expiry(ttl)), first)
         except BaseException:
             sandbox.destroy()
             raise
@@ -185,7 +189,7 @@ class Acquiring(Tenancy):
             id=sandbox.id, name=sandbox.name, state=SandboxState.RUNNING.value, spec=sandbox.spec.to_dict(),
             labels=sandbox.labels, description=sandbox.description, metadata=sandbox.metadata,
             owner=sandbox.owner, created_at=sandbox.created_at, started_at=sandbox.started_at,
-            last_active_at=time.time(), pid=sandbox.pid, host=self._host(),
+            last_active_at=time.time(), pid=sandbox.pid, host=self._host(), lasting=False,
         )  # fmt: skip
 
     def attach(
@@ -204,24 +208,35 @@ class Acquiring(Tenancy):
         on, or there is a new one. A created or stopped sandbox is started.
 
         create_if_missing: make one of ``create_spec`` with this name where there is none: of several who
-        want that at once, one makes it. wait: for room, where it is to be started, as for :meth:`create`.
+        want that at once, one makes it; where one is about to be destroyed, as soon as it is gone, which is
+        awaited for 2 s. wait: for room, where it is to be started, as for :meth:`create`.
         Raises :class:`SandboxNotFound`; :class:`InvalidTransition` for a suspended or archived one.
         """
         first = self._new_session(client_id, timeouts, metadata, labels)
         if create_if_missing and self._ledger.get(sandbox_id) is None:
             check_name(sandbox_id)
+        deadline, pause = time.monotonic() + _GOING, _SHORTEST
         while True:
             try:
                 sandbox, session, new = self._attached(
                     sandbox_id, first, create_if_missing, create_spec, wait
                 )
                 break
-            except (SandboxNotFound, SpecError) as error:  # somebody was faster: it is there now, or gone
-                there = self._ledger.get(sandbox_id) is not None
-                if not create_if_missing or there is isinstance(error, SandboxNotFound):
+            except NameTaken:  # somebody was faster: it is there now
+                continue
+            except SandboxNotFound:  # it was there a moment ago, or is about to go
+                if not create_if_missing or time.monotonic() > deadline:
                     raise
+            self._make_room()  # whoever was to destroy it may have died
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST)
         held = self._held(session, EventKind.SESSION_ATTACHED, went_on=session.id != first.id, new=new)
-        return AttachResult(session=held, newly_created=new, capabilities=sandbox.capabilities)
+        try:
+            return AttachResult(session=held, newly_created=new, capabilities=sandbox.capabilities)
+        except BaseException:
+            with contextlib.suppress(InvalidTransition):  # it has ended with its sandbox
+                self._undo(held)
+            raise
 
     def _attached(
         self,
@@ -239,7 +254,7 @@ class Acquiring(Tenancy):
             raise SandboxNotFound(f"no sandbox has the name or id {key!r} in {self.state_dir}")
         about = {"name": key, "owner": first.client or None}
         sandbox = self._created(spec, about, self._more(None, None, None), session=first, wait=wait)
-        return sandbox, replace(first, sandbox=sandbox.id), True
+        return sandbox, self._ledger.session(first.id), True
 
 
 def _check_pooled(options: SelectionOptions, lasting: Mapping[str, Any], binding: Mapping[str, Any]) -> None:

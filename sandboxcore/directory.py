@@ -10,17 +10,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError, TooManySandboxes
-from sandboxcore.events import Dispatcher, Event, EventKind
+from sandboxcore.events import Dispatcher, Event, EventKind, current_trace
 from sandboxcore.identity import this_process
 from sandboxcore.ledger import Ledger
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.manager_metrics import Metrics
 from sandboxcore.persistent import PersistentSandbox
-from sandboxcore.records import SandboxRecord, SessionRecord
+from sandboxcore.records import SandboxRecord, SessionRecord, plain_metadata
 from sandboxcore.recovery import true_records
 from sandboxcore.room import Room
 from sandboxcore.sandbox import Sandbox
-from sandboxcore.session import LIVE
+from sandboxcore.session import LIVE, begun
 from sandboxcore.snapshots import Snapshot
 from sandboxcore.spec import SandboxSpec
 from sandboxcore.statedir import StatePath, close_lock
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SANDBOX = "default_sandbox"  # of the settings
 TOUCH = 1.0  # seconds between two notes of activity in one sandbox
+PAUSE = 0.05  # seconds between two attempts where nothing tells of room
 
 Enrol = Callable[[SandboxRecord], SandboxRecord]
 
@@ -115,7 +116,7 @@ class Directory:
                 "client": session.client or None,
                 "sandbox": session.sandbox,
             } | about
-            about.setdefault("trace_id", session.trace_id)
+            about.setdefault("trace_id", current_trace() or session.trace_id)
         data = {name: about.pop(name) for name in list(about) if name not in _ABOUT}
         self.events.emit(kind, data=data, **about)
 
@@ -254,7 +255,8 @@ class Directory:
         Raises what :class:`PersistentSandbox` does, and :class:`TooManySandboxes`. Then there is no record.
         """
         about = {
-            "name": name, "labels": labels, "description": description, "metadata": metadata, "owner": owner,
+            "name": name, "labels": labels, "description": description, "owner": owner,
+            "metadata": plain_metadata(metadata or {}),
         }  # fmt: skip
         more = self._more(ttl, policy, template, template_help)
         return self._created(
@@ -269,12 +271,11 @@ class Directory:
         template: Template | Snapshot | None,
         help_: str = "",
     ) -> dict[str, Any]:
-        """What goes on record besides."""
-        if ttl is not None and not (isinstance(ttl, int | float) and 0 < ttl < 1e12):
-            raise SpecError(f"ttl: {ttl!r} is not a positive number of seconds")
+        """What goes on record besides; "ttl" begins then."""
+        check_ttl(ttl)
         policy = policy or self._policy
         return {
-            "expires_at": None if ttl is None else time.time() + ttl,
+            "ttl": ttl,
             "policy": {} if policy is None else policy.to_dict(),
             "template": None if template is None else template.name,
             "template_help": help_,
@@ -297,8 +298,10 @@ class Directory:
             self._when_there_is_room(self._check_room, wait)
 
         def enrol(record: SandboxRecord) -> SandboxRecord:
-            first = None if session is None else replace(session, sandbox=record.id)
-            return self._ledger.enrol(replace(record, lasting=session is None, **more), first)
+            first = None if session is None else begun(session, record.id)
+            rest = {name: value for name, value in more.items() if name != "ttl"}
+            whole = replace(record, lasting=session is None, expires_at=expiry(more["ttl"]), **rest)
+            return self._ledger.enrol(whole, first)
 
         parts: dict[str, Any] = {**about, "ledger": self._ledger, "enrol": enrol, "room": self._room}
         snapshot = template.snapshot() if isinstance(template, Template) else template
@@ -317,10 +320,24 @@ class Directory:
             if start:
                 self._started(made, None if deadline is None else deadline - time.monotonic())
         except BaseException:
-            made.destroy()
+            self._unmade(made, session)
             raise
         with self._guard:
             return self._handles.setdefault(made.id, made)
+
+    def _unmade(self, made: Managed, session: SessionRecord | None) -> None:
+        """It could not be made for this session. Who has attached to it meanwhile keeps it."""
+        if session is None:
+            made.destroy()
+            return
+        self._ledger.end_session(session.id, "its sandbox could not be made")
+        now = self._ledger.get(made.id)
+        if now is None or now.doomed:
+            made.destroy()
+            return
+        with self._guard:
+            self._users.get(made.id, {}).pop(session.id, None)
+        made.close()
 
     def _started(self, sandbox: Sandbox, wait: float | None) -> None:
         """Start one as soon as there is room."""
@@ -328,7 +345,9 @@ class Directory:
         try:
             self._when_there_is_room(sandbox.start, wait)
         except InvalidTransition:
-            if sandbox.state is not SandboxState.RUNNING:  # else somebody was faster
+            if (state := sandbox.state) is SandboxState.DESTROYED:  # while we waited
+                raise SandboxNotFound(f"sandbox {sandbox.name} is not on record any more") from None
+            if state is not SandboxState.RUNNING:  # else somebody was faster
                 raise
             return
         self.metrics.count_creation(time.monotonic() - began, sandbox.timings)
@@ -339,13 +358,17 @@ class Directory:
         while True:
             try:
                 return action()
-            except TooManySandboxes:
+            except TooManySandboxes as error:
                 if not tidied:
                     tidied = True
                     if self._make_room():
                         continue
                 left = None if deadline is None else deadline - time.monotonic()
-                if (left is not None and left <= 0) or not self._room.wait(left):
+                if left is not None and left <= 0:
+                    raise
+                if error.state_dir is None:  # so many of this user: nothing tells when there is one less
+                    time.sleep(PAUSE if left is None else min(left, PAUSE))
+                elif not self._room.wait(left):
                     raise
 
     def _check_room(self) -> None:
@@ -398,3 +421,14 @@ class Directory:
 
 
 _ABOUT = ("sandbox", "session", "client", "trace_id")
+
+
+def check_ttl(ttl: float | None) -> None:
+    """Raise :class:`SpecError` for what is no time to live, in seconds."""
+    if ttl is not None and not (isinstance(ttl, int | float) and 0 < ttl < 1e12):
+        raise SpecError(f"ttl: {ttl!r} is not a positive number of seconds")
+
+
+def expiry(ttl: float | None) -> float | None:
+    """When one that is put on record now expires, in seconds since the epoch; None: never."""
+    return None if ttl is None else time.time() + ttl

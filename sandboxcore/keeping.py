@@ -9,8 +9,8 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from sandboxcore.directory import Directory, Managed
-from sandboxcore.errors import InvalidTransition, SandboxError, SandboxNotFound, SpecError
+from sandboxcore.directory import Directory, Managed, check_ttl
+from sandboxcore.errors import InvalidTransition, SandboxBusy, SandboxError, SandboxNotFound, SpecError
 from sandboxcore.events import LOGGER, EventKind
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.persistent import PersistentSandbox
@@ -57,14 +57,12 @@ class Keeping(Directory):
 
     def extend_ttl(self, key: str, seconds: float | None) -> float | None:
         """Give a sandbox more time: ``seconds`` after it would expire, or from now on where it would not;
-        None: it does not expire. Returns when it will, in seconds since the epoch, or None."""
-        if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < 1e12):
-            raise SpecError(f"ttl: {seconds!r} is not a positive number of seconds")
+        None: it does not expire. Returns when it will, in seconds since the epoch, or None. Raises
+        :class:`SandboxNotFound`, also for one that is about to be destroyed."""
+        check_ttl(seconds)
         record = self._ledger.find(key)
-        when = None
-        if seconds is not None:
-            when = max(record.expires_at or 0.0, time.time()) + seconds
-        self._change(record, expires_at=when)
+        when = self._ledger.extend(record.id, seconds)
+        self._emit(EventKind.SANDBOX_UPDATED, sandbox=record.id, changed=["expires_at"])
         return when
 
     def expired(self) -> list[SandboxRecord]:
@@ -147,11 +145,16 @@ class Keeping(Directory):
     # --- archive ----------------------------------------------------------------------------------
 
     def archive(self, key: str, why: str = "") -> None:
-        """:meth:`PersistentSandbox.archive`. Raises InvalidTransition while a session of it is active."""
+        """:meth:`PersistentSandbox.archive`. Raises InvalidTransition while a session of it is active, and
+        :class:`SandboxBusy` where somebody else goes on using it."""
         sandbox = self._persistent(key)
-        if self._ledger.sessions(states=_ACTIVE, sandbox=sandbox.id):
-            raise InvalidTransition(f"sandbox {sandbox.name}", "used by an active session", "archive it")
-        sandbox.archive(why)
+        for _ in range(_LOOKS):
+            seen = self._ledger.find(sandbox.id)
+            if self._ledger.sessions(states=_ACTIVE, sandbox=sandbox.id):
+                raise InvalidTransition(f"sandbox {sandbox.name}", "used by an active session", "archive it")
+            if sandbox._archive(why, seen):
+                return
+        raise SandboxBusy(f"sandbox {sandbox.name}: archive: somebody uses it just now")
 
     def recover(self, key: str, *, start: bool = False, wait: float | None = 0.0) -> None:
         """:meth:`PersistentSandbox.recover`; with ``start``, it runs then. wait: for room, as for
@@ -404,5 +407,6 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 _ACTIVE = (SessionState.ACTIVE,)
+_LOOKS = 10  # at a sandbox that is to be archived, each after somebody has used it
 _FREES = ("terminate", "delete", "stop", "archive")
 _SAID = ("labels", "description", "metadata", "owner")

@@ -14,7 +14,6 @@ from sandboxcore.errors import (
     SandboxError,
     SandboxNotFound,
     SessionNotFound,
-    SpecError,
 )
 from sandboxcore.records import Damaged, SandboxRecord, SessionRecord, session_of
 from sandboxcore.session import LIVE, SessionState, check_move, sources
@@ -29,15 +28,12 @@ class Ledger(Store):
     # --- sessions -------------------------------------------------------------------------------
 
     def open_session(self, session: SessionRecord) -> None:
-        """A new one. Raises :class:`SandboxNotFound` where its sandbox is gone, or about to be."""
+        """A new one. Raises :class:`SandboxNotFound` where its sandbox is gone, or about to be, and
+        InvalidTransition where it does not run."""
         with self._change() as db:
-            query = "SELECT doomed, owner FROM sandboxes WHERE id = ?"
-            row = db.execute(query, (session.sandbox,)).fetchone()
-            if row is None or row["doomed"]:
-                why = f"about to be destroyed: {row['doomed']}" if row else "not on record any more"
-                raise SandboxNotFound(f"sandbox {session.sandbox} is {why}")
+            owner = _owner_of_usable(db, session.sandbox)
             insert(db, session)
-            if session.client != (row["owner"] or ""):
+            if session.client != (owner or ""):
                 db.execute("UPDATE sandboxes SET shared = 1 WHERE id = ?", (session.sandbox,))
 
     def session(self, session_id: str) -> SessionRecord:
@@ -46,6 +42,14 @@ class Ledger(Store):
         if not rows:
             raise SessionNotFound(f"no session has the id {session_id!r} in {self.path}")
         return self._read(rows[0])
+
+    def bare_session(self, session_id: str) -> SessionRecord:
+        """The same without its timeouts, metadata and labels: also one in which these cannot be read."""
+        names = "id, sandbox, client, state, created_at, last_active_at, trace_id, ended_at, ended_why"
+        rows = self._do(f"SELECT {names} FROM sessions WHERE id = ?", (session_id,))
+        if not rows:
+            raise SessionNotFound(f"no session has the id {session_id!r} in {self.path}")
+        return SessionRecord(**dict(rows[0]))
 
     def _read(self, row: sqlite3.Row) -> SessionRecord:
         try:
@@ -80,7 +84,8 @@ class Ledger(Store):
         self, session_id: str, to: SessionState, wanted: str, *, alone: bool = False
     ) -> SessionRecord:
         """Bring one into another state, and touch it. ``alone``: only if no other session of its sandbox is
-        active, or :class:`SandboxBusy`. Raises InvalidTransition, SessionNotFound."""
+        active, or :class:`SandboxBusy`. Raises InvalidTransition, SessionNotFound; and for one that becomes
+        active what :meth:`open_session` does."""
         with self._change() as db:
             row = db.execute("SELECT * FROM sessions WHERE id = ?", (session_id,)).fetchone()
             if row is None:
@@ -89,6 +94,8 @@ class Ledger(Store):
             others = "SELECT 1 FROM sessions WHERE sandbox = ? AND state = 'active' AND id != ?"
             if alone and db.execute(others, (row["sandbox"], session_id)).fetchone():
                 raise SandboxBusy(f"session {session_id}: {wanted}: another one uses its sandbox")
+            if to is SessionState.ACTIVE:
+                _owner_of_usable(db, row["sandbox"])
             update = "UPDATE sessions SET state = ?, last_active_at = ? WHERE id = ?"
             db.execute(update, (to.value, time.time(), session_id))
             return self._read(db.execute("SELECT * FROM sessions WHERE id = ?", (session_id,)).fetchone())
@@ -101,13 +108,17 @@ class Ledger(Store):
         )
 
     def take_session(self, session_id: str) -> SessionRecord | None:
-        """Make a detached session active, unless somebody was faster or its sandbox is about to go."""
-        done = self._do(
-            "UPDATE sessions SET state = 'active', last_active_at = ? WHERE id = ? AND state = 'detached'"
-            " AND EXISTS (SELECT 1 FROM sandboxes WHERE id = sandbox AND doomed = '') RETURNING *",
-            (time.time(), session_id),
-        )
-        return self._read(done[0]) if done else None
+        """Make a detached session active; None where somebody was faster. Raises what :meth:`open_session`
+        does."""
+        with self._change() as db:
+            done = db.execute(
+                "UPDATE sessions SET state = 'active', last_active_at = ?"
+                " WHERE id = ? AND state = 'detached' RETURNING *",
+                (time.time(), session_id),
+            ).fetchall()
+            if done:
+                _owner_of_usable(db, done[0]["sandbox"])
+            return self._read(done[0]) if done else None
 
     def end_session(
         self, session_id: str, why: str, *, unless_touched: float | None = None
@@ -181,15 +192,8 @@ class Ledger(Store):
     # --- sandboxes ------------------------------------------------------------------------------
 
     def enrol(self, record: SandboxRecord, session: SessionRecord | None = None) -> SandboxRecord:
-        """A new sandbox, and with it perhaps its first session. Raises :class:`SpecError` where the name is
-        taken."""
-        with self._change() as db:
-            try:
-                insert(db, record)
-            except sqlite3.IntegrityError:
-                raise SpecError(f"name: {record.name!r} is the name of another sandbox") from None
-            if session is not None:
-                insert(db, session)
+        """A new sandbox, and with it perhaps its first session. Raises :class:`NameTaken`."""
+        self.add(record, *(() if session is None else (session,)))
         return record
 
     def doom(self, record: SandboxRecord, why: str, *, used: bool = False) -> bool:
@@ -204,6 +208,19 @@ class Ledger(Store):
     def doom_anyhow(self, sandbox: str, why: str) -> None:
         """The same, whatever has happened."""
         self._do("UPDATE sandboxes SET doomed = ? WHERE id = ?", (why, sandbox))
+
+    def extend(self, sandbox: str, seconds: float | None) -> float | None:
+        """Give it so many seconds more, from now on where its time is over or it has no end; None: it gets
+        none. Returns when it expires. Raises :class:`SandboxNotFound` where it is gone, or about to be."""
+        rows = self._do(
+            "UPDATE sandboxes SET expires_at = max(coalesce(expires_at, 0), ?) + ?"
+            " WHERE id = ? AND doomed = '' RETURNING expires_at",
+            (time.time(), seconds, sandbox),
+        )
+        if not rows:
+            raise SandboxNotFound(f"sandbox {sandbox} is about to be destroyed, or not on record any more")
+        when: float | None = rows[0]["expires_at"]
+        return when
 
     def forget_private(self, sandbox: str) -> None:
         """It has ended."""
@@ -230,3 +247,18 @@ class Ledger(Store):
             self._do("DELETE FROM settings WHERE key = ?", (key,))
         else:
             self._do("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+
+
+def _owner_of_usable(db: sqlite3.Connection, sandbox: str) -> str | None:
+    """The owner of a sandbox of which a session may become active. Raises :class:`SandboxNotFound` where it
+    is gone, or about to be; InvalidTransition where it does not run. What is on record does not say so of
+    one of a pool, which never starts again."""
+    query = "SELECT name, state, doomed, owner, host FROM sandboxes WHERE id = ?"
+    row = db.execute(query, (sandbox,)).fetchone()
+    if row is None or row["doomed"]:
+        why = f"about to be destroyed: {row['doomed']}" if row else "not on record any more"
+        raise SandboxNotFound(f"sandbox {sandbox} is {why}")
+    if row["state"] != "running" and not row["host"]:
+        raise InvalidTransition(f"sandbox {row['name']}", row["state"], "use it")
+    owner: str | None = row["owner"]
+    return owner

@@ -4,13 +4,17 @@ import dataclasses
 import json
 import re
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sandboxcore.errors import SpecError
+
 SCHEMA = 2
 
-# What brings a database from one version to the next; each statement once, all of a version or none.
+# What brings a database from one version to the next; each statement once, all of a version or none. The
+# first version took labels that are no text: these become text, or nobody could read the record, nor destroy
+# the sandbox.
 CHANGES: Mapping[int, str] = {
     1: """
 CREATE TABLE sandboxes (
@@ -44,6 +48,11 @@ CREATE TABLE sessions (
 CREATE INDEX sessions_of_client ON sessions (client, state);
 CREATE INDEX sessions_of_sandbox ON sessions (sandbox, state);
 CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+UPDATE sandboxes SET labels = (
+    SELECT json_group_object(key, CASE WHEN type IN ('true', 'false', 'null') THEN type
+                                       ELSE value || '' END) FROM json_each(labels)
+) WHERE CASE WHEN json_valid(labels) THEN json_type(labels) = 'object' AND EXISTS
+    (SELECT 1 FROM json_each(labels) WHERE type != 'text') END;
 """,
 }
 
@@ -87,7 +96,7 @@ class SandboxRecord:
     template_help: str = ""
     host: str = ""
     doomed: str = ""
-    lasting: bool = False
+    lasting: bool = True
     shared: bool = False
     next_spec: dict[str, Any] = field(default_factory=dict)
 
@@ -159,6 +168,26 @@ class Damaged(ValueError):
     def __init__(self, damage: Damage) -> None:
         super().__init__(f"{damage.table} {damage.id}: {damage.problem}")
         self.damage = damage
+
+
+def plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy, as it is read back. Raises :class:`SpecError` for what is not JSON data."""
+    try:
+        text = json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SpecError(f"metadata: is not JSON data: {error}") from None
+    if wrong := [key for key in _keys(metadata) if not isinstance(key, str)]:
+        raise SpecError(f"metadata: is not JSON data: the key {wrong[0]!r} is no text")
+    return dict(json.loads(text))
+
+
+def _keys(value: Any) -> Iterator[Any]:
+    """Those of all mappings in it."""
+    if isinstance(value, Mapping):
+        yield from value
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for item in items:
+        yield from _keys(item)
 
 
 def columns(values: Mapping[str, Any]) -> dict[str, Any]:

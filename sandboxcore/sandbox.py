@@ -47,7 +47,7 @@ from sandboxcore.result import Decoder, make_result
 from sandboxcore.room import Room
 from sandboxcore.snapshots import Snapshot, Snapshots
 from sandboxcore.spawner import Spawner
-from sandboxcore.spec import Limits, SandboxSpec, parse_size
+from sandboxcore.spec import Limits, SandboxSpec, check_labels, parse_size
 from sandboxcore.statedir import StatePath
 
 
@@ -86,7 +86,7 @@ class Sandbox(Snapshots):
         self.spec = spec or SandboxSpec()
         self.id = new_id("sbx")
         self.name = name or self.id
-        self.labels = {**self.spec.labels, **(labels or {})}
+        self.labels = {**self.spec.labels, **check_labels(labels or {})}
         self.description = description
         self.metadata = dict(metadata or {})
         self.owner = owner

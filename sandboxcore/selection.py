@@ -9,7 +9,7 @@ from typing import Any
 from sandboxcore.errors import SandboxError, SelectionRefused, SpecError
 from sandboxcore.records import SandboxRecord
 from sandboxcore.sandbox import Sandbox
-from sandboxcore.spec import SandboxSpec, clean_path, parse_size
+from sandboxcore.spec import SandboxSpec, check_labels, clean_path, parse_size
 
 BACKEND = "namespaces"  # the one there is: its name is for callers that know several
 
@@ -63,6 +63,7 @@ class SelectionOptions:
 
     def __post_init__(self) -> None:
         """Validate."""
+        object.__setattr__(self, "required_labels", check_labels(self.required_labels))
         if self.preferred_id is not None and self.require_fresh:
             raise SpecError("preferred_id and require_fresh exclude each other")
         if self.preferred_id is not None and self.use_pool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -91,6 +92,12 @@ def deadline(record: SessionRecord) -> float | None:
     """When it has been without activity for too long, in seconds since the epoch; None: never."""
     seconds = SessionTimeouts.from_dict(record.timeouts).of(SessionState(record.state))
     return None if seconds is None else record.last_active_at + seconds
+
+
+def begun(record: SessionRecord, sandbox: str) -> SessionRecord:
+    """The same, of this sandbox and from this moment on."""
+    now = time.time()
+    return dataclasses.replace(record, sandbox=sandbox, created_at=now, last_active_at=now)
 
 
 def is_timed_out(record: SessionRecord, now: float) -> bool:

@@ -47,6 +47,10 @@ PATIENCE = 10.0  # seconds for other processes to finish a change of the databas
 Read = TypeVar("Read")
 
 
+class NameTaken(SpecError):
+    """The name of a new sandbox is that of another one."""
+
+
 class Store:
     """The state directory. Any thread may use it, and a forked child. Raises :class:`SandboxError` where it
     cannot be used."""
@@ -134,17 +138,11 @@ class Store:
 
     # --- records --------------------------------------------------------------------------------
 
-    def add(self, record: Record) -> None:
-        """Remember something new. Raises :class:`SpecError` where the name is taken."""
-        try:
-            with self._lock, self._understood():
-                insert(self._connection(), record)
-        except SandboxError as error:
-            if not isinstance(error.__cause__, sqlite3.IntegrityError):
-                raise
-            if isinstance(record, SandboxRecord):
-                raise SpecError(f"name: {record.name!r} is the name of another sandbox") from None
-            raise SandboxNotFound(f"the sandbox of {record.id} is not on record any more") from None
+    def add(self, *records: Record) -> None:
+        """Remember something new: all of it, or nothing. Raises what :func:`insert` does."""
+        with self._change() as db:
+            for record in records:
+                insert(db, record)
 
     def change(self, sandbox: str, **values: Any) -> None:
         """Change fields of a sandbox's record, all at once."""
@@ -326,11 +324,19 @@ def _id_of(key: str) -> str | None:
 
 
 def insert(db: sqlite3.Connection, record: Record) -> None:
-    """One more row."""
+    """One more row. Raises :class:`NameTaken`; :class:`SandboxNotFound` where its sandbox is gone; SpecError
+    where its table does not take it."""
     values = row_of(record)
     marks = ", ".join("?" * len(values))
     query = f"INSERT INTO {TABLES[type(record)]} ({', '.join(values)}) VALUES ({marks})"
-    db.execute(query, list(values.values()))
+    try:
+        db.execute(query, list(values.values()))
+    except sqlite3.IntegrityError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_UNIQUE and isinstance(record, SandboxRecord):
+            raise NameTaken(f"name: {record.name!r} is the name of another sandbox") from None
+        if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
+            raise SandboxNotFound(f"the sandbox of {record.id} is not on record any more") from None
+        raise SpecError(f"cannot be put on record: {error}") from None
 
 
 def readable(rows: Iterable[sqlite3.Row], read: Callable[[sqlite3.Row], Read]) -> Iterator[Read]:

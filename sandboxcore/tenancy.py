@@ -7,19 +7,21 @@ from typing import Any
 
 from sandboxcore.errors import (
     InvalidTransition,
+    SandboxBusy,
     SandboxNotFound,
     SessionNotFound,
     SpecError,
 )
-from sandboxcore.events import EventKind, current_trace
+from sandboxcore.events import MAX_NAME, EventKind, current_trace
 from sandboxcore.keeping import Keeping
 from sandboxcore.lifecycle import SandboxState, new_id
 from sandboxcore.managed_session import SandboxSession
 from sandboxcore.pool_policy import PoolConfig
 from sandboxcore.pools import SandboxPools
-from sandboxcore.records import SandboxRecord, SessionRecord
+from sandboxcore.records import SandboxRecord, SessionRecord, plain_metadata
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.session import LIVE, SessionState, SessionTimeouts, check_move
+from sandboxcore.spec import check_labels
 
 AnySession = SandboxSession | str
 
@@ -42,13 +44,14 @@ class Tenancy(Keeping):
         labels: Mapping[str, str] | None,
         sandbox: str = "",
     ) -> SessionRecord:
-        if not isinstance(client_id, str):
-            raise SpecError(f"client_id: {client_id!r} is not text")
+        if not isinstance(client_id, str) or len(client_id) > MAX_NAME:  # else no event could name it
+            raise SpecError(f"client_id: {client_id!r} is not a text of at most {MAX_NAME} characters")
+        said, marks = plain_metadata(metadata or {}), check_labels(labels or {})
         now = time.time()
         return SessionRecord(
             id=new_id("sess"), sandbox=sandbox, client=client_id, state=SessionState.ACTIVE.value,
             created_at=now, last_active_at=now, timeouts=(timeouts or self._timeouts).to_dict(),
-            metadata=dict(metadata or {}), labels=dict(labels or {}), trace_id=current_trace(),
+            metadata=said, labels=marks, trace_id=current_trace(),
         )  # fmt: skip
 
     def _held(
@@ -101,11 +104,20 @@ class Tenancy(Keeping):
         try:  # in this order: who dies between has a suspended session of a sandbox that runs
             if sandbox.state is not SandboxState.PAUSED:
                 sandbox.suspend()
+                self._nobody_came(record.sandbox, sandbox)
         except BaseException:
             self._ledger.put_back(record)
             raise
         self._left(moved)
         self._emit(EventKind.SESSION_SUSPENDED, moved)
+
+    def _nobody_came(self, key: str, sandbox: Sandbox) -> None:
+        """Raises :class:`SandboxBusy`, and lets it go on, where a session of it has become active before it
+        stood still: from then on none does."""
+        if self._ledger.sessions(states=(SessionState.ACTIVE,), sandbox=key):
+            with contextlib.suppress(InvalidTransition):  # it goes on already, or has ended
+                sandbox.resume()
+            raise SandboxBusy(f"sandbox {sandbox.name}: suspend: another session uses it")
 
     def resume(self, session: AnySession, *, wait: float | None = 0.0) -> SandboxSession:
         """Go on with a suspended or a detached session: its sandbox runs, and it is active. Other suspended
@@ -140,7 +152,7 @@ class Tenancy(Keeping):
         self._terminated(id_of(session), "terminated", EventKind.SESSION_TERMINATED)
 
     def _terminated(self, session_id: str, why: str, kind: EventKind) -> None:
-        record = self._ledger.session(session_id)
+        record = self._ledger.bare_session(session_id)
         ended, last = self._ledger.end_session(session_id, why)
         self._left(record)
         if ended:

@@ -6,25 +6,39 @@ import signal
 import threading
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from managed import heard, is_gone, manager, nothing_left, runs, second, session_in, state
 from support import spawner_pids, wait_until
 
 from sandboxcore import (
+    Event,
     InvalidTransition,
+    LifecyclePolicy,
+    PersistentSandbox,
+    Sandbox,
     SandboxBusy,
+    SandboxError,
+    SandboxGone,
     SandboxManager,
     SandboxNotFound,
+    SandboxSession,
     SandboxState,
     SelectionOptions,
     SessionNotFound,
     SessionState,
     SetupError,
     SpecError,
+    TooManySandboxes,
+    acquiring,
 )
 from sandboxcore import SandboxSpec as Spec
+from sandboxcore.events import tracing
+from sandboxcore.records import SessionRecord
 
 __all__ = ["heard", "manager", "nothing_left", "second", "state"]  # fixtures
 
@@ -120,6 +134,47 @@ def test_one_that_cannot_start_leaves_nothing(manager: SandboxManager, tmp_path:
     assert manager.list_sessions() == []
 
 
+NO_TEXT: dict[str, Callable[[SandboxManager], object]] = {
+    "create": lambda manager: manager.create(name="x", labels={"n": 1}),
+    "handle": lambda manager: PersistentSandbox(name="x", labels={"n": 1}, state_dir=manager.state_dir),
+    "required": lambda manager: manager.acquire(options=SelectionOptions(required_labels={"n": 1})),
+    "acquire": lambda manager: manager.acquire(labels={"n": 1}),
+    "attach": lambda manager: manager.attach("x", labels={"n": 1}, create_if_missing=True),
+    "nothing said": lambda manager: manager.create(name="x", description=None),
+    "bytes": lambda manager: manager.create(name="x", owner=b"me"),
+    "client": lambda manager: manager.acquire(client_id="x" * 513),
+    "metadata": lambda manager: manager.acquire(metadata={"a": object()}),
+    "keys": lambda manager: manager.acquire(metadata={1: 2}),
+    "of a sandbox": lambda manager: manager.create(metadata={"a": {2: 3}}),
+}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("what", NO_TEXT)
+def test_what_cannot_be_read_back_is_not_put_on_record(manager: SandboxManager, what: str) -> None:
+    with pytest.raises(SpecError, match="client_id|description|labels|metadata|owner"):
+        NO_TEXT[what](manager)
+    assert (manager.list_sandboxes(), manager.list_sessions(), manager.damaged()) == ([], [], [])
+    assert os.listdir(Path(manager.state_dir) / "sandboxes") == []
+
+
+def test_the_longest_client(manager: SandboxManager) -> None:
+    session = manager.acquire(client_id="ü" * 512)
+    session.detach()
+    assert manager.acquire(client_id="ü" * 512) == session
+
+
+@pytest.mark.parametrize("end", ["release", "terminate"])
+def test_a_session_whose_row_is_damaged_ends(manager: SandboxManager, end: str) -> None:
+    session = manager.acquire(client_id="me")
+    manager._ledger._do("UPDATE sessions SET labels = '{'")
+    with pytest.raises(SandboxError, match="damaged"):
+        session.detach()
+    getattr(session, end)()
+    assert is_gone(manager, session.sandbox_id)
+    with pytest.raises(SessionNotFound):
+        manager.release("sess-none")
+
+
 def test_creation_timeout(manager: SandboxManager) -> None:
     spawners = spawner_pids()  # one of each kind that some test has used
     assert spawners
@@ -203,6 +258,84 @@ def test_a_failed_suspend_changes_nothing(manager: SandboxManager) -> None:
         assert session.state == was
 
 
+def at(one: SandboxManager, monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[], object]) -> None:
+    """Have something happen right before a manager asks its ledger for this, the next time."""
+    ask = getattr(one._ledger, name)
+
+    def instead(*args: object, **options: object) -> object:
+        monkeypatch.setattr(one._ledger, name, ask)
+        act()
+        return ask(*args, **options)
+
+    monkeypatch.setattr(one._ledger, name, instead)
+
+
+def test_whoever_comes_before_it_stands_still_keeps_it_running(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attached when the other session was suspended on record, but not the sandbox yet."""
+    first, others = manager.acquire(client_id="a"), []
+    move = manager._ledger.move_session
+
+    def moved(*args: Any, **options: Any) -> SessionRecord:
+        done = move(*args, **options)
+        others.append(second.attach(first.sandbox_id, "b").session)
+        return done
+
+    monkeypatch.setattr(manager._ledger, "move_session", moved)
+    with pytest.raises(SandboxBusy):
+        first.suspend()
+    assert [first.state, *(other.state for other in others)] == [SessionState.ACTIVE] * 2
+    assert runs(first)
+    assert runs(others[0])
+
+
+COMES: dict[str, tuple[str, Callable[[SandboxManager, SandboxSession], object]]] = {
+    "attach": ("open_session", lambda one, left: one.attach(left.sandbox_id, "c")),
+    "go on": ("take_session", lambda one, left: one.attach(left.sandbox_id, "b")),
+    "resume": ("move_session", lambda one, left: one.resume(left.id)),
+}
+
+
+@pytest.mark.parametrize("way", COMES)
+@pytest.mark.parametrize("what", ["suspended", "stopped", "archived", "destroyed"])
+def test_whoever_comes_too_late_is_not_in(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch, way: str, what: str
+) -> None:
+    """It ran when they looked."""
+    first = manager.acquire(client_id="a")
+    left = manager.attach(first.sandbox_id, "b").session
+    left.detach()
+    key, policy = first.sandbox_id, LifecyclePolicy(auto_stop=0.001)
+    ends: dict[str, Callable[[], object]] = {
+        "suspended": first.suspend,
+        "stopped": lambda: (first.detach(), manager.set_policy(key, policy), manager.reconcile()),
+        "archived": lambda: (first.detach(), manager.archive(key)),
+        "destroyed": lambda: manager._ledger.doom_anyhow(key, "its time is up"),
+    }
+    name, come = COMES[way]
+    at(second, monkeypatch, name, ends[what])
+    with pytest.raises(SandboxNotFound if what == "destroyed" else InvalidTransition):
+        come(second, left)
+    assert left.state is SessionState.DETACHED
+    assert manager.get_state(key) == {"suspended": "paused", "destroyed": "running"}.get(what, what)
+    assert manager.list_sessions("active") == ([first] if what == "destroyed" else [])
+
+
+def test_whoever_comes_before_it_is_put_away_keeps_it(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, came = manager.create().id, []
+    at(manager, monkeypatch, "change_unused", lambda: came.append(second.attach(key, "b").session))
+    with pytest.raises(InvalidTransition, match="used by an active session"):
+        manager.archive(key)
+    assert runs(came[0])
+    came[0].detach()
+    at(manager, monkeypatch, "change_unused", lambda: second.touch(key))
+    manager.archive(key)  # somebody has only looked in
+    assert manager.get_state(key) is SandboxState.ARCHIVED
+
+
 # --- attach -------------------------------------------------------------------------------------------
 
 
@@ -267,6 +400,129 @@ def test_attach_starts_what_has_ended(manager: SandboxManager) -> None:
     session.detach()
     found = manager.attach(session.sandbox_id, "me")
     assert runs(found.session)
+
+
+def test_attach_that_cannot_say_what_holds_leaves_no_session(
+    manager: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = manager.create(name="dev")
+    left = manager.attach("dev", "me").session
+    left.detach()
+
+    def fail(self: object) -> None:
+        raise SandboxGone("just now")
+
+    monkeypatch.setattr(Sandbox, "capabilities", property(fail))
+    for client in ("me", "you"):
+        with pytest.raises(SandboxGone):
+            manager.attach("dev", client)
+    with pytest.raises(SandboxGone):
+        manager.attach("other", create_if_missing=True)
+    assert manager.list_sessions() == [left]
+    assert left.state is SessionState.DETACHED
+    assert [record.id for record in manager.list_sandboxes()] == [made.id]
+
+
+@pytest.mark.parametrize("make", [False, True])
+def test_attach_to_one_that_is_destroyed_when_it_is_to_start(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch, make: bool
+) -> None:
+    made = manager.create(name="dev")
+    made.stop()
+    at(second, monkeypatch, "locked", lambda: manager.destroy("dev"))
+    if make:
+        found = second.attach("dev", "me", create_if_missing=True)
+        assert found.newly_created
+        assert runs(found.session)
+    else:
+        with pytest.raises(SandboxNotFound):
+            second.attach("dev", "me")
+        assert second.list_sessions() == []
+
+
+def test_attach_makes_one_when_the_one_before_is_gone(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was to destroy it has died, or is at it just now."""
+    made = manager.create(name="dev")
+    manager._ledger.doom_anyhow(made.id, "released")
+    with pytest.raises(SandboxNotFound):
+        second.attach("dev")
+    found = second.attach("dev", create_if_missing=True)
+    assert found.newly_created
+    assert runs(found.session)
+
+    key, looks = found.session.sandbox_id, threading.Event()
+    manager._ledger.doom_anyhow(key, "released")
+    sweep = second._make_room
+    monkeypatch.setattr(second, "_make_room", lambda: (sweep(), looks.set()))
+    with ThreadPoolExecutor(1) as pool:
+        with manager._ledger.locked(key):
+            later = pool.submit(second.attach, "dev", create_if_missing=True)
+            assert looks.wait(30)
+            assert manager.exists(key)
+        assert later.result(30).session.sandbox_id != key
+
+    key = later.result().session.sandbox_id
+    manager._ledger.doom_anyhow(key, "released")
+    monkeypatch.setattr(acquiring, "_GOING", 0.05)
+    with manager._ledger.locked(key), pytest.raises(SandboxNotFound, match="about to be destroyed"):
+        second.attach("dev", create_if_missing=True)
+
+
+def test_one_that_cannot_be_started_by_its_spec_is_not_tried_for_ever(
+    manager: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = manager.create(name="dev")
+    made.stop()
+
+    def fail() -> None:
+        raise SpecError("a path is gone")
+
+    monkeypatch.setattr(made, "start", fail)
+    with pytest.raises(SpecError):
+        manager.attach("dev", create_if_missing=True)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_one_that_could_not_be_made_is_kept_for_whoever_has_attached(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch, attached: bool
+) -> None:
+    others = []
+
+    def start(sandbox: Sandbox, wait: float | None) -> None:
+        if attached:
+            others.append(second.attach("dev", "you").session)
+        raise TooManySandboxes(1)
+
+    monkeypatch.setattr(manager, "_started", start)
+    with pytest.raises(TooManySandboxes):
+        manager.acquire(client_id="me", name="dev")
+    assert manager.list_sessions() == others
+    assert [record.id for record in manager.list_sandboxes()] == [one.sandbox_id for one in others]
+    for other in others:
+        assert runs(other)
+        other.release()
+    assert manager.list_sandboxes() == []
+
+
+def test_whose_trace_id_it_is(manager: SandboxManager, heard: list[Event]) -> None:
+    """That of whoever does it; where there is none, that of the session."""
+
+    def told(act: Callable[[], object], prefix: str = "session") -> list[str | None]:
+        heard.clear()
+        act()
+        return [event.trace_id for event in heard if event.kind.startswith(prefix)]
+
+    without = manager.acquire(client_id="me")
+    with tracing("first"):
+        session = manager.acquire(client_id="me")
+        assert told(without.detach) == ["first"]
+    assert told(session.detach) == ["first"]
+    with tracing("second"):
+        assert told(session.resume) == ["second"]
+        assert set(told(session.release, "")) == {"second"}
+    assert told(without.release) == [None]
 
 
 # --- looking ------------------------------------------------------------------------------------------

@@ -104,6 +104,40 @@ def test_whoever_waits_gets_the_place_that_is_given_back(small: SandboxManager) 
         small._when_there_is_room(blocker.start, PATIENCE)
 
 
+WAITED: dict[str, Any] = {
+    "create": lambda manager, key: manager.create(ttl=500),
+    "acquire": lambda manager, key: manager.acquire(ttl=500),
+    "pooled": lambda manager, key: manager.acquire(ttl=500, options=POOLED),
+    "attach": lambda manager, key: manager.attach(key, "me").session,
+    "make": lambda manager, key: manager.attach("dev", "me", create_if_missing=True).session,
+}
+
+
+@pytest.mark.parametrize("way", WAITED)
+def test_its_time_begins_when_there_is_room(state: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Not with the waiting, here of 1000 s."""
+    timeouts = SessionTimeouts(idle=500)
+    with SandboxManager(state, timeouts=timeouts, sweep_interval=None) as manager:
+        stopped = manager.create()
+        stopped.stop()
+        now, room = time.time, manager._when_there_is_room
+
+        def waited(*args: Any) -> Any:
+            monkeypatch.setattr(manager, "_when_there_is_room", room)
+            monkeypatch.setattr(time, "time", lambda: now() + 1000)
+            return room(*args)
+
+        monkeypatch.setattr(manager, "_when_there_is_room", waited)
+        made = WAITED[way](manager, stopped.id)
+        done = manager.reconcile()
+        assert (done.deleted, done.terminated) == ((), ())
+        for record in manager.list_sandboxes():
+            assert record.expires_at is None or record.expires_at > time.time() + 490
+        for session in manager.list_sessions():
+            assert session.created_at == made.created_at > time.time() - 10
+        manager.destroy_all()
+
+
 def test_who_waits_too_long_is_told_so(small: SandboxManager) -> None:
     small.create(), small.create()
     began = time.monotonic()
@@ -111,6 +145,24 @@ def test_who_waits_too_long_is_told_so(small: SandboxManager) -> None:
         small.acquire(wait=0.2)
     assert 0.2 <= time.monotonic() - began < 10
     assert len(small.list_sandboxes()) == 2
+
+
+def test_waiting_for_the_users_room_is_no_busy_loop(small: SandboxManager) -> None:
+    """This state directory has room, which says nothing of how many the user may have."""
+    attempts: list[float] = []
+
+    def start(succeeds: int) -> int:
+        attempts.append(time.monotonic())
+        if len(attempts) < succeeds:
+            raise TooManySandboxes(2)
+        return len(attempts)
+
+    with pytest.raises(TooManySandboxes):
+        small._when_there_is_room(lambda: start(1 << 30), 0.22)
+    assert len(attempts) <= 6
+    attempts.clear()
+    assert small._when_there_is_room(lambda: start(4), None) == 4
+    assert attempts[-1] - attempts[0] >= 3 * 0.05
 
 
 def test_what_is_due_makes_room(small: SandboxManager) -> None:

@@ -61,7 +61,7 @@ def attend(
     then = time.time() - ago
     values = {"id": new_id("sess"), "sandbox": sandbox.id, "client": "me", "state": state}
     record = SessionRecord(**{**values, "created_at": then, "last_active_at": then, **more})
-    ledger.open_session(record)
+    ledger.add(record)  # whatever state its sandbox is in
     return record
 
 
@@ -453,6 +453,7 @@ def private(ledger: Ledger, name: str, host: str, **more: Any) -> SandboxRecord:
         created_at=now,
         last_active_at=now,
         host=host,
+        lasting=False,
         **more,
     )
     ledger.enrol(record)

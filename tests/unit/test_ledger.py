@@ -29,7 +29,7 @@ def ledger(tmp_path: Path):
 
 
 def sandbox(number: int, **more: object) -> SandboxRecord:
-    values = {"id": f"sbx-{number}", "name": f"box{number}", "state": "running", "spec": {}}
+    values = {"id": f"sbx-{number}", "name": f"box{number}", "state": "running", "spec": {}, "lasting": False}
     return SandboxRecord(**{**values, "created_at": 1.0, "last_active_at": 2.0, **more})  # type: ignore[arg-type]
 
 
@@ -149,10 +149,34 @@ def test_only_a_detached_one_is_taken(ledger: Ledger, state: SessionState) -> No
     assert ledger.take_session("sess-none") is None
 
 
-def test_one_of_a_doomed_sandbox_is_not_taken(ledger: Ledger) -> None:
+BECOMES_ACTIVE: dict[str, Callable[[Ledger], object]] = {
+    "open": lambda ledger: opened(ledger, 2),
+    "take": lambda ledger: ledger.take_session("sess-1"),
+    "move": lambda ledger: ledger.move_session("sess-1", SessionState.ACTIVE, "resume"),
+}
+
+
+@pytest.mark.parametrize("way", BECOMES_ACTIVE)
+def test_none_becomes_active_in_a_sandbox_that_is_no_use(ledger: Ledger, way: str) -> None:
+    left = opened(ledger, 1, state="detached")
+    for state in ("created", "paused", "stopped", "archived"):
+        ledger.change("sbx-1", state=state)
+        with pytest.raises(InvalidTransition, match=f"box1: cannot use it while {state}"):
+            BECOMES_ACTIVE[way](ledger)
+        assert ledger.sessions() == [left]
+    ledger.change("sbx-1", state="running")
+    assert ledger.doom(ledger.find("box1"), "its time is up")
+    with pytest.raises(SandboxNotFound, match="about to be destroyed: its time is up"):
+        BECOMES_ACTIVE[way](ledger)
+    assert ledger.sessions() == [left]
+
+
+@pytest.mark.parametrize("way", BECOMES_ACTIVE)
+def test_what_is_on_record_does_not_say_whether_one_of_a_pool_runs(ledger: Ledger, way: str) -> None:
     opened(ledger, 1, state="detached")
-    assert ledger.doom(ledger.find("box1"), "so")
-    assert ledger.take_session("sess-1") is None
+    ledger.change("sbx-1", state="created", host=this_process())
+    BECOMES_ACTIVE[way](ledger)
+    assert "active" in states(ledger).values()
 
 
 def test_one_of_eight_takes_it(ledger: Ledger) -> None:
@@ -276,6 +300,32 @@ def test_something_came_between(ledger: Ledger, what: str) -> None:
     assert ledger.doom(seen, "its time is up", used=True) == (what != "more time")
     assert ledger.change_unused(ledger.find("box1"), state="paused")
     assert ledger.find("box1").state == "paused"
+
+
+def test_more_time_from_many_at_once(ledger: Ledger) -> None:
+    ledger.change("sbx-1", expires_at=9e9)
+    with contextlib.ExitStack() as stack:
+        others = [stack.enter_context(Ledger(ledger.path)) for _ in range(8)]
+        given = at_once(*(lambda own=own: own.extend("sbx-1", 10) for own in others))  # type: ignore[misc]
+    assert sorted(given) == [9e9 + 10 * number for number in range(1, 9)]  # type: ignore[type-var]
+    assert ledger.find("box1").expires_at == 9e9 + 80
+
+
+def test_more_time(ledger: Ledger) -> None:
+    now = time.time()
+    for expires in (None, 5.0):
+        ledger.change("sbx-1", expires_at=expires)
+        when = ledger.extend("sbx-1", 10)
+        assert when is not None
+        assert now + 10 <= when <= time.time() + 10
+        assert ledger.find("box1").expires_at == when
+    assert ledger.extend("sbx-1", None) is None
+    assert ledger.find("box1").expires_at is None
+    ledger.doom(ledger.find("box1"), "so")
+    for key in ("sbx-1", "sbx-9"):
+        with pytest.raises(SandboxNotFound):
+            ledger.extend(key, 10)
+    assert ledger.find("box1").expires_at is None
 
 
 def test_a_session_came_between(ledger: Ledger) -> None:

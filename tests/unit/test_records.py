@@ -10,14 +10,23 @@ import sys
 import textwrap
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import host_environment
 
-from sandboxcore import SandboxError
+from sandboxcore import SandboxError, SpecError
 from sandboxcore.ledger import Ledger
 from sandboxcore.lifecycle import new_id
-from sandboxcore.records import CHANGES, SCHEMA, CommandRecord, SandboxRecord, SessionRecord
+from sandboxcore.records import (
+    CHANGES,
+    SCHEMA,
+    CommandRecord,
+    SandboxRecord,
+    SessionRecord,
+    plain_metadata,
+    row_of,
+)
 from sandboxcore.recovery import gc
 from sandboxcore.store import DATABASE, Store
 
@@ -43,7 +52,7 @@ def ledger(tmp_path: Path):
                 made.home(f"sbx-{number}").path.mkdir()
                 made.add(sandbox(number))
             made.add(CommandRecord(id=f"cmd-{number}", sandbox="sbx-1", args=[], pty=False, started_at=0.0))
-            made.open_session(session(number))
+            made.add(session(number))
         yield made
 
 
@@ -95,6 +104,16 @@ def test_damage(ledger: Ledger, table: str, column: str, text: str) -> None:
     assert run(ledger.path, f"SELECT * FROM {table} ORDER BY id") == before
 
 
+def test_what_is_not_said_is_what_the_table_says(ledger: Ledger) -> None:
+    """So rows of an earlier version are what new ones are."""
+    table = run(ledger.path, "SELECT name, dflt_value FROM pragma_table_info('sandboxes')")
+    plain = row_of(sandbox(1))
+    for name, text in table:
+        if text is not None:
+            (said,) = run(ledger.path, f"SELECT {text}")[0]
+            assert plain[str(name)] == said, name
+
+
 def test_types_are_the_databases_own(ledger: Ledger) -> None:
     """STRICT: what is no number does not get into its column."""
     for column in ("created_at", "expires_at", "pid"):
@@ -111,6 +130,22 @@ def test_a_uuid_finds_it(ledger: Ledger) -> None:
     assert ledger.get(str(uuid.uuid4())) is None
     ledger.add(sandbox(8, name=str(number)))
     assert ledger.find(str(number)).id == "sbx-8"  # a name that somebody gave
+
+
+WRONG = [{"a": object()}, {1: 2}, {"a": [{None: 1}]}, {"a": float("nan")}, {"a": b"x"}, {"a": {1, 2}}]
+
+
+@pytest.mark.parametrize("metadata", WRONG, ids=repr)
+def test_metadata_is_json_data(metadata: dict[Any, Any]) -> None:
+    with pytest.raises(SpecError, match="metadata: is not JSON data"):
+        plain_metadata(metadata)
+
+
+def test_metadata_is_as_it_will_be_read(ledger: Ledger) -> None:
+    plain = plain_metadata({"a": (1, None, {"b": True}), "ü": 2.5})
+    assert plain == {"a": [1, None, {"b": True}], "ü": 2.5}
+    ledger.add(session(3, sandbox="sbx-1", metadata=plain))
+    assert ledger.session("sess-3").metadata == plain
 
 
 # --- from one version to the next -------------------------------------------------------------------
@@ -165,7 +200,7 @@ def test_from_version_1(tmp_path: Path) -> None:
     path = version_1(tmp_path / "state")
     check_migrated(path)
     with Ledger(path) as ledger:  # and as one that was made so
-        ledger.open_session(session(1, sandbox="sbx-b"))
+        ledger.open_session(session(1, sandbox="sbx-a"))
         ledger.change("sbx-b", expires_at=5.0, policy={"auto_stop": 3})
         assert ledger.find("b").policy == {"auto_stop": 3}
     with Store(tmp_path / "new"):
@@ -180,8 +215,18 @@ def test_what_was_there_before_sessions(tmp_path: Path) -> None:
     check_migrated(path)
     with Ledger(path) as ledger:
         assert [(one.lasting, one.next_spec) for one in ledger.all()] == [(True, {})] * 2
-        ledger.open_session(session(1, sandbox="sbx-b"))
+        ledger.open_session(session(1, sandbox="sbx-a"))
         assert ledger.end_session("sess-1", "released") == (True, False)
+
+
+def test_labels_that_the_first_version_took(tmp_path: Path) -> None:
+    """They become text; what is no JSON stays as it is, and is left out."""
+    path = version_1(tmp_path / "state")
+    run(path, """UPDATE sandboxes SET labels = '{"k": "v", "n": 1, "t": true, "z": null, "l": [1.5]}'""")
+    run(path, "UPDATE sandboxes SET labels = '{' WHERE id = 'sbx-b'")
+    with Ledger(path) as ledger:
+        assert ledger.find("a").labels == {"k": "v", "n": "1", "t": "true", "z": "null", "l": "[1.5]"}
+        assert [damage.id for damage in ledger.damaged()] == ["sbx-b"]
 
 
 def test_four_processes_migrate_at_once(tmp_path: Path) -> None:
