@@ -212,11 +212,11 @@ class Acquiring(Tenancy):
         awaited for 2 s. wait: for room, where it is to be started, as for :meth:`create`.
         Raises :class:`SandboxNotFound`; :class:`InvalidTransition` for a suspended or archived one.
         """
-        first = self._new_session(client_id, timeouts, metadata, labels)
         if create_if_missing and self._ledger.get(sandbox_id) is None:
             check_name(sandbox_id)
         deadline, pause = time.monotonic() + _GOING, _SHORTEST
         while True:
+            first = self._new_session(client_id, timeouts, metadata, labels)  # the last one may have ended
             try:
                 sandbox, session, new = self._attached(
                     sandbox_id, first, create_if_missing, create_spec, wait

@@ -38,18 +38,18 @@ class Ledger(Store):
 
     def session(self, session_id: str) -> SessionRecord:
         """Raises :class:`SessionNotFound`, and :class:`SandboxError` for a record that cannot be read."""
-        rows = self._do("SELECT * FROM sessions WHERE id = ?", (session_id,))
-        if not rows:
-            raise SessionNotFound(f"no session has the id {session_id!r} in {self.path}")
-        return self._read(rows[0])
+        return self._read(self._row("*", session_id))
 
     def bare_session(self, session_id: str) -> SessionRecord:
         """The same without its timeouts, metadata and labels: also one in which these cannot be read."""
         names = "id, sandbox, client, state, created_at, last_active_at, trace_id, ended_at, ended_why"
+        return SessionRecord(**dict(self._row(names, session_id)))
+
+    def _row(self, names: str, session_id: str) -> sqlite3.Row:
         rows = self._do(f"SELECT {names} FROM sessions WHERE id = ?", (session_id,))
         if not rows:
             raise SessionNotFound(f"no session has the id {session_id!r} in {self.path}")
-        return SessionRecord(**dict(rows[0]))
+        return rows[0]
 
     def _read(self, row: sqlite3.Row) -> SessionRecord:
         try:
@@ -87,9 +87,7 @@ class Ledger(Store):
         active, or :class:`SandboxBusy`. Raises InvalidTransition, SessionNotFound; and for one that becomes
         active what :meth:`open_session` does."""
         with self._change() as db:
-            row = db.execute("SELECT * FROM sessions WHERE id = ?", (session_id,)).fetchone()
-            if row is None:
-                raise SessionNotFound(f"no session has the id {session_id!r} in {self.path}")
+            row = self._row("*", session_id)
             check_move(session_id, SessionState(self._read(row).state), to, wanted)
             others = "SELECT 1 FROM sessions WHERE sandbox = ? AND state = 'active' AND id != ?"
             if alone and db.execute(others, (row["sandbox"], session_id)).fetchone():
@@ -98,7 +96,7 @@ class Ledger(Store):
                 _owner_of_usable(db, row["sandbox"])
             update = "UPDATE sessions SET state = ?, last_active_at = ? WHERE id = ?"
             db.execute(update, (to.value, time.time(), session_id))
-            return self._read(db.execute("SELECT * FROM sessions WHERE id = ?", (session_id,)).fetchone())
+            return self._read(self._row("*", session_id))
 
     def put_back(self, seen: SessionRecord) -> None:
         """A session that was suspended just now is again as it was."""

@@ -440,6 +440,24 @@ def test_attach_to_one_that_is_destroyed_when_it_is_to_start(
         assert second.list_sessions() == []
 
 
+def test_what_attach_makes_is_destroyed_before_it_starts(
+    manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it makes another, with a session that has not ended."""
+    start = second._started
+
+    def started(*args: Any) -> None:
+        monkeypatch.setattr(second, "_started", start)
+        manager.destroy("dev")
+        start(*args)
+
+    monkeypatch.setattr(second, "_started", started)
+    found = second.attach("dev", "me", create_if_missing=True)
+    assert found.newly_created
+    assert second.list_sessions() == [found.session]
+    assert runs(found.session)
+
+
 def test_attach_makes_one_when_the_one_before_is_gone(
     manager: SandboxManager, second: SandboxManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
