@@ -1,5 +1,6 @@
 """Sandboxes that run before anybody wants them: :class:`SandboxPool`."""
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -8,8 +9,9 @@ from typing import Any, Self
 from sandboxcore.errors import InvalidTransition, TooManySandboxes
 from sandboxcore.pool_binding import NOTHING, Wanted, bind_late, wanted
 from sandboxcore.pool_policy import PoolConfig, PoolStats
-from sandboxcore.pool_shelf import Observer, Room, Total, added_up
+from sandboxcore.pool_shelf import Observer, Room, added_up, end_and_wait
 from sandboxcore.pool_stock import Stock
+from sandboxcore.pool_total import Total
 from sandboxcore.process import with_spawner
 from sandboxcore.request import FileContent, Program
 from sandboxcore.result import ExecResult
@@ -185,12 +187,13 @@ class SandboxPool:
         """One that has everything from its start."""
         spec = asked.spec(self._stock.given)
         while True:
+            moves = self._stock.total.moves
             sandbox = self._stock.made(spec, asked.identity())
             began = time.monotonic()
             try:
                 sandbox.start()
             except TooManySandboxes:
-                if not self._stock.make_room():
+                if not self._stock.total.make_room(moves):
                     raise
                 continue
             self._stock.started(time.monotonic() - began)
@@ -247,8 +250,9 @@ def _bound(sandbox: Sandbox, asked: Wanted) -> bool:
     """Make it what is asked for. False, and it is no more, where that failed."""
     try:
         bind_late(sandbox, asked)
-    except Exception:  # a sandbox of its own will have it, or say why not
-        sandbox.close()
+    except Exception:  # a sandbox of its own will have it, or say why not; in the place of this one
+        with contextlib.suppress(TimeoutError):
+            end_and_wait(sandbox)
         return False
     except BaseException:
         sandbox.close()

@@ -14,6 +14,7 @@ from sandboxcore.lifecycle import SandboxState
 from sandboxcore.link import ANSWER_PATIENCE
 from sandboxcore.pool_reset import look, prime, survivors
 from sandboxcore.pool_shelf import Claim, Member, Shelf, end_and_wait, log
+from sandboxcore.pool_total import LOOK
 from sandboxcore.sandbox import Sandbox
 
 TICK = 0.005  # seconds between two looks while there are claims, which would else have to wake the thread
@@ -57,6 +58,7 @@ class Stock(Shelf):
             )
             weakref.finalize(self, self._wake.set).atexit = False
             _open.add(self)
+            self.total.join(self)
             self._thread.start()
 
     def shut(self, state: str = "draining") -> None:
@@ -83,9 +85,14 @@ class Stock(Shelf):
         """End everything that nobody has."""
         with self._changed:
             members, self._members = self._members, deque()
+            self._passing += len(members)
         for member in members:
             self._discard(member, "draining", wait=True)
         self.tidy_up(wait=True)
+        deadline = time.monotonic() + ANSWER_PATIENCE
+        while self._leaving and time.monotonic() < deadline:
+            self.passing()
+            time.sleep(LOOK)
 
     def resize(self, min_warm: int | None, max_warm: int | None) -> None:
         """Other bounds. Raises SpecError."""
@@ -180,12 +187,14 @@ class Stock(Shelf):
             return
         began = self._started_at = time.monotonic()
         sandbox = self.made(self.spec, {})
+        with self._changed:
+            self._passing += 1
         try:
             member = self._begun(sandbox)
         except Exception as error:  # whoever claims meets it, too, and is told
             self.total.give()
-            sandbox.close()
             self._fail(error)
+            self.end(sandbox)
             return
         self._pause = self._wanting_since = 0.0
         seconds = time.monotonic() - began
@@ -199,11 +208,14 @@ class Stock(Shelf):
         return Member(sandbox, time.monotonic(), look(sandbox) if self.config.reset else None)
 
     def _add(self, member: Member, kind: str, **data: Any) -> None:
+        """It was counted as passing, and is ready, if it is still wanted."""
         with self._changed:
             going_on = self.state == "open"
             wanted = going_on and len(self._members) < self.config.max_warm
             if wanted:
                 self._members.append(member)
+                self._passing -= 1
+                self.total.move()
                 self._changed.notify_all()
         if wanted:
             self.note(kind, member.sandbox, **data)
@@ -221,6 +233,10 @@ class Stock(Shelf):
         if error is not None and not crowded:
             log.debug("pool: a sandbox could not be started ahead of time: %s", error)
 
+    def yield_place(self) -> None:
+        """Start none for a moment: somebody needs a place more."""
+        self._fail(None)
+
     def _expire(self) -> None:
         """Let go of those that are too old, too many, or dead."""
         now, gone = time.monotonic(), []
@@ -234,15 +250,10 @@ class Stock(Shelf):
                 gone += [(member, reason)] if reason else []
                 kept.extend([] if reason else [member])
             self._members = kept
+            self._passing += len(gone)
+            self._reap()
         for member, reason in gone:
             self._discard(member, reason)
-
-    def _discard(self, member: Member, reason: str, *, wait: bool = False) -> None:
-        self.total.give()
-        self.count(**{"expired" if reason == "expired" else "discarded": 1})
-        with contextlib.suppress(TimeoutError):
-            (end_and_wait if wait else Sandbox.close)(member.sandbox)
-        self.note("pool.discarded", member.sandbox, reason=reason)
 
     def tidy_up(self, *, wait: bool = False) -> None:
         """What was given back is reset, or ends."""
@@ -251,10 +262,12 @@ class Stock(Shelf):
                 if not self._back:
                     return
                 sandbox, claim = self._back.popleft()
-            if self.config.reset and self.state == "open":
-                self._renew(sandbox, claim)
-            with contextlib.suppress(TimeoutError):
-                (end_and_wait if wait else Sandbox.close)(sandbox)
+                self._passing += 1
+            try:
+                if self.config.reset and self.state == "open":
+                    self._renew(sandbox, claim)
+            finally:
+                self.end(sandbox, wait=wait)
 
     def _renew(self, used: Sandbox, claim: Claim) -> None:
         """Have another isolation take its place, and see that nothing of it is there."""
@@ -262,20 +275,22 @@ class Stock(Shelf):
             return
         began, found = time.monotonic(), []
         fresh, member = self.made(self.spec, {}), None
+        with self._changed:
+            self._passing += 1
         try:
             member = self._begun(fresh)
             found = survivors(claim.view, member.view, there=used.state is SandboxState.RUNNING)
             end_and_wait(used)  # only now: the number of a namespace is given again when that is gone
         except TooManySandboxes:
             self.total.give()
-            fresh.close()
+            self.end(fresh)
             return
         except Exception as error:  # whatever it is, nobody gets it
             found.append(f"it could not be read back: {error}")
         if found or member is None:
             self.total.give()
             self.count(reset_failures=1)
-            fresh.close()
+            self.end(fresh)
             self.note("pool.discarded", used, reason="reset", survived=tuple(found))
             return
         self.count(resets=1, created=1)

@@ -14,8 +14,9 @@ from sandboxcore.errors import InvalidTransition, SandboxGone, SandboxNotFound, 
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.pool import SandboxPool
 from sandboxcore.pool_policy import PoolConfig, PoolStats
-from sandboxcore.pool_shelf import SAMPLES, Observer, Room, Tally, Total, added_up
+from sandboxcore.pool_shelf import SAMPLES, Observer, Room, Tally, added_up
 from sandboxcore.pool_stock import Stock
+from sandboxcore.pool_total import Total
 from sandboxcore.request import Program
 from sandboxcore.result import ExecResult
 from sandboxcore.sandbox import Sandbox
@@ -47,10 +48,20 @@ def _profile(name: str) -> SandboxSpec:
 class Table(Generic[PoolKind, SandboxKind]):
     """The pools of a process by their specs, the least recently used first, and which sandbox is whose."""
 
-    def __init__(self, most: int, make: Callable[[SandboxSpec], PoolKind]) -> None:
+    def __init__(
+        self,
+        make: Callable[..., PoolKind],
+        config: PoolConfig | None,
+        *,
+        most: int,
+        total: int | None,
+        room: Room | None,
+        on_event: Observer | None,
+    ) -> None:
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise SpecError(f"pools.most: {most!r} is not a positive whole number")
-        self.most, self._make = most, make
+        self.most, self.total = most, Total(total)
+        self._make = functools.partial(make, config=config, room=room, on_event=on_event, total=self.total)
         self.pools: dict[str, PoolKind] = {}
         self.closed = False
         self._retired: list[PoolKind] = []  # that may not have ended yet
@@ -127,6 +138,10 @@ class Table(Generic[PoolKind, SandboxKind]):
         stats = added_up([past, *(pool._stock.tally() for pool in pools)])
         return replace(stats, claimed=max(stats.claimed, claimed))
 
+    def each(self) -> dict[str, PoolStats]:
+        """Of each pool that there is, by the fingerprint of its spec."""
+        return {key: added_up([pool._stock.tally()]) for key, pool in list(self.pools.items())}
+
 
 def _own(sandbox: Any) -> Sandbox:
     """The sandbox behind a handle of either kind."""
@@ -167,12 +182,9 @@ class SandboxPools:
         room: Room | None = None,
         on_event: Observer | None = None,
     ) -> None:
-        bound = Total(total)
-
-        def make(spec: SandboxSpec) -> SandboxPool:
-            return SandboxPool(spec, config, room=room, on_event=on_event, total=bound)
-
-        self._table: Table[SandboxPool, Sandbox] = Table(most, make)
+        self._table: Table[SandboxPool, Sandbox] = Table(
+            SandboxPool, config, most=most, total=total, room=room, on_event=on_event
+        )
 
     def pool(self, spec: SandboxSpec | str | None = None) -> SandboxPool:
         """The pool of a spec, or of a profile by its name, started."""
@@ -223,7 +235,13 @@ class SandboxPools:
 
     def each(self) -> Mapping[str, PoolStats]:
         """Of each pool that there is, by the fingerprint of its spec."""
-        return {key: pool.stats() for key, pool in list(self._table.pools.items())}
+        return self._table.each()
+
+    def make_room(self) -> bool:
+        """End a sandbox that nobody has claimed, for somebody who needs its place, and wait for that, at most
+        5 s: one that was given back, or else a warm one, of the pool that nobody has used for longest. False
+        if there is none."""
+        return self._table.total.make_room()
 
     def drain(self, timeout: float | None = None) -> None:
         """:meth:`SandboxPool.drain` of all pools; the next claim makes others. Raises TimeoutError."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from managed import heard, is_gone, kinds, manager, nothing_left, runs, second, session_in, state
+from pooling import in_threads
 from support import host_process, wait_until
 
 from sandboxcore import (
@@ -152,6 +153,27 @@ def test_threads_never_have_more_than_there_may_be(small: SandboxManager, state:
     assert errors == []
     assert 1 <= most <= 2
     assert small.list_sandboxes() == []
+
+
+def test_what_is_warm_makes_room(small: SandboxManager) -> None:
+    assert small.run_pooled(["true"]).ok
+    pool = small.pools.pool()
+    wait_until(lambda: pool.available == 2, "its pool to have taken every place")
+    made = small.create(), small.create()
+    with pytest.raises(TooManySandboxes):
+        small.create()
+    for one in made:
+        assert one.exec(["true"]).ok
+
+
+def test_as_many_as_there_may_be_use_the_pool_one_after_the_other(small: SandboxManager) -> None:
+    """What is on its way out, or in, is nobody's: there is always a place for whoever has none."""
+
+    def work(number: int) -> None:
+        for _ in range(25):
+            assert small.run_pooled(["true"], timeout=20).ok
+
+    in_threads(2, work)
 
 
 # --- without a session --------------------------------------------------------------------------------

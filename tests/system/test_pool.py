@@ -23,7 +23,9 @@ from sandboxcore import (
     SandboxState,
     SpecError,
     TooManySandboxes,
+    pool_stock,
 )
+from sandboxcore.pool_stock import Stock
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -345,6 +347,57 @@ def test_too_many_ahead_of_time_is_no_failure(places: None) -> None:
                 assert last.exec(["true"]).ok
                 with pytest.raises(TooManySandboxes):
                     pool.claim()
+
+
+def test_who_needs_a_place_gets_that_of_one_that_was_given_back(
+    places: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_stock, "QUIET", 1e9)  # nobody ends it by himself
+    monkeypatch.setattr(pool_stock, "PATIENCE", 1e9)
+    sandboxcore.host_limits(max_sandboxes=1)
+    with SandboxPool(config=PoolConfig(min_warm=0, max_warm=1, adaptive=False)) as pool:
+        for _ in range(3):
+            pool.release(pool.claim())
+        last = pool.claim()
+        with pytest.raises(TooManySandboxes):
+            pool.claim()
+        pool.release(last)
+
+
+def test_who_needs_a_place_waits_for_one_that_ends(places: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    ending, waiting, close = threading.Event(), threading.Event(), Sandbox.close
+
+    def held(sandbox: Sandbox) -> None:
+        if threading.current_thread().name == "sandboxcore-pool":
+            ending.set()
+            assert waiting.wait(PATIENCE)
+        close(sandbox)
+
+    def passing(stock: Stock) -> bool:
+        waiting.set()
+        return asked(stock)
+
+    asked = Stock.passing
+    monkeypatch.setattr(Sandbox, "close", held)
+    monkeypatch.setattr(Stock, "passing", passing)
+    sandboxcore.host_limits(max_sandboxes=1)
+    with SandboxPool(config=PoolConfig(min_warm=0, max_warm=1, adaptive=False)) as pool:
+        pool.release(pool.claim())
+        assert ending.wait(PATIENCE)
+        with pool.claim() as sandbox:
+            assert sandbox.exec(["true"]).ok
+
+
+def test_who_needs_a_place_gets_that_of_another_pool(places: None) -> None:
+    sandboxcore.host_limits(max_sandboxes=2)
+    with SandboxPools(PoolConfig(min_warm=2, max_warm=2, adaptive=False)) as pools:
+        assert pools.warm(ONE, timeout=PATIENCE)
+        with pools.claim(TWO) as one, pools.claim(TWO) as two:
+            assert one.exec(["true"]).ok
+            assert two.exec(["true"]).ok
+            assert not pools.make_room()
+            with pytest.raises(TooManySandboxes):
+                pools.claim(ONE)
 
 
 def test_starts_that_fail_ahead_of_time_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
