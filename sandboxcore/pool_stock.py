@@ -41,25 +41,37 @@ class Stock(Shelf):
 
     def open(self) -> None:
         """Begin to have some ready. The spawner knows the plan: it is not to be born of a thread that may be
-        of another priority. Idempotent."""
+        of another priority. Idempotent; raises RuntimeError where there can be no more threads."""
         self.check()
-        with self._changed:
-            if self.state == "closed":
-                raise InvalidTransition("pool", "closed", "start")
-            if self.state == "open":
-                return
-        self.await_end(None)
-        with self._changed:
-            self.state, self.finished = "open", False
-            self._wake.clear()
-            # Daemonic, or the interpreter would wait for it before it calls what was registered with atexit.
-            self._thread = threading.Thread(
-                target=_keep, args=(weakref.ref(self), self._wake), name="sandboxcore-pool", daemon=True
-            )
-            weakref.finalize(self, self._wake.set).atexit = False
-            _open.add(self)
-            self.total.join(self)
-            self._thread.start()
+        while True:
+            with self._changed:
+                if self.state == "closed":
+                    raise InvalidTransition("pool", "closed", "start")
+                if self.state == "open":
+                    return
+                last = self._thread
+                if last is None or not last.is_alive():
+                    self._begin()
+                    return
+            last.join()
+
+    def _begin(self) -> None:
+        """Have a thread. The caller has the lock."""
+        # Daemonic, or the interpreter would wait for it before it calls what was registered with atexit.
+        thread = threading.Thread(
+            target=_keep, args=(weakref.ref(self), self._wake), name="sandboxcore-pool", daemon=True
+        )
+        before, self.state, self.finished = self.state, "open", False  # before the thread looks
+        self._wake.clear()
+        try:
+            thread.start()
+        except BaseException:
+            self.state, self.finished = before, True
+            raise
+        self._thread = thread
+        weakref.finalize(self, self._wake.set).atexit = False
+        _open.add(self)
+        self.total.join(self)
 
     def shut(self, state: str = "draining") -> None:
         """Have nothing ready any more: the thread ends everything, and itself. Without waiting. Idempotent;
@@ -75,7 +87,8 @@ class Stock(Shelf):
 
     def await_end(self, timeout: float | None) -> None:
         """Wait until the thread has ended everything. Raises TimeoutError."""
-        thread = self._thread
+        with self._changed:
+            thread = None if self.state == "open" else self._thread  # open: it has, and another one was begun
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
             if thread.is_alive():

@@ -4,7 +4,8 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -213,6 +214,82 @@ def test_drain_leaves_nothing_and_lets_go_on() -> None:
             pool.claim()
         with pytest.raises(InvalidTransition):
             pool.start()
+
+
+@contextmanager
+def draining(monkeypatch: pytest.MonkeyPatch, joining: Callable[[], Any]) -> Iterator[SandboxPool]:
+    """A pool whose thread ends when somebody begins to wait for that; who has waited does this, too."""
+    go, finish = threading.Event(), Stock.finish
+
+    def held(stock: Stock) -> None:
+        assert go.wait(PATIENCE)
+        finish(stock)
+
+    def join(timeout: float | None = None) -> None:
+        go.set()
+        threading.Thread.join(thread, timeout)
+        joining()
+
+    with monkeypatch.context() as patched, ready() as pool:
+        patched.setattr(Stock, "finish", held)
+        thread = pool._stock._thread
+        assert thread is not None
+        pool._stock.shut()
+        patched.setattr(thread, "join", join)
+        yield pool
+
+
+def pool_threads() -> int:
+    return [thread.name for thread in threading.enumerate()].count("sandboxcore-pool")
+
+
+def test_starting_twice_while_it_is_drained_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = pool_threads()
+    with draining(monkeypatch, threading.Barrier(2, timeout=PATIENCE).wait) as pool:
+        in_threads(2, lambda number: pool.start())
+        assert pool_threads() == before + 1
+        assert pool.wait_ready(PATIENCE)
+    assert pool_threads() == before
+
+
+def test_what_is_closed_while_somebody_starts_it_stays_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = pool_threads()
+    with draining(monkeypatch, lambda: pool._stock.shut("closed")) as pool:
+        with pytest.raises(InvalidTransition):
+            pool.start()
+        assert pool_threads() == before
+        with pytest.raises(InvalidTransition):
+            pool.claim()
+
+
+def test_draining_while_somebody_starts_it_again_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    shut = Stock.shut
+
+    def and_start(stock: Stock, state: str = "draining") -> None:
+        shut(stock, state)
+        if state == "draining":
+            stock.open()
+
+    with ready() as pool, monkeypatch.context() as patched:
+        patched.setattr(Stock, "shut", and_start)
+        pool.drain(PATIENCE)
+        assert pool.wait_ready(PATIENCE)
+
+
+def test_where_there_can_be_no_thread_it_is_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with leaves_nothing(), SandboxPool(config=PoolConfig(min_warm=1, max_warm=1)) as pool:
+        pool.drain()
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refused)
+            with pytest.raises(RuntimeError):
+                pool.start()
+        pool.claim().close()
+        assert dict(pool.stats().misses_by_reason) == {"draining": 1}
+        pool.start()
+        assert pool.wait_ready(PATIENCE)
 
 
 def test_draining_at_any_moment() -> None:
