@@ -41,8 +41,9 @@ class _Raw(NamedTuple):
     data: bytes
 
 
-def _raw_lines(path: Path) -> Iterator[_Raw]:
-    """Every line up to now: of the full files, oldest first, and of the file itself."""
+def _raw_lines(path: Path, pruned: Callable[[], object] = lambda: None) -> Iterator[_Raw]:
+    """Every line up to now: of the full files, oldest first, and of the file itself. Calls ``pruned`` where a
+    writer has removed the oldest ones meanwhile, and goes on with what there is."""
     current: int | None = None
     try:
         current, parts, size = _moment(path)
@@ -52,8 +53,12 @@ def _raw_lines(path: Path) -> Iterator[_Raw]:
             raise
     try:
         for part in parts:
-            with open(part, "rb") as file:
-                yield from _lines(part, file, file.seek(0, os.SEEK_END))
+            try:
+                with open(part, "rb") as file:
+                    yield from _lines(part, file, file.seek(0, os.SEEK_END))
+            except FileNotFoundError:
+                if not any(other < part for other in full_files(path)):  # else it was not the oldest
+                    pruned()
         if current is not None:
             with open(current, "rb", closefd=False) as file:
                 yield from _lines(path, file, size)
@@ -153,7 +158,7 @@ def verify_log(
     """
     chain = _Chain(checked_key(key), expect_last, whole=whole)
     lines = 0
-    for raw in _raw_lines(Path(os.path.abspath(path))):
+    for raw in _raw_lines(Path(os.path.abspath(path)), chain.begin_anew):
         lines += 1
         if (problem := chain.take(raw)) is not None:
             break
@@ -181,11 +186,16 @@ class _Chain:
     """What has to come next."""
 
     def __init__(self, key: bytes, expected: str | None, *, whole: bool) -> None:
-        self._key, self._expected = key, expected
+        self._key, self._expected, self._whole = key, expected, whole
         self._next: ChainLink | None = ChainLink(0, START) if whole else None
         self._torn: _Raw | None = None
         self.last: str | None = None
         self.told: list[int] = []
+
+    def begin_anew(self) -> None:
+        """What was before is not there any more, which is as if it had never been, unless all is due."""
+        if not self._whole:
+            self._next = self._torn = None
 
     def take(self, raw: _Raw) -> _Problem | None:
         """The next line, or what is wrong."""

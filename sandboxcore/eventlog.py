@@ -184,6 +184,7 @@ class EventLog:
         with self._locked() as fd:  # the new one; another writer may have begun it
             line, after = self._line(event, self._continued(fd))
             self._append(fd, line, after)
+            self._prune()  # only now: until there is a line, the chain goes on from the last full file
 
     def _line(self, event: Event, link: ChainLink) -> tuple[bytes, ChainLink]:
         data = event.to_dict()
@@ -243,13 +244,17 @@ class EventLog:
         return ChainLink(0, START)
 
     def _rotate(self) -> None:
-        """Begin a new file. We hold the lock of this one, so nobody else does."""
+        """Have a new file begun. We hold the lock of this one, so nobody else does."""
         parts = full_files(self.path)
         number = int(parts[-1].suffix[1:]) + 1 if parts else 1
         os.rename(self.path, f"{self.path}.{number:08d}")
+
+    def _prune(self) -> None:
+        """Remove full files, the oldest first. We hold the lock, so nobody reads them to go on with the
+        chain."""
         if self._backups is not None:
             parts = full_files(self.path)
-            for part in parts[: len(parts) - self._backups]:
+            for part in parts[: max(0, len(parts) - self._backups)]:
                 part.unlink(missing_ok=True)
 
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sandboxcore import eventlog
+from sandboxcore import eventchain, eventlog
 from sandboxcore.errors import SpecError
 from sandboxcore.eventchain import Verification, read_log, verify_log
 from sandboxcore.eventlog import EventLog
@@ -343,6 +343,70 @@ def test_old_files_go(path: Path) -> None:
     assert found == made[-len(found) :]
     assert not verify_log(path, KEY).ok
     assert verify_log(path, KEY, whole=False).ok
+
+
+def test_as_many_old_files_as_are_wanted_stay(path: Path) -> None:
+    written(path, 10, max_bytes=1, backups=5)
+    assert len(eventlog.full_files(path)) == 5
+
+
+def test_a_chain_goes_on_though_no_old_file_stays(path: Path) -> None:
+    written(path, 3, key=KEY, max_bytes=1, backups=0)
+    assert [json.loads(line)["seq"] for line in path.read_bytes().splitlines()] == [2]
+    assert eventlog.full_files(path) == []
+    found = verify_log(path, KEY)
+    assert (found.ok, found.at_line) == (False, 1)
+    assert verify_log(path, KEY, whole=False).ok
+
+
+def test_whoever_begins_the_new_file_goes_on_with_the_chain(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer, while the one who has renamed the old one has no lock."""
+    with EventLog(path, key=KEY, max_bytes=600, backups=0) as log:
+        rotate = log._rotate
+
+        def and_write() -> None:
+            rotate()
+            with EventLog(path, key=KEY) as other:
+                other.append(started(number=1))
+
+        monkeypatch.setattr(log, "_rotate", and_write)
+        log.append(started(number=0, more="x" * 300))
+        log.append(started(number=2))
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert [(line["seq"], line["data"]["number"]) for line in lines] == [(1, 1), (2, 2)]
+    assert verify_log(path, KEY, whole=False).ok
+
+
+def test_files_that_go_while_somebody_reads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = written(path, 5, key=KEY, max_bytes=1)
+    first, *middle, last = eventlog.full_files(path)
+    kept = {part: part.read_bytes() for part in (first, *middle, last)}
+    reading = iter(read_log(path))
+    assert next(reading) == made[0]
+    for part in (first, middle[0]):
+        part.unlink()
+    assert list(reading) == made[2:]
+
+    def while_verified(*gone: Path, **options: Any) -> Verification:
+        for part, data in kept.items():
+            part.write_bytes(data)
+        then = iter([lambda: None, lambda: [part.unlink() for part in gone]])
+        lines_of = eventchain._lines
+
+        def lines(*args: Any) -> Any:
+            yield from lines_of(*args)
+            next(then, lambda: None)()  # after the second file
+
+        with monkeypatch.context() as patched:
+            patched.setattr(eventchain, "_lines", lines)
+            return verify_log(path, KEY, **options)
+
+    pruned = while_verified(*kept, whole=False)
+    assert (pruned.ok, pruned.lines) == (True, 3)
+    assert not while_verified(*kept).ok
+    assert not while_verified(middle[-1], whole=False).ok, "it was not the oldest"
 
 
 def test_a_file_moved_away_is_begun_again(path: Path) -> None:
