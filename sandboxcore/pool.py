@@ -206,8 +206,8 @@ class SandboxPool:
             return sandbox
 
     def release(self, sandbox: Sandbox) -> None:
-        """Give one back, without waiting: it is destroyed, or with ``config.reset`` reset and kept for
-        somebody else. Whoever still has it cannot use it any more.
+        """Give one back: it is destroyed, or with ``config.reset`` reset and kept for somebody else. Whoever
+        still has it cannot use it any more. Without waiting, but for its end where the pool is drained.
 
         Raises :class:`SandboxNotFound` for one that was not claimed here, or is back already.
         """

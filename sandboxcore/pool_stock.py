@@ -101,7 +101,7 @@ class Stock(Shelf):
             self._passing += len(members)
         for member in members:
             self._discard(member, "draining", wait=True)
-        self.tidy_up(wait=True)
+        self.tidy_up()
         deadline = time.monotonic() + ANSWER_PATIENCE
         while self._leaving and time.monotonic() < deadline:
             self.passing()
@@ -268,8 +268,9 @@ class Stock(Shelf):
         for member, reason in gone:
             self._discard(member, reason)
 
-    def tidy_up(self, *, wait: bool = False) -> None:
-        """What was given back is reset, or ends."""
+    def tidy_up(self) -> None:
+        """What was given back is reset, or ends; where there is no thread that looks for it, it is waited
+        for."""
         while True:
             with self._changed:
                 if not self._back:
@@ -280,7 +281,7 @@ class Stock(Shelf):
                 if self.config.reset and self.state == "open":
                     self._renew(sandbox, claim)
             finally:
-                self.end(sandbox, wait=wait)
+                self.end(sandbox, wait=self.state != "open")
 
     def _renew(self, used: Sandbox, claim: Claim) -> None:
         """Have another isolation take its place, and see that nothing of it is there."""

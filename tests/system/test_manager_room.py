@@ -319,6 +319,30 @@ def test_stats_health_and_prometheus(manager: SandboxManager) -> None:
         assert line in text.splitlines()
 
 
+def test_numbers_of_pools(state: Path) -> None:
+    config = PoolConfig(min_warm=1, max_warm=1, adaptive=False)
+    with SandboxManager(state, pool=config, sweep_interval=None) as manager:
+        assert manager.stats().mean_creation is None
+        assert manager.pools.warm("standard", timeout=PATIENCE)
+        manager.pools.claim(network="private").close()
+        manager.create()
+        stats = manager.stats()
+        assert (stats.created, stats.creation["count"], stats.pool.created) == (3, 1, 2)
+        assert stats.mean_creation == stats.creation["sum"]
+        lines = manager.prometheus().splitlines()
+        manager.destroy_all()
+    for line in (
+        "created_total 3",
+        "creation_seconds_count 1",
+        "pool_created_total 2",
+        "pool_target 1",
+        "pool_hits_total 0",
+        'pool_misses_total{reason="network"} 1',
+        *(f"pool_{name}_total 0" for name in ("expired", "discarded", "resets", "refill_failures")),
+    ):
+        assert f"sandboxcore_{line}" in lines
+
+
 def test_a_full_one_warns(small: SandboxManager) -> None:
     small.create(), small.create()
     health = small.health()

@@ -537,6 +537,46 @@ def test_the_least_recently_used_pool_is_drained() -> None:
         wait_until(lambda: kept.state is SandboxState.DESTROYED, "its end")
 
 
+def test_what_a_pool_has_done_counts_whatever_becomes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    shut, start, looked = Stock.shut, Sandbox.start, list[int]()
+    starting, go = threading.Event(), threading.Event()
+    config = PoolConfig(min_warm=1, max_warm=1, adaptive=False)
+    with SandboxPools(config, most=1) as pools:
+        assert pools.warm(ONE, timeout=PATIENCE)
+        pools.claim(ONE).close()
+        assert pools.pool(ONE).replenish(PATIENCE)
+
+        def look_first(stock: Stock, state: str = "draining") -> None:
+            looked.append(pools.stats().hits)
+            shut(stock, state)
+            looked.append(pools.stats().hits)
+
+        def held(sandbox: Sandbox) -> None:
+            if threading.current_thread().name == "cold":
+                starting.set()
+                assert go.wait(PATIENCE)
+            start(sandbox)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Stock, "shut", look_first)
+            patched.setattr(Sandbox, "start", held)
+            cold = threading.Thread(
+                target=lambda: pools.release(pools.claim(ONE, network="private")), name="cold"
+            )
+            cold.start()
+            assert starting.wait(PATIENCE)
+            pools.pool(TWO)
+            assert looked == [1, 1]
+            wait_until(lambda: pools.stats().discarded == 1, "the end of what was warm")
+            wait_until(lambda: pools.stats() and pools._table._ended, "the end of its thread")
+            go.set()
+            cold.join(PATIENCE)
+        stats = pools.stats()
+        assert (stats.hits, dict(stats.misses_by_reason), stats.claimed) == (1, {"network": 1}, 0)
+        wait_until(lambda: pools.stats() and not pools._table._ended, "it to be nobody's")
+        assert (pools.stats().hits, pools.stats().misses) == (1, 1)
+
+
 def test_a_total_over_all_pools() -> None:
     with SandboxPools(PoolConfig(min_warm=2, max_warm=4), total=3) as pools:
         one, two = pools.pool(ONE), pools.pool(TWO)
