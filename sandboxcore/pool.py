@@ -137,7 +137,8 @@ class SandboxPool:
             has of ``live_binds``.
         limits: these instead of the spec's; or a mapping with those that change.
         network: other than the spec's means: not a warm one.
-        labels, name, owner, description, metadata: as for :class:`Sandbox`.
+        labels, owner, description, metadata: as for :class:`Sandbox`.
+        name: 1 to 64 letters, digits, ``_``, ``.`` or ``-``, no dot or dash first; default its id.
         timeout: wait so many seconds for a warm one where there is none. Default: do not wait.
 
         What a warm one cannot become is started as a sandbox of its own, which takes as long as
@@ -146,8 +147,8 @@ class SandboxPool:
         Raises :class:`SpecError` for what cannot be, and whatever starting a sandbox raises. Then nothing is
         left of it.
         """
-        plain = not (env or files or ro or rw or limits or network or labels or name or owner)
-        if plain and not description and not metadata:
+        plain = not (env or files or ro or rw or limits or network or labels or owner)
+        if plain and name is None and not description and not metadata:
             return self._claimed(NOTHING, client, timeout)
         asked = wanted(
             spec=self._stock.given,
