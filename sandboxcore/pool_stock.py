@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import logging
 import threading
 import time
 import weakref
@@ -35,6 +36,7 @@ class Stock(Shelf):
     finished = True  # nobody fills it, and nothing is left
     _thread: threading.Thread | None = None
     _hasty = 0  # who waits for it to be full
+    _failing = False  # the last start, which was no matter of room
     _wanting_since = _started_at = _failed_at = _pause = 0.0
 
     # --- opening and closing ----------------------------------------------------------------------
@@ -210,6 +212,7 @@ class Stock(Shelf):
             self.end(sandbox)
             return
         self._pause = self._wanting_since = 0.0
+        self._failing = False
         seconds = time.monotonic() - began
         self.started(seconds, ahead=True)
         self._add(member, "pool.refilled", seconds=seconds)
@@ -243,8 +246,10 @@ class Stock(Shelf):
             crowded = error is None or isinstance(error, TooManySandboxes)
             self._pause = min(AGAIN[1], max(AGAIN[0], 0.0 if crowded else 2 * self._pause))
             self._count["refill_failures"] += not crowded
-        if error is not None and not crowded:
-            log.debug("pool: a sandbox could not be started ahead of time: %s", error)
+            first, self._failing = not (crowded or self._failing), self._failing or not crowded
+        if not crowded:  # the first of a row, or nobody would hear why the pool stays empty
+            level = logging.WARNING if first else logging.DEBUG
+            log.log(level, "pool: a sandbox could not be started ahead of time: %s", error)
 
     def yield_place(self) -> None:
         """Start none for a moment: somebody needs a place more."""
