@@ -182,13 +182,33 @@ _UNTOLD = "not a whole line, and nothing in the chain tells of it"
 _Problem = tuple[_Raw | None, str]
 
 
+class _Torn:
+    """Lines one after the other that are none: each writer was killed before it had told of the last."""
+
+    def __init__(self, first: _Raw) -> None:
+        self.first = first
+        self.numbers: list[int] = []
+        self._bytes, self._digest, self._end = 0, hashlib.sha256(), b""
+
+    def add(self, raw: _Raw) -> None:
+        self.numbers.append(raw.number)
+        data = raw.data.removesuffix(b"\n")
+        self._digest.update(self._end + data)
+        self._bytes += len(self._end) + len(data)
+        self._end = raw.data[len(data) :]
+
+    def about(self) -> dict[str, Any]:
+        """What has to be told of them: without the newline, which whoever tells has written."""
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+
 class _Chain:
     """What has to come next."""
 
     def __init__(self, key: bytes, expected: str | None, *, whole: bool) -> None:
         self._key, self._expected, self._whole = key, expected, whole
         self._next: ChainLink | None = ChainLink(0, START) if whole else None
-        self._torn: _Raw | None = None
+        self._torn: _Torn | None = None
         self.last: str | None = None
         self.told: list[int] = []
 
@@ -201,13 +221,12 @@ class _Chain:
         """The next line, or what is wrong."""
         found = parsed(raw.data) if raw.data.endswith(b"\n") else None
         if found is None:
-            if self._torn is not None:
-                return self._torn, _UNTOLD
-            self._torn = raw
+            self._torn = self._torn or _Torn(raw)
+            self._torn.add(raw)
             return None
         text = self._wrong(found, raw.data[:-1])
         if text is not None:
-            return (raw, text) if self._torn is None else (self._torn, _UNTOLD)
+            return (raw, text) if self._torn is None else (self._torn.first, _UNTOLD)
         if (problem := self._tells_of_torn(found, raw)) is not None:
             return problem
         self._next = link_of(raw.data)
@@ -238,17 +257,15 @@ class _Chain:
         tells = found["kind"] == EventKind.LOG_TORN
         if torn is None:
             return (raw, "tells of an unfinished line that is not here") if tells else None
-        data = torn.data.removesuffix(b"\n")
-        about = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        if not tells or found["data"] != about:
-            return torn, _UNTOLD
-        self.told.append(torn.number)
+        if not tells or found["data"] != torn.about():
+            return torn.first, _UNTOLD
+        self.told += torn.numbers
         return None
 
     def end(self, lines: int, expected: int | None) -> _Problem | None:
         """There are no more lines."""
         if self._torn is not None:
-            return self._torn, "unfinished: whoever wrote it was killed, or the end is missing"
+            return self._torn.first, "unfinished: whoever wrote it was killed, or the end is missing"
         if self._expected is not None:
             return None, "the expected last line is missing: the end was cut off, or it is another log"
         if expected is not None and lines < expected:

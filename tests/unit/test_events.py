@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -697,6 +698,26 @@ def test_lines_of_others_are_found(chained: tuple[Path, list[bytes]]) -> None:
         for at in (0, 5, 12):
             found = verify_log(tampered(path, [*lines[:at], line, *lines[at:]]), KEY)
             assert (found.ok, found.at_line) == (False, at + 1), line
+
+
+@pytest.mark.parametrize("rests", [[b"\n"], [b'\n{"at":', b'\n{"da'], [b"\n\n", b'\n{"at"']])
+def test_crashes_while_a_torn_line_is_told_of(path: Path, key: bytes | None, rests: list[bytes]) -> None:
+    made = written(path, 2, key=key)
+    with path.open("ab") as file:
+        file.write(b"".join([b'{"par', *rests]))
+    torn = b"".join([b'{"par', *rests]).removesuffix(b"\n")
+    made += written(path, 2, key=key)
+    found = list(read_log(path, bad=lambda *_: None))
+    assert [event.kind for event in found] == [*[EventKind.SANDBOX_STARTED] * 2, EventKind.LOG_TORN] + [
+        EventKind.SANDBOX_STARTED
+    ] * 2
+    assert dict(found[2].data) == {"bytes": len(torn), "sha256": hashlib.sha256(torn).hexdigest()}
+    if key:
+        lines = torn.count(b"\n") + 1
+        found_out = verify_log(path, key)
+        assert (found_out.ok, found_out.torn) == (True, tuple(range(3, 3 + lines))), found_out.problem
+        changed = path.read_bytes().replace(b'{"par', b'{"pas')
+        assert not verify_log(tampered(path, [changed]), key).ok
 
 
 def test_a_torn_line_that_is_gone_is_missed(path: Path) -> None:
