@@ -15,9 +15,10 @@ from sandboxcore import sandbox
 from sandboxcore.aio_loop import News, with_spawner
 from sandboxcore.aio_sandbox import Sandbox
 from sandboxcore.errors import InvalidTransition, SandboxError, TooManySandboxes
+from sandboxcore.observers import Observer
 from sandboxcore.pool_binding import NOTHING, Wanted, bind_at_once, makes_target, wanted
 from sandboxcore.pool_policy import PoolConfig, PoolStats
-from sandboxcore.pool_shelf import Member, Observer, Room, added_up
+from sandboxcore.pool_shelf import Member, Room, added_up
 from sandboxcore.pool_stock import Stock
 from sandboxcore.pool_total import Total
 from sandboxcore.pools import Table, as_spec

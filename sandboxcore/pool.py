@@ -7,9 +7,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from sandboxcore.errors import InvalidTransition, TooManySandboxes
+from sandboxcore.observers import Observer
 from sandboxcore.pool_binding import NOTHING, Wanted, bind_late, wanted
 from sandboxcore.pool_policy import PoolConfig, PoolStats
-from sandboxcore.pool_shelf import Observer, Room, added_up, end_and_wait
+from sandboxcore.pool_shelf import Room, added_up, end_and_wait
 from sandboxcore.pool_stock import Stock
 from sandboxcore.pool_total import Total
 from sandboxcore.process import with_spawner

@@ -1,20 +1,21 @@
 """What a pool has ready, and who has what it has handed out: the half of its core that never waits."""
 
 import contextlib
-import logging
 import os
 import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sandboxcore import host
 from sandboxcore.errors import SandboxGone, SandboxNotFound
+from sandboxcore.events import LOGGER
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.link import ANSWER_PATIENCE
+from sandboxcore.observers import Observer
 from sandboxcore.plan import compile_plan
 from sandboxcore.pool_binding import Identity
 from sandboxcore.pool_policy import Demand, PoolConfig, PoolStats, percentiles
@@ -23,11 +24,7 @@ from sandboxcore.pool_total import Leaving, Total, end_of
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.spec import SandboxSpec
 
-Observer = Callable[[str, Mapping[str, Any]], None]
-
 SAMPLES = 1000  # starts that are remembered
-
-log = logging.getLogger("sandboxcore")
 
 
 class Room(Protocol):
@@ -319,7 +316,7 @@ class Shelf:
         try:
             self.on_event(kind, {"sandbox": sandbox.id, **data})
         except Exception:
-            log.exception("an observer of a pool failed at %s", kind)
+            LOGGER.exception("an observer of a pool failed at %s", kind)
 
     @property
     def warm(self) -> int:

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from sandboxcore.errors import InvalidTransition, TooManySandboxes
+from sandboxcore.events import LOGGER
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.link import ANSWER_PATIENCE
 from sandboxcore.pool_reset import look, prime, survivors
-from sandboxcore.pool_shelf import Claim, Member, Shelf, end_and_wait, log
+from sandboxcore.pool_shelf import Claim, Member, Shelf, end_and_wait
 from sandboxcore.pool_total import LOOK
 from sandboxcore.sandbox import Sandbox
 
@@ -249,7 +250,7 @@ class Stock(Shelf):
             first, self._failing = not (crowded or self._failing), self._failing or not crowded
         if not crowded:  # the first of a row, or nobody would hear why the pool stays empty
             level = logging.WARNING if first else logging.DEBUG
-            log.log(level, "pool: a sandbox could not be started ahead of time: %s", error)
+            LOGGER.log(level, "pool: a sandbox could not be started ahead of time: %s", error)
 
     def yield_place(self) -> None:
         """Start none for a moment: somebody needs a place more."""
@@ -330,7 +331,7 @@ def _keep(reference: "weakref.ref[Stock]", wake: threading.Event) -> None:
         try:
             pause = stock.round()
         except Exception:
-            log.exception("a pool's thread failed, and goes on")
+            LOGGER.exception("a pool's thread failed, and goes on")
             pause = AGAIN[1]
         del stock
         if pause != 0 and wake.wait(pause):

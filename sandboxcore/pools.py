@@ -10,9 +10,10 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from sandboxcore.errors import InvalidTransition, SandboxGone, SandboxNotFound, SpecError
+from sandboxcore.observers import Observer
 from sandboxcore.pool import SandboxPool
 from sandboxcore.pool_policy import PoolConfig, PoolStats
-from sandboxcore.pool_shelf import SAMPLES, Observer, Room, Tally, added_up
+from sandboxcore.pool_shelf import SAMPLES, Room, Tally, added_up
 from sandboxcore.pool_stock import Stock
 from sandboxcore.pool_total import Total
 from sandboxcore.request import Program
