@@ -15,10 +15,12 @@ from sandboxcore import sandbox
 from sandboxcore.aio_loop import News, with_spawner
 from sandboxcore.aio_sandbox import Sandbox
 from sandboxcore.errors import InvalidTransition, SandboxError, TooManySandboxes
+from sandboxcore.observers import Observer
 from sandboxcore.pool_binding import NOTHING, Wanted, bind_at_once, makes_target, wanted
 from sandboxcore.pool_policy import PoolConfig, PoolStats
-from sandboxcore.pool_shelf import Member, Observer, Room, Total, added_up
+from sandboxcore.pool_shelf import Member, Room, added_up
 from sandboxcore.pool_stock import Stock
+from sandboxcore.pool_total import Total
 from sandboxcore.pools import Table, as_spec
 from sandboxcore.request import Program
 from sandboxcore.result import ExecResult
@@ -182,6 +184,7 @@ class SandboxPool:
         """One that has everything from its start."""
         stock = self._stock
         while True:
+            moves = stock.total.moves
             made = Sandbox(what.spec(stock.given), **what.identity())
             stock.placed(made._own)
             began = time.monotonic()
@@ -191,7 +194,7 @@ class SandboxPool:
                 if what.files:
                     await made.files.write_many(what.files)
             except TooManySandboxes:
-                if not await asyncio.to_thread(stock.make_room):
+                if not await asyncio.to_thread(stock.total.make_room, moves):
                     raise
                 continue
             except BaseException:
@@ -258,12 +261,9 @@ class SandboxPools:
         room: Room | None = None,
         on_event: Observer | None = None,
     ) -> None:
-        bound = Total(total)
-
-        def make(spec: SandboxSpec) -> SandboxPool:
-            return SandboxPool(spec, config, room=room, on_event=on_event, total=bound)
-
-        self._table: Table[SandboxPool, Sandbox] = Table(most, make)
+        self._table: Table[SandboxPool, Sandbox] = Table(
+            SandboxPool, config, most=most, total=total, room=room, on_event=on_event
+        )
 
     async def pool(self, spec: SandboxSpec | str | None = None) -> SandboxPool:
         """The pool of a spec, or of a profile by its name, started."""
@@ -313,7 +313,11 @@ class SandboxPools:
 
     def each(self) -> Mapping[str, PoolStats]:
         """:meth:`sandboxcore.SandboxPools.each`."""
-        return {key: pool.stats() for key, pool in list(self._table.pools.items())}
+        return self._table.each()
+
+    async def make_room(self) -> bool:
+        """:meth:`sandboxcore.SandboxPools.make_room`."""
+        return await asyncio.to_thread(self._table.total.make_room)
 
     async def drain(self, timeout: float | None = None) -> None:
         """:meth:`sandboxcore.SandboxPools.drain`. When cancelled, it goes on."""

@@ -18,6 +18,7 @@ from sandboxcore.cli_common import (
     EXIT_NOT_EXECUTABLE,
     EXIT_NOT_FOUND,
     EXIT_SETUP,
+    complain,
     end_by_exception,
     exit_as,
     living,
@@ -182,5 +183,5 @@ def main() -> NoReturn:
 
 
 def _fail(error: object, status: int) -> NoReturn:
-    click.echo(f"sandboxcore: {error}", err=True)
+    complain(error)
     sys.exit(status)

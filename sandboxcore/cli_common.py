@@ -241,7 +241,7 @@ def exit_as(result: Any, *, say: bool = True) -> NoReturn:
     """End as the command did. ``say``: and tell on stderr which limit ended it, if one did."""
     if say and (line := limit_line(result)):
         with contextlib.suppress(OSError):  # closed; the status tells, too
-            click.echo(f"sandboxcore: {line}", err=True)
+            complain(line)
     sys.exit(exit_status(result))
 
 
@@ -271,6 +271,11 @@ def print_table(rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -
 def shown(text: str) -> str:
     """What a terminal may get of a text from elsewhere."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def complain(text: object) -> None:
+    """Say it on stderr, as a terminal may get it: an error may name what a payload has made."""
+    click.echo("sandboxcore: " + "\n".join(map(shown, str(text).split("\n"))), err=True)
 
 
 def size_text(size: int | None) -> str:
@@ -310,7 +315,7 @@ def each_of(names: Iterable[str], action: Callable[[str], object]) -> None:
         except SandboxError as error:
             failed.append(error)
     for other in failed[:-1]:
-        click.echo(f"sandboxcore: {other}", err=True)
+        complain(other)
     if failed:
         raise failed[-1]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sandboxcore.cli_common import json_option, living, shown
+from sandboxcore.cli_common import complain, json_option, living, shown
 from sandboxcore.cli_manager import KEY_FILE, read_key
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def show(file: str, kinds: tuple[str, ...], as_json: bool, **about: str | None) 
 
 
 def _tell_bad(file: Path, number: int, why: str) -> None:
-    click.echo(f"sandboxcore: {file}: line {number}: {shown(why)}", err=True)
+    complain(f"{file}: line {number}: {why}")
 
 
 def is_wanted(event: "Event", kinds: tuple[str, ...], about: Mapping[str, str]) -> bool:

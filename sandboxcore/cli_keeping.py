@@ -172,7 +172,7 @@ def _unused(state_dir: Any, days: float, dry_run: bool) -> list[str]:
 
 def _print_actions(actions: tuple["Action", ...]) -> None:
     for action in actions:
-        name = action.id if action.id.startswith("sess-") else action.name
+        name = shown(action.id if action.id.startswith("sess-") else action.name)
         reason = shown(action.reason)
         if action.error:
             click.echo(f"sandboxcore: {action.kind} {name} ({reason}): {shown(action.error)}", err=True)
@@ -187,7 +187,7 @@ def _print_collected(done: "Collected") -> None:
     )  # fmt: skip
     for word, names in said:
         for name in names:
-            click.echo(f"{word} {name}")
+            click.echo(f"{word} {shown(name)}")
 
 
 # --- whether it works -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import time
 import click
 
 from sandboxcore.changes import FileChange
-from sandboxcore.cli_common import json_option, print_table, size_text, verb
+from sandboxcore.cli_common import json_option, print_table, shown, size_text, verb
 from sandboxcore.cli_manager import events_option, key_of, managing, opened, room_option
 from sandboxcore.errors import SandboxNotFound
 from sandboxcore.persistent import PersistentSandbox
@@ -124,7 +124,8 @@ def _print_changes(changes: list[FileChange], *, as_json: bool) -> None:
         return
     for change in changes:
         size = "" if change.size is None else f" {size_text(change.size)}"
-        click.echo(f"{_LETTERS[change.kind]} {change.path}{'/' if change.type == 'dir' else ''}{size}")
+        path = shown(change.path) + ("/" if change.type == "dir" else "")
+        click.echo(f"{_LETTERS[change.kind]} {path}{size}")
 
 
 @verb("export")

@@ -41,8 +41,9 @@ class _Raw(NamedTuple):
     data: bytes
 
 
-def _raw_lines(path: Path) -> Iterator[_Raw]:
-    """Every line up to now: of the full files, oldest first, and of the file itself."""
+def _raw_lines(path: Path, pruned: Callable[[], object] = lambda: None) -> Iterator[_Raw]:
+    """Every line up to now: of the full files, oldest first, and of the file itself. Calls ``pruned`` where a
+    writer has removed the oldest ones meanwhile, and goes on with what there is."""
     current: int | None = None
     try:
         current, parts, size = _moment(path)
@@ -52,8 +53,12 @@ def _raw_lines(path: Path) -> Iterator[_Raw]:
             raise
     try:
         for part in parts:
-            with open(part, "rb") as file:
-                yield from _lines(part, file, file.seek(0, os.SEEK_END))
+            try:
+                with open(part, "rb") as file:
+                    yield from _lines(part, file, file.seek(0, os.SEEK_END))
+            except FileNotFoundError:
+                if not any(other < part for other in full_files(path)):  # else it was not the oldest
+                    pruned()
         if current is not None:
             with open(current, "rb", closefd=False) as file:
                 yield from _lines(path, file, size)
@@ -153,7 +158,7 @@ def verify_log(
     """
     chain = _Chain(checked_key(key), expect_last, whole=whole)
     lines = 0
-    for raw in _raw_lines(Path(os.path.abspath(path))):
+    for raw in _raw_lines(Path(os.path.abspath(path)), chain.begin_anew):
         lines += 1
         if (problem := chain.take(raw)) is not None:
             break
@@ -177,27 +182,51 @@ _UNTOLD = "not a whole line, and nothing in the chain tells of it"
 _Problem = tuple[_Raw | None, str]
 
 
+class _Torn:
+    """Lines one after the other that are none: each writer was killed before it had told of the last."""
+
+    def __init__(self, first: _Raw) -> None:
+        self.first = first
+        self.numbers: list[int] = []
+        self._bytes, self._digest, self._end = 0, hashlib.sha256(), b""
+
+    def add(self, raw: _Raw) -> None:
+        self.numbers.append(raw.number)
+        data = raw.data.removesuffix(b"\n")
+        self._digest.update(self._end + data)
+        self._bytes += len(self._end) + len(data)
+        self._end = raw.data[len(data) :]
+
+    def about(self) -> dict[str, Any]:
+        """What has to be told of them: without the newline, which whoever tells has written."""
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+
 class _Chain:
     """What has to come next."""
 
     def __init__(self, key: bytes, expected: str | None, *, whole: bool) -> None:
-        self._key, self._expected = key, expected
+        self._key, self._expected, self._whole = key, expected, whole
         self._next: ChainLink | None = ChainLink(0, START) if whole else None
-        self._torn: _Raw | None = None
+        self._torn: _Torn | None = None
         self.last: str | None = None
         self.told: list[int] = []
+
+    def begin_anew(self) -> None:
+        """What was before is not there any more, which is as if it had never been, unless all is due."""
+        if not self._whole:
+            self._next = self._torn = None
 
     def take(self, raw: _Raw) -> _Problem | None:
         """The next line, or what is wrong."""
         found = parsed(raw.data) if raw.data.endswith(b"\n") else None
         if found is None:
-            if self._torn is not None:
-                return self._torn, _UNTOLD
-            self._torn = raw
+            self._torn = self._torn or _Torn(raw)
+            self._torn.add(raw)
             return None
         text = self._wrong(found, raw.data[:-1])
         if text is not None:
-            return (raw, text) if self._torn is None else (self._torn, _UNTOLD)
+            return (raw, text) if self._torn is None else (self._torn.first, _UNTOLD)
         if (problem := self._tells_of_torn(found, raw)) is not None:
             return problem
         self._next = link_of(raw.data)
@@ -228,17 +257,15 @@ class _Chain:
         tells = found["kind"] == EventKind.LOG_TORN
         if torn is None:
             return (raw, "tells of an unfinished line that is not here") if tells else None
-        data = torn.data.removesuffix(b"\n")
-        about = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        if not tells or found["data"] != about:
-            return torn, _UNTOLD
-        self.told.append(torn.number)
+        if not tells or found["data"] != torn.about():
+            return torn.first, _UNTOLD
+        self.told += torn.numbers
         return None
 
     def end(self, lines: int, expected: int | None) -> _Problem | None:
         """There are no more lines."""
         if self._torn is not None:
-            return self._torn, "unfinished: whoever wrote it was killed, or the end is missing"
+            return self._torn.first, "unfinished: whoever wrote it was killed, or the end is missing"
         if self._expected is not None:
             return None, "the expected last line is missing: the end was cut off, or it is another log"
         if expected is not None and lines < expected:

@@ -50,7 +50,8 @@ class EventLog:
     write the same file; each line is whole, and lines of one thread keep their order.
 
     A process that was killed while it wrote may leave part of a line. The next writer ends that line, says so
-    in an event ``log.torn`` (bytes, sha256 of what was there), and goes on.
+    in an event ``log.torn`` (bytes, sha256 of what was there), and goes on. If it is killed, too, before it
+    has said so, the next one tells of all that is there since the last whole line.
 
     Parameters
     ----------
@@ -184,6 +185,7 @@ class EventLog:
         with self._locked() as fd:  # the new one; another writer may have begun it
             line, after = self._line(event, self._continued(fd))
             self._append(fd, line, after)
+            self._prune()  # only now: until there is a line, the chain goes on from the last full file
 
     def _line(self, event: Event, link: ChainLink) -> tuple[bytes, ChainLink]:
         data = event.to_dict()
@@ -218,16 +220,15 @@ class EventLog:
         at, size = self._at, os.fstat(fd).st_size
         if at is not None and at.inode == _inode(fd) and at.size == size:
             return at.link
-        torn = _tail(fd, size)
-        if torn and parsed(torn) is not None:  # but for the newline it is whole
+        rest = _tail(fd, size)
+        if rest and parsed(rest) is not None:  # but for the newline it is whole
             self._append(fd, b"\n", ChainLink(0, START))
-            self._at, torn = None, b""
+            self._at, rest, size = None, b"", size + 1
         link = ChainLink(0, START) if self._key is None else self._last(fd)
-        if torn:
-            digest = hashlib.sha256(torn).hexdigest()
-            told = Event(kind=EventKind.LOG_TORN, data={"bytes": len(torn), "sha256": digest})
+        if (start := _torn_from(fd, size)) < size:
+            told = Event(kind=EventKind.LOG_TORN, data=_digest(fd, start, size if rest else size - 1))
             line, link = self._line(told, link)
-            self._append(fd, b"\n" + line, link)
+            self._append(fd, (b"\n" if rest else b"") + line, link)
         return link
 
     def _last(self, fd: int) -> ChainLink:
@@ -243,13 +244,17 @@ class EventLog:
         return ChainLink(0, START)
 
     def _rotate(self) -> None:
-        """Begin a new file. We hold the lock of this one, so nobody else does."""
+        """Have a new file begun. We hold the lock of this one, so nobody else does."""
         parts = full_files(self.path)
         number = int(parts[-1].suffix[1:]) + 1 if parts else 1
         os.rename(self.path, f"{self.path}.{number:08d}")
+
+    def _prune(self) -> None:
+        """Remove full files, the oldest first. We hold the lock, so nobody reads them to go on with the
+        chain."""
         if self._backups is not None:
             parts = full_files(self.path)
-            for part in parts[: len(parts) - self._backups]:
+            for part in parts[: max(0, len(parts) - self._backups)]:
                 part.unlink(missing_ok=True)
 
 
@@ -316,6 +321,24 @@ def _tail(fd: int, size: int) -> bytes:
         found = os.pread(fd, size - start, start) + found
         size = start
     return found.rpartition(b"\n")[2]
+
+
+def _torn_from(fd: int, size: int) -> int:
+    """Where the last line ends that is one: what is behind it was not finished, or not told of."""
+    start = size - len(_tail(fd, size))
+    for line in _backwards(fd):
+        if parsed(line) is not None:
+            break
+        start -= len(line) + 1
+    return start
+
+
+def _digest(fd: int, start: int, end: int) -> dict[str, Any]:
+    """What is told of a part of the file."""
+    digest = hashlib.sha256()
+    for at in range(start, end, _BLOCK):
+        digest.update(os.pread(fd, min(_BLOCK, end - at), at))
+    return {"bytes": end - start, "sha256": digest.hexdigest()}
 
 
 def _backwards(fd: int) -> Iterator[bytes]:

@@ -1,6 +1,7 @@
 """How a manager is doing: :class:`ManagerStats`, :class:`Health`."""
 
 import dataclasses
+import functools
 import time
 from collections import Counter as Count
 from collections.abc import Mapping
@@ -21,17 +22,16 @@ from sandboxcore.selection import BACKEND
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManagerStats:
     """How many there are of what, over all processes that use the state directory; and, since this manager
-    was
-    made: ``created`` sandboxes, ``commands`` that ended by their cause, what sweeps have ``timed_out``.
+    was made: ``created`` sandboxes, those of its pools included, ``commands`` that ended by their cause, what
+    sweeps have ``timed_out``.
 
     sandboxes, sessions: how many, by state (sessions that have ended less than a day ago included).
     active_sandboxes: running and suspended ones. living, max_sandboxes: places that are taken, and how many
     there are, None: any number. pool: its stats, of this process, see :class:`PoolStats`; pool_size: warm
-    ones.
-    hit_rate: claims that found a warm one, of all, or None. creation: seconds of a start as its caller sees
-    it: count, sum, min, max, p50, p95, p99. phases: the same of each phase. damaged: records that cannot be
-        read.
-    timed_out: sessions and sandboxes ended by their timeouts, times to live and policies.
+    ones. hit_rate: claims that found a warm one, of all, or None. creation: seconds of a start as its caller
+    sees it, those of pools left out: count, sum, min, max, p50, p95, p99. phases: the same of each phase.
+    damaged: records that cannot be read. timed_out: sessions and sandboxes ended by their timeouts, times to
+    live and policies.
     """
 
     created: int
@@ -52,8 +52,9 @@ class ManagerStats:
 
     @property
     def mean_creation(self) -> float | None:
-        """Seconds; None where there was none."""
-        return (self.creation["sum"] or 0.0) / self.created if self.created else None
+        """Of ``creation``, in seconds; None where there was none."""
+        count, total = self.creation["count"], self.creation["sum"]
+        return total / count if count and total is not None else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -90,15 +91,7 @@ def _by_label(counter: Counter) -> dict[str, int]:
 
 def exposition(stats: ManagerStats, metrics: Metrics) -> str:
     """All of it for Prometheus, in its text format 0.0.4."""
-
-    def gauge(name: str, help_: str, value: float | Mapping[str, int], label: str | None = None) -> Gauge:
-        made = Gauge(f"sandboxcore_{name}", help_, (label,) if label else ())
-        for key, number in value.items() if isinstance(value, Mapping) else ():
-            made.set(number, **{str(label): key})
-        if not isinstance(value, Mapping):
-            made.set(value)
-        return made
-
+    gauge, counter = functools.partial(_filled, Gauge), functools.partial(_filled, Counter)
     pool = stats.pool
     maximum = float("inf") if stats.max_sandboxes is None else stats.max_sandboxes
     return prometheus(
@@ -108,17 +101,37 @@ def exposition(stats: ManagerStats, metrics: Metrics) -> str:
         gauge("max_sandboxes", "How many sandboxes may live at once.", maximum),
         gauge("damaged_records", "Records that cannot be read.", stats.damaged),
         gauge("pool_warm", "Warm sandboxes of this process.", pool.warm),
+        gauge("pool_target", "Warm sandboxes that are wanted.", pool.target),
         gauge("pool_claimed", "Claimed sandboxes of this process.", pool.claimed),
-        _counted("pool_hits_total", "Claims that got a warm sandbox.", pool.hits),
-        _counted("pool_misses_total", "Claims that did not.", pool.misses),
-        metrics.created, metrics.ended, metrics.actions, metrics.commands,
+        counter("pool_hits_total", "Claims that got a warm sandbox.", pool.hits),
+        counter("pool_misses_total", "Claims that did not, by reason.", pool.misses_by_reason, "reason"),
+        counter("pool_created_total", "Sandboxes that pools have started.", pool.created),
+        counter("pool_discarded_total", "Warm sandboxes that were of no use.", pool.discarded),
+        counter("pool_expired_total", "Warm sandboxes that were too old.", pool.expired),
+        counter("pool_resets_total", "Sandboxes that were reset.", pool.resets),
+        counter("pool_reset_failures_total", "Resets that failed.", pool.reset_failures),
+        counter("pool_refill_failures_total", "Starts ahead of time that failed.", pool.refill_failures),
+        counter("created_total", metrics.created.help, stats.created),
+        metrics.ended, metrics.actions, metrics.commands,
         metrics.durations, metrics.creation, metrics.phases,
     )  # fmt: skip
 
 
-def _counted(name: str, help_: str, value: float) -> Counter:
-    made = Counter(f"sandboxcore_{name}", help_)
-    made.inc(value)
+def _filled(
+    kind: type[Gauge] | type[Counter],
+    name: str,
+    help_: str,
+    value: float | Mapping[str, int],
+    label: str | None = None,
+) -> Gauge | Counter:
+    """One with a value, or with one for each of a label's."""
+    made = kind(f"sandboxcore_{name}", help_, (label,) if label else ())
+    put = made.set if isinstance(made, Gauge) else made.inc
+    if isinstance(value, Mapping):
+        for key, number in value.items():
+            put(number, **{str(label): key})
+    else:
+        put(value)
     return made
 
 
@@ -128,8 +141,8 @@ class Health:
 
     healthy: a sandbox runs a command, the state directory can be written, there is room. backend: its name;
     mode: "root" or "rootless". utilisation: of ``max_sandboxes``, 0 to 1, None without. warnings: what does
-    not keep it from working, and what does. last_created: when this manager started a sandbox last, in
-    seconds since the epoch. seconds: what the trial took.
+    not keep it from working, and what does. last_created: when this manager started a sandbox last that is
+    none of its pools', in seconds since the epoch. seconds: what the trial took.
     """
 
     healthy: bool

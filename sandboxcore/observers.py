@@ -33,7 +33,7 @@ class Observers(list[Observer]):
                 LOGGER.exception("an observer failed with %s", kind.value)
 
 
-_adding = threading.Lock()
+_changing = threading.RLock()  # for a moment; a finaliser may come in the midst of it
 
 
 class Observed:
@@ -54,7 +54,7 @@ class Observed:
         It is called in the thread that works, often with the sandbox's lock held: it must be quick and wait
         for nobody else who uses the sandbox. One that raises is logged and disturbs nothing.
         """
-        with _adding:
+        with _changing:
             if not isinstance(self._observers, Observers):
                 self._observers = Observers()
             observers = self._observers
@@ -92,15 +92,14 @@ class Observed:
     def _keep_watch(self, command_id: str, watch: "Unwatched") -> None:
         """Until the end of a detached command is known."""
         if isinstance(watch, Watch):
-            if self._watches is None:
-                self._watches = {}
-            for known in [known for known, one in self._watches.items() if one.over]:
-                self._watches.pop(known, None)
-            self._watches[command_id] = watch
+            with _changing:  # another one each time, for whoever reads it
+                known = (self._watches or {}).items()
+                self._watches = {key: one for key, one in known if not one.over} | {command_id: watch}
 
     def _settle(self, result_of: Callable[[str], ExecResult | None]) -> None:
         """The sandbox has ended, and so every detached command has: find out how."""
-        watches, self._watches = self._watches, None
+        with _changing:
+            watches, self._watches = self._watches, None
         for command_id, watch in (watches or {}).items():
             if not watch.over:
                 try:

@@ -1,15 +1,18 @@
 """Sandboxes that run before anybody wants them: :class:`SandboxPool`."""
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from sandboxcore.errors import InvalidTransition, TooManySandboxes
+from sandboxcore.observers import Observer
 from sandboxcore.pool_binding import NOTHING, Wanted, bind_late, wanted
 from sandboxcore.pool_policy import PoolConfig, PoolStats
-from sandboxcore.pool_shelf import Observer, Room, Total, added_up
+from sandboxcore.pool_shelf import Room, added_up, end_and_wait
 from sandboxcore.pool_stock import Stock
+from sandboxcore.pool_total import Total
 from sandboxcore.process import with_spawner
 from sandboxcore.request import FileContent, Program
 from sandboxcore.result import ExecResult
@@ -135,7 +138,8 @@ class SandboxPool:
             has of ``live_binds``.
         limits: these instead of the spec's; or a mapping with those that change.
         network: other than the spec's means: not a warm one.
-        labels, name, owner, description, metadata: as for :class:`Sandbox`.
+        labels, owner, description, metadata: as for :class:`Sandbox`.
+        name: 1 to 64 letters, digits, ``_``, ``.`` or ``-``, no dot or dash first; default its id.
         timeout: wait so many seconds for a warm one where there is none. Default: do not wait.
 
         What a warm one cannot become is started as a sandbox of its own, which takes as long as
@@ -144,8 +148,8 @@ class SandboxPool:
         Raises :class:`SpecError` for what cannot be, and whatever starting a sandbox raises. Then nothing is
         left of it.
         """
-        plain = not (env or files or ro or rw or limits or network or labels or name or owner)
-        if plain and not description and not metadata:
+        plain = not (env or files or ro or rw or limits or network or labels or owner)
+        if plain and name is None and not description and not metadata:
             return self._claimed(NOTHING, client, timeout)
         asked = wanted(
             spec=self._stock.given,
@@ -185,12 +189,13 @@ class SandboxPool:
         """One that has everything from its start."""
         spec = asked.spec(self._stock.given)
         while True:
+            moves = self._stock.total.moves
             sandbox = self._stock.made(spec, asked.identity())
             began = time.monotonic()
             try:
                 sandbox.start()
             except TooManySandboxes:
-                if not self._stock.make_room():
+                if not self._stock.total.make_room(moves):
                     raise
                 continue
             self._stock.started(time.monotonic() - began)
@@ -203,8 +208,8 @@ class SandboxPool:
             return sandbox
 
     def release(self, sandbox: Sandbox) -> None:
-        """Give one back, without waiting: it is destroyed, or with ``config.reset`` reset and kept for
-        somebody else. Whoever still has it cannot use it any more.
+        """Give one back: it is destroyed, or with ``config.reset`` reset and kept for somebody else. Whoever
+        still has it cannot use it any more. Without waiting, but for its end where the pool is drained.
 
         Raises :class:`SandboxNotFound` for one that was not claimed here, or is back already.
         """
@@ -247,8 +252,9 @@ def _bound(sandbox: Sandbox, asked: Wanted) -> bool:
     """Make it what is asked for. False, and it is no more, where that failed."""
     try:
         bind_late(sandbox, asked)
-    except Exception:  # a sandbox of its own will have it, or say why not
-        sandbox.close()
+    except Exception:  # a sandbox of its own will have it, or say why not; in the place of this one
+        with contextlib.suppress(TimeoutError):
+            end_and_wait(sandbox)
         return False
     except BaseException:
         sandbox.close()

@@ -12,7 +12,7 @@ from sandboxcore.plan import Plan, rebound_plan
 from sandboxcore.request import FileContent
 from sandboxcore.resources import FIXED
 from sandboxcore.sandbox import Sandbox
-from sandboxcore.spec import Binding, Limits, Mount, Network, SandboxSpec, check_env, check_labels
+from sandboxcore.spec import Binding, Limits, Mount, Network, SandboxSpec, check_env, check_labels, check_name
 
 Identity = Mapping[str, Any]
 
@@ -99,6 +99,8 @@ def wanted(
 ) -> Wanted:
     """What a claim asks for, checked. Raises SpecError for what no sandbox can be."""
     check_env(env or {}, "env")
+    if identity.get("name") is not None:
+        check_name(identity["name"])
     for name, bindings in (("ro", ro), ("rw", rw)):
         if isinstance(bindings, str | os.PathLike) or not isinstance(bindings, Iterable):
             raise SpecError(f"{name}: {bindings!r} is not a sequence")

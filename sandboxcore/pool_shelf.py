@@ -1,31 +1,30 @@
 """What a pool has ready, and who has what it has handed out: the half of its core that never waits."""
 
-import logging
+import contextlib
 import os
 import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sandboxcore import host
 from sandboxcore.errors import SandboxGone, SandboxNotFound
+from sandboxcore.events import LOGGER
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.link import ANSWER_PATIENCE
+from sandboxcore.observers import Observer
 from sandboxcore.plan import compile_plan
 from sandboxcore.pool_binding import Identity
 from sandboxcore.pool_policy import Demand, PoolConfig, PoolStats, percentiles
 from sandboxcore.pool_reset import View
+from sandboxcore.pool_total import Leaving, Total, end_of
 from sandboxcore.sandbox import Sandbox
 from sandboxcore.spec import SandboxSpec
 
-Observer = Callable[[str, Mapping[str, Any]], None]
-
 SAMPLES = 1000  # starts that are remembered
-
-log = logging.getLogger("sandboxcore")
 
 
 class Room(Protocol):
@@ -33,28 +32,6 @@ class Room(Protocol):
 
     def take(self) -> int:
         """A descriptor that stands for one. Raises :class:`TooManySandboxes`."""
-
-
-class Total:
-    """How many sandboxes several pools may have ready together; None: any number."""
-
-    def __init__(self, most: int | None) -> None:
-        self.most = most
-        self._lock = threading.Lock()
-        self._taken = 0
-
-    def take(self) -> bool:
-        """Whether there may be one more; then it counts."""
-        with self._lock:
-            if self.most is not None and self._taken >= self.most:
-                return False
-            self._taken += 1
-            return True
-
-    def give(self) -> None:
-        """One less."""
-        with self._lock:
-            self._taken -= 1
 
 
 @dataclass(slots=True)
@@ -151,6 +128,8 @@ class Shelf:
         self._waiting = 0  # who waits for a warm one
         self._claimed_at = -1e9
         self._back_since = 0.0
+        self._passing = 0  # on no list, for they are being started, reset or ended
+        self._leaving = Leaving()
 
     def check(self) -> None:
         """Raise SandboxGone in a process that was forked from the pool's."""
@@ -171,6 +150,7 @@ class Shelf:
                 if not self._members:
                     return None, "empty"
                 member = self._members.pop()  # the youngest: what it needs is still in the caches
+                self.total.move()
             self.total.give()
             if member.alive():
                 return member, ""
@@ -263,17 +243,64 @@ class Shelf:
             if ahead:
                 self._refills.append(seconds)
 
-    def make_room(self) -> bool:
-        """Give up a warm one for somebody who needs its place; False if there is none."""
+    # --- places for others ----------------------------------------------------------------------------
+
+    @property
+    def last_used(self) -> float:
+        """When somebody has claimed one, by the monotonic clock."""
+        return self._claimed_at
+
+    def give_up(self, *, warm: bool) -> bool:
+        """End one for somebody who needs its place: one that was given back, or one that is warm. False if
+        there is none."""
         with self._changed:
-            member = self._members.popleft() if self._members else None
+            if not (self._members if warm else self._back):
+                return False
+            member = self._members.popleft() if warm else None
+            sandbox = member.sandbox if member else self._back.popleft()[0]
+            self._passing += 1
         if member is None:
-            return False
-        self.total.give()
-        self.count(discarded=1)
-        end_and_wait(member.sandbox)
-        self.note("pool.discarded", member.sandbox, reason="room")
+            self.end(sandbox, wait=True)
+        else:
+            self._discard(member, "room", wait=True)
         return True
+
+    def passing(self) -> bool:
+        """Whether some are being started, reset or ended."""
+        with self._changed:
+            self._reap()
+            return bool(self._passing or self._leaving)
+
+    def _reap(self) -> None:
+        """Look who has ended. The caller has the lock."""
+        if self._leaving and self._leaving.gone():
+            self.total.move()
+
+    def end(self, sandbox: Sandbox, *, wait: bool = False) -> None:
+        """Destroy one that was counted as passing, which it is no more then."""
+        end = None if wait else end_of(sandbox)
+        try:
+            with contextlib.suppress(TimeoutError):
+                (end_and_wait if wait else Sandbox.close)(sandbox)
+        finally:
+            with self._changed:
+                if end is not None:
+                    self._leaving.add(end)
+            self._passed()
+
+    def _passed(self) -> None:
+        """One is not on its way any more."""
+        with self._changed:
+            self._passing -= 1
+            self._reap()
+            self.total.move()
+
+    def _discard(self, member: Member, reason: str, *, wait: bool = False) -> None:
+        """End a warm one that was counted as passing."""
+        self.total.give()
+        self.count(**{"expired" if reason == "expired" else "discarded": 1})
+        self.end(member.sandbox, wait=wait)
+        self.note("pool.discarded", member.sandbox, reason=reason)
 
     # --- what it says about itself --------------------------------------------------------------------
 
@@ -289,7 +316,7 @@ class Shelf:
         try:
             self.on_event(kind, {"sandbox": sandbox.id, **data})
         except Exception:
-            log.exception("an observer of a pool failed at %s", kind)
+            LOGGER.exception("an observer of a pool failed at %s", kind)
 
     @property
     def warm(self) -> int:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import logging
 import threading
 import time
 import weakref
@@ -10,10 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from sandboxcore.errors import InvalidTransition, TooManySandboxes
+from sandboxcore.events import LOGGER
 from sandboxcore.lifecycle import SandboxState
 from sandboxcore.link import ANSWER_PATIENCE
 from sandboxcore.pool_reset import look, prime, survivors
-from sandboxcore.pool_shelf import Claim, Member, Shelf, end_and_wait, log
+from sandboxcore.pool_shelf import Claim, Member, Shelf, end_and_wait
+from sandboxcore.pool_total import LOOK
 from sandboxcore.sandbox import Sandbox
 
 TICK = 0.005  # seconds between two looks while there are claims, which would else have to wake the thread
@@ -34,30 +37,44 @@ class Stock(Shelf):
     finished = True  # nobody fills it, and nothing is left
     _thread: threading.Thread | None = None
     _hasty = 0  # who waits for it to be full
+    _failing = False  # the last start, which was no matter of room
     _wanting_since = _started_at = _failed_at = _pause = 0.0
 
     # --- opening and closing ----------------------------------------------------------------------
 
     def open(self) -> None:
         """Begin to have some ready. The spawner knows the plan: it is not to be born of a thread that may be
-        of another priority. Idempotent."""
+        of another priority. Idempotent; raises RuntimeError where there can be no more threads."""
         self.check()
-        with self._changed:
-            if self.state == "closed":
-                raise InvalidTransition("pool", "closed", "start")
-            if self.state == "open":
-                return
-        self.await_end(None)
-        with self._changed:
-            self.state, self.finished = "open", False
-            self._wake.clear()
-            # Daemonic, or the interpreter would wait for it before it calls what was registered with atexit.
-            self._thread = threading.Thread(
-                target=_keep, args=(weakref.ref(self), self._wake), name="sandboxcore-pool", daemon=True
-            )
-            weakref.finalize(self, self._wake.set).atexit = False
-            _open.add(self)
-            self._thread.start()
+        while True:
+            with self._changed:
+                if self.state == "closed":
+                    raise InvalidTransition("pool", "closed", "start")
+                if self.state == "open":
+                    return
+                last = self._thread
+                if last is None or not last.is_alive():
+                    self._begin()
+                    return
+            last.join()
+
+    def _begin(self) -> None:
+        """Have a thread. The caller has the lock."""
+        # Daemonic, or the interpreter would wait for it before it calls what was registered with atexit.
+        thread = threading.Thread(
+            target=_keep, args=(weakref.ref(self), self._wake), name="sandboxcore-pool", daemon=True
+        )
+        before, self.state, self.finished = self.state, "open", False  # before the thread looks
+        self._wake.clear()
+        try:
+            thread.start()
+        except BaseException:
+            self.state, self.finished = before, True
+            raise
+        self._thread = thread
+        weakref.finalize(self, self._wake.set).atexit = False
+        _open.add(self)
+        self.total.join(self)
 
     def shut(self, state: str = "draining") -> None:
         """Have nothing ready any more: the thread ends everything, and itself. Without waiting. Idempotent;
@@ -73,7 +90,8 @@ class Stock(Shelf):
 
     def await_end(self, timeout: float | None) -> None:
         """Wait until the thread has ended everything. Raises TimeoutError."""
-        thread = self._thread
+        with self._changed:
+            thread = None if self.state == "open" else self._thread  # open: it has, and another one was begun
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
             if thread.is_alive():
@@ -83,9 +101,14 @@ class Stock(Shelf):
         """End everything that nobody has."""
         with self._changed:
             members, self._members = self._members, deque()
+            self._passing += len(members)
         for member in members:
             self._discard(member, "draining", wait=True)
-        self.tidy_up(wait=True)
+        self.tidy_up()
+        deadline = time.monotonic() + ANSWER_PATIENCE
+        while self._leaving and time.monotonic() < deadline:
+            self.passing()
+            time.sleep(LOOK)
 
     def resize(self, min_warm: int | None, max_warm: int | None) -> None:
         """Other bounds. Raises SpecError."""
@@ -180,14 +203,17 @@ class Stock(Shelf):
             return
         began = self._started_at = time.monotonic()
         sandbox = self.made(self.spec, {})
+        with self._changed:
+            self._passing += 1
         try:
             member = self._begun(sandbox)
         except Exception as error:  # whoever claims meets it, too, and is told
             self.total.give()
-            sandbox.close()
             self._fail(error)
+            self.end(sandbox)
             return
         self._pause = self._wanting_since = 0.0
+        self._failing = False
         seconds = time.monotonic() - began
         self.started(seconds, ahead=True)
         self._add(member, "pool.refilled", seconds=seconds)
@@ -199,11 +225,14 @@ class Stock(Shelf):
         return Member(sandbox, time.monotonic(), look(sandbox) if self.config.reset else None)
 
     def _add(self, member: Member, kind: str, **data: Any) -> None:
+        """It was counted as passing, and is ready, if it is still wanted."""
         with self._changed:
             going_on = self.state == "open"
             wanted = going_on and len(self._members) < self.config.max_warm
             if wanted:
                 self._members.append(member)
+                self._passing -= 1
+                self.total.move()
                 self._changed.notify_all()
         if wanted:
             self.note(kind, member.sandbox, **data)
@@ -218,8 +247,14 @@ class Stock(Shelf):
             crowded = error is None or isinstance(error, TooManySandboxes)
             self._pause = min(AGAIN[1], max(AGAIN[0], 0.0 if crowded else 2 * self._pause))
             self._count["refill_failures"] += not crowded
-        if error is not None and not crowded:
-            log.debug("pool: a sandbox could not be started ahead of time: %s", error)
+            first, self._failing = not (crowded or self._failing), self._failing or not crowded
+        if not crowded:  # the first of a row, or nobody would hear why the pool stays empty
+            level = logging.WARNING if first else logging.DEBUG
+            LOGGER.log(level, "pool: a sandbox could not be started ahead of time: %s", error)
+
+    def yield_place(self) -> None:
+        """Start none for a moment: somebody needs a place more."""
+        self._fail(None)
 
     def _expire(self) -> None:
         """Let go of those that are too old, too many, or dead."""
@@ -234,27 +269,25 @@ class Stock(Shelf):
                 gone += [(member, reason)] if reason else []
                 kept.extend([] if reason else [member])
             self._members = kept
+            self._passing += len(gone)
+            self._reap()
         for member, reason in gone:
             self._discard(member, reason)
 
-    def _discard(self, member: Member, reason: str, *, wait: bool = False) -> None:
-        self.total.give()
-        self.count(**{"expired" if reason == "expired" else "discarded": 1})
-        with contextlib.suppress(TimeoutError):
-            (end_and_wait if wait else Sandbox.close)(member.sandbox)
-        self.note("pool.discarded", member.sandbox, reason=reason)
-
-    def tidy_up(self, *, wait: bool = False) -> None:
-        """What was given back is reset, or ends."""
+    def tidy_up(self) -> None:
+        """What was given back is reset, or ends; where there is no thread that looks for it, it is waited
+        for."""
         while True:
             with self._changed:
                 if not self._back:
                     return
                 sandbox, claim = self._back.popleft()
-            if self.config.reset and self.state == "open":
-                self._renew(sandbox, claim)
-            with contextlib.suppress(TimeoutError):
-                (end_and_wait if wait else Sandbox.close)(sandbox)
+                self._passing += 1
+            try:
+                if self.config.reset and self.state == "open":
+                    self._renew(sandbox, claim)
+            finally:
+                self.end(sandbox, wait=self.state != "open")
 
     def _renew(self, used: Sandbox, claim: Claim) -> None:
         """Have another isolation take its place, and see that nothing of it is there."""
@@ -262,20 +295,22 @@ class Stock(Shelf):
             return
         began, found = time.monotonic(), []
         fresh, member = self.made(self.spec, {}), None
+        with self._changed:
+            self._passing += 1
         try:
             member = self._begun(fresh)
             found = survivors(claim.view, member.view, there=used.state is SandboxState.RUNNING)
             end_and_wait(used)  # only now: the number of a namespace is given again when that is gone
         except TooManySandboxes:
             self.total.give()
-            fresh.close()
+            self.end(fresh)
             return
         except Exception as error:  # whatever it is, nobody gets it
             found.append(f"it could not be read back: {error}")
         if found or member is None:
             self.total.give()
             self.count(reset_failures=1)
-            fresh.close()
+            self.end(fresh)
             self.note("pool.discarded", used, reason="reset", survived=tuple(found))
             return
         self.count(resets=1, created=1)
@@ -296,7 +331,7 @@ def _keep(reference: "weakref.ref[Stock]", wake: threading.Event) -> None:
         try:
             pause = stock.round()
         except Exception:
-            log.exception("a pool's thread failed, and goes on")
+            LOGGER.exception("a pool's thread failed, and goes on")
             pause = AGAIN[1]
         del stock
         if pause != 0 and wake.wait(pause):

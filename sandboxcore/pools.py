@@ -6,16 +6,16 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from sandboxcore.errors import InvalidTransition, SandboxGone, SandboxNotFound, SpecError
-from sandboxcore.lifecycle import SandboxState
+from sandboxcore.observers import Observer
 from sandboxcore.pool import SandboxPool
 from sandboxcore.pool_policy import PoolConfig, PoolStats
-from sandboxcore.pool_shelf import SAMPLES, Observer, Room, Tally, Total, added_up
+from sandboxcore.pool_shelf import SAMPLES, Room, Tally, added_up
 from sandboxcore.pool_stock import Stock
+from sandboxcore.pool_total import Total
 from sandboxcore.request import Program
 from sandboxcore.result import ExecResult
 from sandboxcore.sandbox import Sandbox
@@ -47,13 +47,24 @@ def _profile(name: str) -> SandboxSpec:
 class Table(Generic[PoolKind, SandboxKind]):
     """The pools of a process by their specs, the least recently used first, and which sandbox is whose."""
 
-    def __init__(self, most: int, make: Callable[[SandboxSpec], PoolKind]) -> None:
+    def __init__(
+        self,
+        make: Callable[..., PoolKind],
+        config: PoolConfig | None,
+        *,
+        most: int,
+        total: int | None,
+        room: Room | None,
+        on_event: Observer | None,
+    ) -> None:
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise SpecError(f"pools.most: {most!r} is not a positive whole number")
-        self.most, self._make = most, make
+        self.most, self.total = most, Total(total)
+        self._make = functools.partial(make, config=config, room=room, on_event=on_event, total=self.total)
         self.pools: dict[str, PoolKind] = {}
         self.closed = False
         self._retired: list[PoolKind] = []  # that may not have ended yet
+        self._ended: list[tuple[weakref.ref[PoolKind], Stock]] = []  # in which claims may be under way
         self._owners: weakref.WeakKeyDictionary[Any, PoolKind] = weakref.WeakKeyDictionary()
         self._past = Tally(Counter(), Counter(), [], [])  # of pools that are gone
         self._lock = threading.Lock()
@@ -80,19 +91,12 @@ class Table(Generic[PoolKind, SandboxKind]):
             self.check()
             self.pools[key] = pool = self.pools.pop(key, pool)
             old = [self.pools.pop(next(iter(self.pools))) for _ in range(len(self.pools) - self.most)]
+            if old:
+                self._fold()
+                self._retired += old
         for each in old:
-            self.retire(each)
+            each._stock.shut("closed")  # without waiting; what it has handed out stays its own
         return pool
-
-    def retire(self, pool: PoolKind) -> None:
-        """It is drained, without waiting; what it has handed out stays its own."""
-        pool._stock.shut("closed")
-        tally = pool._stock.tally()
-        for name in ("warm", "target", "claimed"):
-            tally.count[name] = 0
-        with self._lock:
-            self._past = _sum(self._past, tally)
-            self._retired = [*(each for each in self._retired if not each._stock.finished), pool]
 
     def remember(self, sandbox: SandboxKind, pool: PoolKind) -> SandboxKind:
         """It was handed out by this pool."""
@@ -114,24 +118,37 @@ class Table(Generic[PoolKind, SandboxKind]):
             return []
         with self._lock:
             pools = list(self.pools.values())
+            self._retired += pools
             self.pools.clear()
+            ending = list(self._retired)
         for pool in pools:
-            self.retire(pool)
-        return list(self._retired)
+            pool._stock.shut("closed")
+        return ending
 
     def stats(self) -> PoolStats:
         """Of all pools together, those that are gone included."""
         with self._lock:
-            pools, past = list(self.pools.values()), self._past
-            claimed = sum(one._state is not SandboxState.DESTROYED for one in map(_own, self._owners))
-        stats = added_up([past, *(pool._stock.tally() for pool in pools)])
-        return replace(stats, claimed=max(stats.claimed, claimed))
+            self._fold()
+            stocks = [pool._stock for pool in (*self.pools.values(), *self._retired)]
+            stocks += [stock for _, stock in self._ended]
+            return added_up([self._past, *(stock.tally() for stock in stocks)])
 
+    def _fold(self) -> None:
+        """Add up what pools have done that have nothing any more, and that nobody can use. The caller has the
+        lock, and nothing is counted twice, or not at all, for whoever has it next."""
+        self._ended += [(weakref.ref(pool), pool._stock) for pool in self._retired if pool._stock.finished]
+        self._retired = [pool for pool in self._retired if not pool._stock.finished]
+        ended, self._ended = self._ended, []
+        for pool, stock in ended:
+            tally = stock.tally()
+            if pool() is None and not tally.count["claimed"]:
+                self._past = _sum(self._past, tally)
+            else:
+                self._ended.append((pool, stock))
 
-def _own(sandbox: Any) -> Sandbox:
-    """The sandbox behind a handle of either kind."""
-    own: Sandbox = getattr(sandbox, "_own", sandbox)
-    return own
+    def each(self) -> dict[str, PoolStats]:
+        """Of each pool that there is, by the fingerprint of its spec."""
+        return {key: added_up([pool._stock.tally()]) for key, pool in list(self.pools.items())}
 
 
 def _sum(first: Tally, second: Tally) -> Tally:
@@ -167,12 +184,9 @@ class SandboxPools:
         room: Room | None = None,
         on_event: Observer | None = None,
     ) -> None:
-        bound = Total(total)
-
-        def make(spec: SandboxSpec) -> SandboxPool:
-            return SandboxPool(spec, config, room=room, on_event=on_event, total=bound)
-
-        self._table: Table[SandboxPool, Sandbox] = Table(most, make)
+        self._table: Table[SandboxPool, Sandbox] = Table(
+            SandboxPool, config, most=most, total=total, room=room, on_event=on_event
+        )
 
     def pool(self, spec: SandboxSpec | str | None = None) -> SandboxPool:
         """The pool of a spec, or of a profile by its name, started."""
@@ -223,7 +237,13 @@ class SandboxPools:
 
     def each(self) -> Mapping[str, PoolStats]:
         """Of each pool that there is, by the fingerprint of its spec."""
-        return {key: pool.stats() for key, pool in list(self._table.pools.items())}
+        return self._table.each()
+
+    def make_room(self) -> bool:
+        """End a sandbox that nobody has claimed, for somebody who needs its place, and wait for that, at most
+        5 s: one that was given back, or else a warm one, of the pool that nobody has used for longest. False
+        if there is none."""
+        return self._table.total.make_room()
 
     def drain(self, timeout: float | None = None) -> None:
         """:meth:`SandboxPool.drain` of all pools; the next claim makes others. Raises TimeoutError."""

@@ -236,6 +236,9 @@ class Tenancy(Keeping):
             self.metrics.count_end(why)
             self._ledger.forget_private(key)
 
+    def _make_room(self) -> bool:
+        return super()._make_room() or self.pools.make_room()
+
     def _pool_said(self, kind: str, data: Mapping[str, Any]) -> None:
         rest = {name: value for name, value in data.items() if name != "sandbox"}
         self._emit(EventKind(kind), None, sandbox=data.get("sandbox"), **rest)

@@ -1,6 +1,7 @@
 """The verbs about files at earlier moments."""
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,35 @@ from support import host_environment
 from trees import make_source
 
 pytestmark = [pytest.mark.usefixtures("overlays"), pytest.mark.once]
+
+
+def test_names_that_a_payload_has_made_up(tmp_path: Path) -> None:
+    """Neither to the terminal, nor in the way of what comes after them."""
+    source = make_source(tmp_path / "source")
+    environment = {
+        **host_environment(),
+        "SANDBOXCORE_STATE_DIR": str(tmp_path / "state"),
+        "LC_ALL": "C.UTF-8",
+    }
+
+    def cli(*args: str) -> bytes:
+        done = subprocess.run(
+            [sys.executable, "-m", "sandboxcore", *args], env=environment, capture_output=True,
+            stdin=subprocess.DEVNULL, timeout=60, check=True,
+        )  # fmt: skip
+        assert done.stderr == b""
+        return done.stdout
+
+    cli("create", "--overlay", f"{source}:/data", "box")
+    try:
+        script = r"""cd /data; for end in '\033[2J' '\377' z; do : > "$(printf a$end)"; done"""
+        cli("exec", "box", "--", "sh", "-c", script)
+        told = b"A /data/a?[2J 0\nA /data/az 0\nA /data/a? 0\n"
+        for verb in (["diff"], ["commit", "--dry-run"], ["commit"]):
+            assert cli(*verb, "box") == told
+        assert os.path.exists(os.fsencode(source) + b"/a\377")
+    finally:
+        cli("rm", "-f", "box")
 
 
 def test_a_whole_life(tmp_path: Path) -> None:

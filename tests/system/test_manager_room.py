@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from managed import heard, is_gone, kinds, manager, nothing_left, runs, second, session_in, state
+from pooling import in_threads
 from support import host_process, wait_until
 
 from sandboxcore import (
@@ -206,6 +207,27 @@ def test_threads_never_have_more_than_there_may_be(small: SandboxManager, state:
     assert small.list_sandboxes() == []
 
 
+def test_what_is_warm_makes_room(small: SandboxManager) -> None:
+    assert small.run_pooled(["true"]).ok
+    pool = small.pools.pool()
+    wait_until(lambda: pool.available == 2, "its pool to have taken every place")
+    made = small.create(), small.create()
+    with pytest.raises(TooManySandboxes):
+        small.create()
+    for one in made:
+        assert one.exec(["true"]).ok
+
+
+def test_as_many_as_there_may_be_use_the_pool_one_after_the_other(small: SandboxManager) -> None:
+    """What is on its way out, or in, is nobody's: there is always a place for whoever has none."""
+
+    def work(number: int) -> None:
+        for _ in range(25):
+            assert small.run_pooled(["true"], timeout=20).ok
+
+    in_threads(2, work)
+
+
 # --- without a session --------------------------------------------------------------------------------
 
 
@@ -358,6 +380,30 @@ def test_stats_health_and_prometheus(manager: SandboxManager) -> None:
         'sandboxcore_commands_total{cause="exited"} 1',
     ):
         assert line in text.splitlines()
+
+
+def test_numbers_of_pools(state: Path) -> None:
+    config = PoolConfig(min_warm=1, max_warm=1, adaptive=False)
+    with SandboxManager(state, pool=config, sweep_interval=None) as manager:
+        assert manager.stats().mean_creation is None
+        assert manager.pools.warm("standard", timeout=PATIENCE)
+        manager.pools.claim(network="private").close()
+        manager.create()
+        stats = manager.stats()
+        assert (stats.created, stats.creation["count"], stats.pool.created) == (3, 1, 2)
+        assert stats.mean_creation == stats.creation["sum"]
+        lines = manager.prometheus().splitlines()
+        manager.destroy_all()
+    for line in (
+        "created_total 3",
+        "creation_seconds_count 1",
+        "pool_created_total 2",
+        "pool_target 1",
+        "pool_hits_total 0",
+        'pool_misses_total{reason="network"} 1',
+        *(f"pool_{name}_total 0" for name in ("expired", "discarded", "resets", "refill_failures")),
+    ):
+        assert f"sandboxcore_{line}" in lines
 
 
 def test_a_full_one_warns(small: SandboxManager) -> None:

@@ -29,6 +29,8 @@ from sandboxcore import (
     read_log,
     verify_log,
 )
+from sandboxcore.observers import Watch
+from sandboxcore.result import ExecResult
 
 pytestmark = pytest.mark.once
 
@@ -491,6 +493,52 @@ def test_threads_have_a_start_and_an_end_each(sandbox: Sandbox) -> None:
     for kind in ("command.started", "command.ended"):
         assert len({data["command"] for one, data in told.all if one == kind}) == 20
     assert len(told.all) == 40
+
+
+class Held(Watch):
+    """A watch of a command that has not ended; who asks for the first time waits until something was done."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        self._meanwhile = [meanwhile]
+
+    @property
+    def over(self) -> bool:  # type: ignore[override]
+        if self._meanwhile:
+            self._meanwhile.pop()()
+        return False
+
+    def ended(self, result: ExecResult) -> None:
+        """It has not been told of."""
+
+    def let_go(self, why: str = "closed") -> None:
+        """Nor of that."""
+
+
+def in_between(act: Callable[[], object]) -> Callable[[], None]:
+    """Another thread does it; perhaps it has to wait until we are out of this."""
+
+    def do() -> None:
+        thread = threading.Thread(target=act)
+        thread.start()
+        thread.join(0.2)
+
+    return do
+
+
+def test_commands_that_are_detached_at_the_same_time() -> None:
+    sandbox = Sandbox()
+    sandbox._keep_watch("one", Held(in_between(lambda: sandbox._keep_watch("two", Held(lambda: None)))))
+    sandbox._keep_watch("three", Held(lambda: None))
+    wait_until(lambda: set(sandbox._watches or ()) == {"one", "two", "three"}, "all of them")
+
+
+def test_a_sandbox_that_ends_while_a_command_is_detached() -> None:
+    sandbox, settled = Sandbox(), list[str]()
+    sandbox._keep_watch("one", Held(in_between(lambda: sandbox._settle(settled.append))))
+    sandbox._keep_watch("two", Held(lambda: None))
+    wait_until(lambda: settled, "the end")
+    sandbox._settle(settled.append)
+    wait_until(lambda: settled == ["one", "two"], "both ends")
 
 
 def test_everything_goes_to_a_log(sandbox: Sandbox, tmp_path: Path) -> None:

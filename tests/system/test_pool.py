@@ -4,7 +4,8 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from sandboxcore import (
     SandboxState,
     SpecError,
     TooManySandboxes,
+    pool_stock,
 )
+from sandboxcore.pool_stock import Stock
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -213,6 +216,82 @@ def test_drain_leaves_nothing_and_lets_go_on() -> None:
             pool.start()
 
 
+@contextmanager
+def draining(monkeypatch: pytest.MonkeyPatch, joining: Callable[[], Any]) -> Iterator[SandboxPool]:
+    """A pool whose thread ends when somebody begins to wait for that; who has waited does this, too."""
+    go, finish = threading.Event(), Stock.finish
+
+    def held(stock: Stock) -> None:
+        assert go.wait(PATIENCE)
+        finish(stock)
+
+    def join(timeout: float | None = None) -> None:
+        go.set()
+        threading.Thread.join(thread, timeout)
+        joining()
+
+    with monkeypatch.context() as patched, ready() as pool:
+        patched.setattr(Stock, "finish", held)
+        thread = pool._stock._thread
+        assert thread is not None
+        pool._stock.shut()
+        patched.setattr(thread, "join", join)
+        yield pool
+
+
+def pool_threads() -> int:
+    return [thread.name for thread in threading.enumerate()].count("sandboxcore-pool")
+
+
+def test_starting_twice_while_it_is_drained_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = pool_threads()
+    with draining(monkeypatch, threading.Barrier(2, timeout=PATIENCE).wait) as pool:
+        in_threads(2, lambda number: pool.start())
+        assert pool_threads() == before + 1
+        assert pool.wait_ready(PATIENCE)
+    assert pool_threads() == before
+
+
+def test_what_is_closed_while_somebody_starts_it_stays_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = pool_threads()
+    with draining(monkeypatch, lambda: pool._stock.shut("closed")) as pool:
+        with pytest.raises(InvalidTransition):
+            pool.start()
+        assert pool_threads() == before
+        with pytest.raises(InvalidTransition):
+            pool.claim()
+
+
+def test_draining_while_somebody_starts_it_again_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    shut = Stock.shut
+
+    def and_start(stock: Stock, state: str = "draining") -> None:
+        shut(stock, state)
+        if state == "draining":
+            stock.open()
+
+    with ready() as pool, monkeypatch.context() as patched:
+        patched.setattr(Stock, "shut", and_start)
+        pool.drain(PATIENCE)
+        assert pool.wait_ready(PATIENCE)
+
+
+def test_where_there_can_be_no_thread_it_is_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with leaves_nothing(), SandboxPool(config=PoolConfig(min_warm=1, max_warm=1)) as pool:
+        pool.drain()
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refused)
+            with pytest.raises(RuntimeError):
+                pool.start()
+        pool.claim().close()
+        assert dict(pool.stats().misses_by_reason) == {"draining": 1}
+        pool.start()
+        assert pool.wait_ready(PATIENCE)
+
+
 def test_draining_at_any_moment() -> None:
     with leaves_nothing():
         for number in range(6):
@@ -347,6 +426,57 @@ def test_too_many_ahead_of_time_is_no_failure(places: None) -> None:
                     pool.claim()
 
 
+def test_who_needs_a_place_gets_that_of_one_that_was_given_back(
+    places: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_stock, "QUIET", 1e9)  # nobody ends it by himself
+    monkeypatch.setattr(pool_stock, "PATIENCE", 1e9)
+    sandboxcore.host_limits(max_sandboxes=1)
+    with SandboxPool(config=PoolConfig(min_warm=0, max_warm=1, adaptive=False)) as pool:
+        for _ in range(3):
+            pool.release(pool.claim())
+        last = pool.claim()
+        with pytest.raises(TooManySandboxes):
+            pool.claim()
+        pool.release(last)
+
+
+def test_who_needs_a_place_waits_for_one_that_ends(places: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    ending, waiting, close = threading.Event(), threading.Event(), Sandbox.close
+
+    def held(sandbox: Sandbox) -> None:
+        if threading.current_thread().name == "sandboxcore-pool":
+            ending.set()
+            assert waiting.wait(PATIENCE)
+        close(sandbox)
+
+    def passing(stock: Stock) -> bool:
+        waiting.set()
+        return asked(stock)
+
+    asked = Stock.passing
+    monkeypatch.setattr(Sandbox, "close", held)
+    monkeypatch.setattr(Stock, "passing", passing)
+    sandboxcore.host_limits(max_sandboxes=1)
+    with SandboxPool(config=PoolConfig(min_warm=0, max_warm=1, adaptive=False)) as pool:
+        pool.release(pool.claim())
+        assert ending.wait(PATIENCE)
+        with pool.claim() as sandbox:
+            assert sandbox.exec(["true"]).ok
+
+
+def test_who_needs_a_place_gets_that_of_another_pool(places: None) -> None:
+    sandboxcore.host_limits(max_sandboxes=2)
+    with SandboxPools(PoolConfig(min_warm=2, max_warm=2, adaptive=False)) as pools:
+        assert pools.warm(ONE, timeout=PATIENCE)
+        with pools.claim(TWO) as one, pools.claim(TWO) as two:
+            assert one.exec(["true"]).ok
+            assert two.exec(["true"]).ok
+            assert not pools.make_room()
+            with pytest.raises(TooManySandboxes):
+                pools.claim(ONE)
+
+
 def test_starts_that_fail_ahead_of_time_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     failures = [OSError(24, "too many open files"), sandboxcore.SetupError("clone", 11)]
     start = Sandbox.start
@@ -405,6 +535,46 @@ def test_the_least_recently_used_pool_is_drained() -> None:
         assert kept.exec(["true"]).ok, "what was claimed stays"
         pools.release(kept)
         wait_until(lambda: kept.state is SandboxState.DESTROYED, "its end")
+
+
+def test_what_a_pool_has_done_counts_whatever_becomes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    shut, start, looked = Stock.shut, Sandbox.start, list[int]()
+    starting, go = threading.Event(), threading.Event()
+    config = PoolConfig(min_warm=1, max_warm=1, adaptive=False)
+    with SandboxPools(config, most=1) as pools:
+        assert pools.warm(ONE, timeout=PATIENCE)
+        pools.claim(ONE).close()
+        assert pools.pool(ONE).replenish(PATIENCE)
+
+        def look_first(stock: Stock, state: str = "draining") -> None:
+            looked.append(pools.stats().hits)
+            shut(stock, state)
+            looked.append(pools.stats().hits)
+
+        def held(sandbox: Sandbox) -> None:
+            if threading.current_thread().name == "cold":
+                starting.set()
+                assert go.wait(PATIENCE)
+            start(sandbox)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Stock, "shut", look_first)
+            patched.setattr(Sandbox, "start", held)
+            cold = threading.Thread(
+                target=lambda: pools.release(pools.claim(ONE, network="private")), name="cold"
+            )
+            cold.start()
+            assert starting.wait(PATIENCE)
+            pools.pool(TWO)
+            assert looked == [1, 1]
+            wait_until(lambda: pools.stats().discarded == 1, "the end of what was warm")
+            wait_until(lambda: pools.stats() and pools._table._ended, "the end of its thread")
+            go.set()
+            cold.join(PATIENCE)
+        stats = pools.stats()
+        assert (stats.hits, dict(stats.misses_by_reason), stats.claimed) == (1, {"network": 1}, 0)
+        wait_until(lambda: pools.stats() and not pools._table._ended, "it to be nobody's")
+        assert (pools.stats().hits, pools.stats().misses) == (1, 1)
 
 
 def test_a_total_over_all_pools() -> None:

@@ -283,6 +283,25 @@ def test_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
         sandboxcore.host_limits(max_sandboxes=None)
 
 
+def test_who_needs_a_place_gets_that_of_another_pool() -> None:
+    one, two = SandboxSpec(hostname="one"), SandboxSpec(hostname="two")
+
+    async def main() -> None:
+        async with aio.SandboxPools(PoolConfig(min_warm=2, max_warm=2, adaptive=False)) as pools:
+            assert await pools.warm(one, timeout=PATIENCE)
+            async with await pools.claim(two), await pools.claim(two) as last:
+                assert (await last.exec(["true"])).ok
+                assert not await pools.make_room()
+                with pytest.raises(TooManySandboxes):
+                    await pools.claim(one)
+
+    sandboxcore.host_limits(max_sandboxes=2)
+    try:
+        play(main())
+    finally:
+        sandboxcore.host_limits(max_sandboxes=None)
+
+
 def test_pools() -> None:
     one, two = SandboxSpec(hostname="one"), SandboxSpec(hostname="two")
 

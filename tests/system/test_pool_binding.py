@@ -188,7 +188,10 @@ def test_what_fails_late_fails_as_it_would_have_at_once(asked: dict[str, Any], k
             assert sandbox.binds == ()
 
 
-@pytest.mark.parametrize("asked", [{"env": {"A=": ""}}, {"limits": {"pids": 0}}, {"network": "no"}])
+@pytest.mark.parametrize(
+    "asked",
+    [{"env": {"A=": ""}}, {"limits": {"pids": 0}}, {"network": "no"}, {"name": "\x1b[2J"}, {"name": ""}],
+)
 def test_what_no_sandbox_can_be_costs_no_warm_one(asked: dict[str, Any]) -> None:
     with ready() as pool:
         before = members(pool)

@@ -2,20 +2,23 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sandboxcore import cli
-from sandboxcore.cli_common import shown, span
+from sandboxcore.cli_common import complain, shown, span
 from sandboxcore.cli_events import event_line, is_wanted
+from sandboxcore.cli_keeping import _print_actions, _print_collected
 from sandboxcore.cli_manager import _Appender, wanted_policy
 from sandboxcore.cli_reading import long_rows, short_rows
 from sandboxcore.cli_resources import _counts
 from sandboxcore.cli_sessions import session_data, session_rows
 from sandboxcore.events import Event, EventKind
-from sandboxcore.policy import LifecyclePolicy
+from sandboxcore.policy import Action, LifecyclePolicy
 from sandboxcore.records import SandboxRecord, SessionRecord
+from sandboxcore.recovery import Collected
 from sandboxcore.session import SessionTimeouts
 
 NOW = 1_000_000.0
@@ -23,6 +26,17 @@ BOX = SandboxRecord(
     id="sbx-1", name="box", state="running", spec={}, labels={"b": "2", "a": "1"}, owner="me",
     created_at=NOW - 7300, last_active_at=NOW - 61, expires_at=NOW + 119.5, pid=7,
 )  # fmt: skip
+
+
+def test_what_was_done_is_told_without_what_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    bad, told = "\x1b[2J\udcff", "?[2J?"
+    done = Action(kind="stop", id="sbx-1", name=bad, reason="old")
+    _print_actions((done, replace(done, kind="delete", error=bad)))
+    _print_collected(Collected(ended=(), removed=(bad,), commits=(bad,)))
+    complain(f"{bad}: no\nhint")
+    out, err = capsys.readouterr()
+    assert out == f"stopped {told}: old\nremoved {told}\nfinished commit to {told}\n"
+    assert err == f"sandboxcore: delete {told} (old): {told}\nsandboxcore: {told}: no\nhint\n"
 
 
 @pytest.mark.parametrize("module", cli._MODULES)

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sandboxcore import eventlog
+from sandboxcore import eventchain, eventlog
 from sandboxcore.errors import SpecError
 from sandboxcore.eventchain import Verification, read_log, verify_log
 from sandboxcore.eventlog import EventLog
@@ -345,6 +346,70 @@ def test_old_files_go(path: Path) -> None:
     assert verify_log(path, KEY, whole=False).ok
 
 
+def test_as_many_old_files_as_are_wanted_stay(path: Path) -> None:
+    written(path, 10, max_bytes=1, backups=5)
+    assert len(eventlog.full_files(path)) == 5
+
+
+def test_a_chain_goes_on_though_no_old_file_stays(path: Path) -> None:
+    written(path, 3, key=KEY, max_bytes=1, backups=0)
+    assert [json.loads(line)["seq"] for line in path.read_bytes().splitlines()] == [2]
+    assert eventlog.full_files(path) == []
+    found = verify_log(path, KEY)
+    assert (found.ok, found.at_line) == (False, 1)
+    assert verify_log(path, KEY, whole=False).ok
+
+
+def test_whoever_begins_the_new_file_goes_on_with_the_chain(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer, while the one who has renamed the old one has no lock."""
+    with EventLog(path, key=KEY, max_bytes=600, backups=0) as log:
+        rotate = log._rotate
+
+        def and_write() -> None:
+            rotate()
+            with EventLog(path, key=KEY) as other:
+                other.append(started(number=1))
+
+        monkeypatch.setattr(log, "_rotate", and_write)
+        log.append(started(number=0, more="x" * 300))
+        log.append(started(number=2))
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert [(line["seq"], line["data"]["number"]) for line in lines] == [(1, 1), (2, 2)]
+    assert verify_log(path, KEY, whole=False).ok
+
+
+def test_files_that_go_while_somebody_reads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = written(path, 5, key=KEY, max_bytes=1)
+    first, *middle, last = eventlog.full_files(path)
+    kept = {part: part.read_bytes() for part in (first, *middle, last)}
+    reading = iter(read_log(path))
+    assert next(reading) == made[0]
+    for part in (first, middle[0]):
+        part.unlink()
+    assert list(reading) == made[2:]
+
+    def while_verified(*gone: Path, **options: Any) -> Verification:
+        for part, data in kept.items():
+            part.write_bytes(data)
+        then = iter([lambda: None, lambda: [part.unlink() for part in gone]])
+        lines_of = eventchain._lines
+
+        def lines(*args: Any) -> Any:
+            yield from lines_of(*args)
+            next(then, lambda: None)()  # after the second file
+
+        with monkeypatch.context() as patched:
+            patched.setattr(eventchain, "_lines", lines)
+            return verify_log(path, KEY, **options)
+
+    pruned = while_verified(*kept, whole=False)
+    assert (pruned.ok, pruned.lines) == (True, 3)
+    assert not while_verified(*kept).ok
+    assert not while_verified(middle[-1], whole=False).ok, "it was not the oldest"
+
+
 def test_a_file_moved_away_is_begun_again(path: Path) -> None:
     with EventLog(path) as log:
         log.append(started(number=1))
@@ -633,6 +698,26 @@ def test_lines_of_others_are_found(chained: tuple[Path, list[bytes]]) -> None:
         for at in (0, 5, 12):
             found = verify_log(tampered(path, [*lines[:at], line, *lines[at:]]), KEY)
             assert (found.ok, found.at_line) == (False, at + 1), line
+
+
+@pytest.mark.parametrize("rests", [[b"\n"], [b'\n{"at":', b'\n{"da'], [b"\n\n", b'\n{"at"']])
+def test_crashes_while_a_torn_line_is_told_of(path: Path, key: bytes | None, rests: list[bytes]) -> None:
+    made = written(path, 2, key=key)
+    with path.open("ab") as file:
+        file.write(b"".join([b'{"par', *rests]))
+    torn = b"".join([b'{"par', *rests]).removesuffix(b"\n")
+    made += written(path, 2, key=key)
+    found = list(read_log(path, bad=lambda *_: None))
+    assert [event.kind for event in found] == [*[EventKind.SANDBOX_STARTED] * 2, EventKind.LOG_TORN] + [
+        EventKind.SANDBOX_STARTED
+    ] * 2
+    assert dict(found[2].data) == {"bytes": len(torn), "sha256": hashlib.sha256(torn).hexdigest()}
+    if key:
+        lines = torn.count(b"\n") + 1
+        found_out = verify_log(path, key)
+        assert (found_out.ok, found_out.torn) == (True, tuple(range(3, 3 + lines))), found_out.problem
+        changed = path.read_bytes().replace(b'{"par', b'{"pas')
+        assert not verify_log(tampered(path, [changed]), key).ok
 
 
 def test_a_torn_line_that_is_gone_is_missed(path: Path) -> None:

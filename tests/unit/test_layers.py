@@ -50,6 +50,7 @@ LAYERS = (
     ("persistent_commands",),
     ("persistent", "aio_loop", "aio_streams"),
     ("reconcile", "pool_policy", "pool_binding", "pool_reset", "selection"),
+    ("pool_total",),
     ("pool_shelf",),
     ("pool_stock",),
     ("pool",),

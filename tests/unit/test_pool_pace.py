@@ -2,7 +2,7 @@
 
 import pytest
 
-from sandboxcore import PoolConfig
+from sandboxcore import PoolConfig, TooManySandboxes
 from sandboxcore.pool_shelf import Member
 from sandboxcore.pool_stock import PATIENCE, QUIET, TICK, Stock
 from sandboxcore.sandbox import Sandbox
@@ -70,6 +70,21 @@ def test_after_failures_it_waits_longer_and_longer() -> None:
     assert pauses[-1] == 5.0
     made._fail(None)
     assert made._pause == 0.05, "too many are no failure"
+
+
+def test_the_first_failure_of_a_row_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stock(0)
+    caplog.set_level("DEBUG", "sandboxcore")
+    for error in (None, OSError("one"), OSError("two"), TooManySandboxes(2), OSError("three")):
+        made._fail(error)
+    monkeypatch.setattr(made, "_begun", lambda sandbox: Member(sandbox, 100.0))
+    made._refill()
+    made._fail(OSError("four"))
+    told = [(record.levelname, record.getMessage().split()[-1]) for record in caplog.records]
+    assert told == [("WARNING", "one"), ("DEBUG", "two"), ("DEBUG", "three"), ("WARNING", "four")]
+    assert made._count["refill_failures"] == 4
 
 
 def test_claims_wake_nobody_who_looks_by_himself() -> None:
