@@ -83,9 +83,11 @@ class Table(Generic[PoolKind, SandboxKind]):
         key = spec.fingerprint
         with self._lock:
             pool = self.pools.pop(key, None)
-            if pool is not None:
+            if pool is not None and pool._stock.state != "closed":
                 self.pools[key] = pool
                 return pool
+            if pool is not None:  # by whoever has got it from us
+                self._retired.append(pool)
         pool = self._make(spec)  # without the lock: it looks at the host
         with self._lock:
             self.check()

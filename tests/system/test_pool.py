@@ -577,6 +577,15 @@ def test_what_a_pool_has_done_counts_whatever_becomes_of_it(monkeypatch: pytest.
         assert (pools.stats().hits, pools.stats().misses) == (1, 1)
 
 
+def test_a_pool_that_is_closed_by_whoever_has_it() -> None:
+    """Then the next claim makes another one."""
+    with leaves_nothing(), SandboxPools(PoolConfig(min_warm=1, max_warm=1)) as pools:
+        assert pools.run(["true"]).returncode == 0
+        pools.pool().close()
+        assert pools.run(["true"]).returncode == 0
+        assert pools.stats().hits + pools.stats().misses == 2
+
+
 def test_a_total_over_all_pools() -> None:
     with SandboxPools(PoolConfig(min_warm=2, max_warm=4), total=3) as pools:
         one, two = pools.pool(ONE), pools.pool(TWO)
