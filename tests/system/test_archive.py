@@ -30,6 +30,8 @@ from sandboxcore.persistent import PersistentSandbox
 from sandboxcore.recovery import gc, list_sandboxes
 from sandboxcore.saved import SnapshotStore
 
+pytestmark = pytest.mark.once
+
 PATIENCE = 30
 __all__ = ["state"]  # a fixture
 needs_overlays = pytest.mark.usefixtures("overlays")

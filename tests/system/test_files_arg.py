@@ -9,6 +9,8 @@ from support import Spec, shell, snapshot
 import sandboxcore
 from sandboxcore import Limits, SetupError, SpecError
 
+pytestmark = pytest.mark.once
+
 
 def test_content_mode_and_owner() -> None:
     files = {

@@ -18,6 +18,8 @@ from support import PYTHON, descendants, gone, marked, wait_until
 import sandboxcore
 from sandboxcore import Cause, Limits, Process, Sandbox, SandboxSpec
 
+pytestmark = pytest.mark.once
+
 TIMEOUT = 1.0
 GRACE = 1.0  # how much later than its time-out a command may be over
 

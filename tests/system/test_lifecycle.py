@@ -27,6 +27,8 @@ from support import (
 import sandboxcore
 from sandboxcore import Cause, Sandbox
 
+pytestmark = pytest.mark.once
+
 # --- by itself --------------------------------------------------------------------------------------
 
 

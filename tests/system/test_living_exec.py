@@ -25,6 +25,8 @@ from sandboxcore import (
     UnsupportedHost,
 )
 
+pytestmark = pytest.mark.once
+
 __all__ = ["sandbox", "shared"]  # fixtures
 
 

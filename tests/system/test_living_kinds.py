@@ -15,6 +15,8 @@ import sandboxcore
 from sandboxcore import DEVNULL, PIPE, ProgramNotFound, Sandbox, SandboxSpec, UnsupportedHost
 from sandboxcore.seccomp import PROFILES
 
+pytestmark = pytest.mark.once
+
 __all__ = ["sandbox", "shared"]  # fixtures
 
 

@@ -16,6 +16,8 @@ from support import gone, wait_until
 
 from sandboxcore import DEVNULL, PIPE, Cause, Exit, Sandbox, Stderr, Stdout
 
+pytestmark = pytest.mark.once
+
 __all__ = ["sandbox", "shared"]  # fixtures
 
 

@@ -10,6 +10,8 @@ from support import PYTHON, Spec
 import sandboxcore
 from sandboxcore import Limits
 
+pytestmark = pytest.mark.once
+
 PROFILES = ("minimal", "standard", "full")
 
 THREADS = """

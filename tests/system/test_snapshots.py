@@ -40,7 +40,10 @@ def source(tmp_path: Path) -> Path:
     return small_source(tmp_path / "source")
 
 
-@pytest.fixture(params=["root", "overlay", "both"])
+ALONE = [pytest.param(name, marks=pytest.mark.once) for name in ("root", "overlay")]
+
+
+@pytest.fixture(params=[*ALONE, "both"])
 def spec(request: pytest.FixtureRequest, source: Path) -> Any:
     """With /data to write to."""
     if request.param == "root":
