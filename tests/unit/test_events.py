@@ -471,8 +471,12 @@ def test_a_finaliser_in_the_midst_of_a_write(path: Path, monkeypatch: pytest.Mon
         return os.write(fd, data)
 
     monkeypatch.setattr(eventlog, "_write", write)
-    Circle()
-    log.append(started(number=1))
+    gc.disable()  # or it may be collected before
+    try:
+        Circle()
+        log.append(started(number=1))
+    finally:
+        gc.enable()
     assert [event.data["number"] for event in strictly(path)] == [1, 2]
     assert verify_log(path, KEY).ok
 
