@@ -39,9 +39,7 @@ def v1() -> ModuleType:
     try:
         from sandboxcore import cgroup_v1
     except ImportError as error:
-        raise UnsupportedHost(
-            f"cgroup v1 ({error})", "install cgroupspy: `pip install sandboxcore[cgroup]`"
-        ) from None
+        raise UnsupportedHost(f"cgroup v1 ({error})", "install cgroupspy: `pip install cgroupspy`") from None
     return cgroup_v1
 
 

@@ -264,7 +264,7 @@ class _Search:
                 " with systemd.unified_cgroup_hierarchy=1 and have systemd delegate a v2 group"
             )
         if importlib.util.find_spec("cgroupspy") is None:
-            return None, f"the v1 controller {name} needs cgroupspy: `pip install sandboxcore[cgroup]`"
+            return None, f"the v1 controller {name} needs cgroupspy: `pip install cgroupspy`"
         return group, ""
 
     def missing(self, name: str, v2: Path | None, why: str) -> str:

@@ -6,7 +6,6 @@ import os
 import select
 import socket
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Self
 
@@ -100,7 +99,7 @@ class Layers:
             )
         self.stack: tuple[Layer, ...] = ()
         self._numbers: weakref.WeakKeyDictionary[Layer, int] = weakref.WeakKeyDictionary()
-        self._dead: deque[int] = deque()  # numbers of those that nobody has any more
+        self._dead: list[int] = []  # numbers of those that nobody has any more; finalisers add to it
         self._next = 1
         self._fold: Fold | None = None
         self._rest = 0  # seals for which nothing is folded, after a failure
@@ -199,11 +198,11 @@ class Layers:
 
     def droppable(self) -> list[int]:
         """Numbers of what may be removed the next time."""
-        return list(itertools.islice(self._dead, _native.constant("MAX_LAYERS") - 1))
+        most = _native.constant("MAX_LAYERS") - 1
+        return self._dead[:most]
 
     def _dropped(self, numbers: list[int]) -> None:
-        for _ in numbers:
-            self._dead.popleft()
+        del self._dead[: len(numbers)]
 
     def _go_on(self, stack: tuple[Layer, ...], fresh: dict[Layer, int], upper: int) -> None:
         for layer, number in fresh.items():

@@ -1,5 +1,6 @@
 """What the tests of resources share: a payload that uses so much and no more, ways to run it, skips in the
-host's own words, and what is left of control groups."""
+host's own words, and what is left of control groups. Host programs import it: it loads no pytest, which takes
+longer than everything else here."""
 
 import functools
 import os
@@ -10,9 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import pytest
+from typing import Any, NoReturn
 
 import sandboxcore
 from sandboxcore import PIPE, ExecResult, Limits, Sandbox, SandboxSpec, SandboxState, cgroup, groups
@@ -23,10 +22,9 @@ MiB = 1 << 20
 IN_VM = "VMTEST" in os.environ  # a machine in software: twenty times slower
 PATIENCE = 300 if IN_VM else 30  # seconds for whatever must happen
 FOLDER = "/load"  # the payload's, inside
+PAYLOAD = "SANDBOXCORE_TEST_PAYLOAD"  # the variable that says where it is outside
 LIVING = ("exec", "popen", "detach")
 WAYS = ("run", *LIVING)
-every_way = pytest.mark.parametrize("way", WAYS)
-every_living_way = pytest.mark.parametrize("way", LIVING)
 
 
 # --- what the host has --------------------------------------------------------------------------------
@@ -40,7 +38,13 @@ def needs(*names: str) -> None:
         if (name == "freezer" and found.freezer) or name in found.versions:
             continue
         excuse = "" if os.geteuid() == 0 or IN_VM else "only root can do this: "
-        pytest.skip(excuse + found.remedies[name])
+        _skip(excuse + found.remedies[name])
+
+
+def _skip(reason: str) -> NoReturn:
+    import pytest
+
+    pytest.skip(reason)
 
 
 def version(controller: str) -> int:
@@ -53,15 +57,18 @@ def version(controller: str) -> int:
 
 @functools.cache
 def program() -> Path:
-    """The payload, compiled once; where everybody may run it."""
+    """The payload, compiled once, also for the host programs of tests; where everybody may run it."""
+    if known := os.environ.get(PAYLOAD):
+        return Path(known)
     if not shutil.which("gcc"):
-        pytest.skip("no gcc on PATH")
+        _skip("no gcc on PATH")
     folder = tempfile.TemporaryDirectory(prefix="workload-", ignore_cleanup_errors=True)
     _folders.append(folder)
     Path(folder.name).chmod(0o755)
     target = Path(folder.name) / "workload"
     command = ["gcc", "-std=gnu17", "-O1", "-static", "-Wall", "-Wextra", "-Werror", "-o", target]
     subprocess.run([*command, Path(__file__).with_name("workload.c")], check=True, timeout=PATIENCE)
+    os.environ[PAYLOAD] = str(target)
     return target
 
 

@@ -14,10 +14,10 @@ import pytest
 from resources import (
     IN_VM,
     PATIENCE,
+    WAYS,
     MiB,
     box,
     cpu,
-    every_way,
     load,
     needs,
     perform,
@@ -32,6 +32,7 @@ import sandboxcore
 from sandboxcore import ExecResult, Sandbox, SpecError
 
 pytestmark = pytest.mark.cgroup
+every_way = pytest.mark.parametrize("way", WAYS)
 
 # CPU seconds that it costs to start processes and to wait for them. A machine in software cannot tell that
 # from what it has had to wait for its own CPUs.

@@ -7,9 +7,9 @@ import pytest
 from resources import (
     LIVING,
     PATIENCE,
+    WAYS,
     MiB,
     box,
-    every_way,
     load,
     meanwhile,
     needs,
@@ -24,6 +24,7 @@ import sandboxcore
 from sandboxcore import Cause, CommandFailed, Limits, SandboxSpec
 
 pytestmark = pytest.mark.cgroup
+every_way = pytest.mark.parametrize("way", WAYS)
 
 EVERY_LIMIT = {"memory": "64M", "pids": 100, "cpu_time": 60}  # and none of them is met
 

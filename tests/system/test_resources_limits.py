@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from resources import (
     IN_VM,
+    LIVING,
     PATIENCE,
     WAYS,
     MiB,
     box,
     cpu,
-    every_living_way,
-    every_way,
     groups_of,
     in_force,
     load,
@@ -34,6 +33,8 @@ from sandboxcore import Cause, Limits, Sandbox, SandboxSpec, UnsupportedHost
 from sandboxcore.cgroup_files import read
 
 pytestmark = pytest.mark.cgroup
+every_living_way = pytest.mark.parametrize("way", LIVING)
+every_way = pytest.mark.parametrize("way", WAYS)
 
 FLOOD = str(200 * MiB)
 

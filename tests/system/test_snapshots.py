@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from sandboxcore import (
     SandboxState,
     SetupError,
     SpecError,
+    _native,
     aio,
 )
 
@@ -187,6 +189,34 @@ def test_what_is_folded_stays_reachable(spec: Any, other: bool) -> None:
         before = manifest(sandbox)
         sandbox.restore(last)
         assert manifest(sandbox) == before
+
+
+@pytest.mark.parametrize("later", range(6))
+def test_the_collector_takes_snapshots_meanwhile(
+    spec: Any, monkeypatch: pytest.MonkeyPatch, later: int
+) -> None:
+    """It comes with any allocation: here when the next snapshot has just begun to look what may go."""
+
+    def constant(name: str, real: Callable[[str], int] = _native.constant) -> int:
+        found = real(name)
+        gc.set_threshold(gc.get_count()[0] + later)
+        gc.enable()
+        return found
+
+    usual = gc.get_threshold()
+    with Sandbox(spec) as sandbox:
+        first = sandbox.snapshot()
+        gone = [sandbox.snapshot() for _ in range(3)]
+        sandbox.restore(first)
+        monkeypatch.setattr(_native, "constant", constant)
+        gc.disable()
+        try:
+            gone.append(gone)  # type: ignore[arg-type]
+            del gone
+            sandbox.snapshot()
+        finally:
+            gc.enable()
+            gc.set_threshold(*usual)
 
 
 def test_no_room_for_folding(spec: Any) -> None:

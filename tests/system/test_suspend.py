@@ -32,7 +32,8 @@ pytestmark = pytest.mark.cgroup
 
 STILL = 0.5  # seconds to look whether anything moves
 KINDS = {"group": {"accounting": True}, "signal": {}}  # frozen by its group; stopped by SIGSTOP, without one
-every_kind = pytest.mark.parametrize("kind", KINDS)
+GIVEN_KINDS = [pytest.param(kind, marks=[pytest.mark.groupless] * (not KINDS[kind])) for kind in KINDS]
+every_kind = pytest.mark.parametrize("kind", GIVEN_KINDS)
 
 
 def kind_of(kind: str) -> dict[str, bool]:
@@ -153,10 +154,8 @@ LIMIT = 3.0 if IN_VM else 1.0  # seconds: more than a start takes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "given", "way"),
-    [("group", "wall_time", "exec"), *((kind, "timeout", way) for kind in KINDS for way in LIVING)],
-)
+@pytest.mark.parametrize(("given", "way"), [("wall_time", "exec"), *(("timeout", way) for way in LIVING)])
+@every_kind
 def test_the_clock_of_a_command_stops(kind: str, given: str, way: str) -> None:
     """It is killed when it has run for so long, however long it was suspended, and not before."""
     limits = {"wall_time": LIMIT} if given == "wall_time" else {}

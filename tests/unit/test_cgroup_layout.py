@@ -204,7 +204,7 @@ def test_v1_needs_cgroupspy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cgroup_layout.importlib.util, "find_spec", lambda name: None)
     found = find(line(tmp_path / "pids", kind="cgroup", with_="pids"), "1:pids:/\n", euid=0)
     assert found.versions == {}
-    assert "pip install sandboxcore[cgroup]" in found.remedies["pids"]
+    assert "pip install cgroupspy" in found.remedies["pids"]
 
 
 def test_a_hybrid_host_freezes_and_kills_on_the_unified_hierarchy(tmp_path: Path) -> None:
