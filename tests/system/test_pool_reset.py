@@ -131,7 +131,8 @@ def test_what_is_given_back_is_as_new(tmp_path: Path) -> None:
             assert fresh.capabilities.limits["Max open files"][0] != 70
             assert (fresh.labels, fresh.binds, fresh.commands()) == ({}, (), [])
             assert fresh.owner is None
-        assert events.of("pool.reset")[0]["used"] == claimed["sandbox"] == used.id
+        (event,) = wait_until(lambda: events.of("pool.reset"), "its being told")
+        assert event["used"] == claimed["sandbox"] == used.id
         stats = pool.stats()
         assert (stats.hits, stats.misses, stats.resets, stats.reset_failures) == (2, 0, 1, 0)
 
@@ -175,7 +176,7 @@ def test_what_survives_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
             wait_until(lambda: pool.stats().reset_failures == 1, "the reset")
         assert pool.available == 0
         assert used.state is SandboxState.DESTROYED
-        (event,) = events.of("pool.discarded")
+        (event,) = wait_until(lambda: events.of("pool.discarded"), "its being told")
         assert event["reason"] == "reset"
         assert any("left" in text for text in event["survived"])
 
