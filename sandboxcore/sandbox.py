@@ -451,15 +451,18 @@ class Sandbox(Snapshots):
     def capabilities(self) -> SandboxCapabilities:
         """What was applied, read back from the kernel by a command that does everything but the exec."""
         if self._capabilities is None:
-            link = self._ready("look")
-            request, streams = self._looking()
-            try:
-                with link:
-                    done = _native.run(link.work.fileno(), request.data, streams, 10, (), sandbox=link.pidfd)
-            except _native.NativeFailure as failure:
-                raise self._rendered(request, failure, link) from None
-            self._capabilities = self._seen(request, streams, done)
+            self._capabilities = self._seen(*self._dry_run())
         return self._capabilities
+
+    def _dry_run(self) -> tuple[Request, _native.Streams, _native.NativeResult]:
+        link = self._ready("look")
+        request, streams = self._looking()
+        try:
+            with link:
+                done = _native.run(link.work.fileno(), request.data, streams, 10, (), sandbox=link.pidfd)
+        except _native.NativeFailure as failure:
+            raise self._rendered(request, failure, link) from None
+        return request, streams, done
 
     def _looking(self) -> tuple[Request, _native.Streams]:
         extras = self._extras(None, None, flags=("DRY",))
