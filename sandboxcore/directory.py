@@ -87,13 +87,13 @@ class Directory:
         policy: "LifecyclePolicy | None",
         on_event: Iterable[Callable[[Event], object]],
     ) -> None:
-        self._ledger = Ledger(state_dir)
-        self._room = Room(self._ledger.path, max_sandboxes)
+        self._room = Room(state_dir, max_sandboxes)
         self._policy = policy
         self.events = Dispatcher()
         self.metrics = Metrics()
         for callback in on_event:
             self.events.subscribe(callback)
+        self._ledger = Ledger(state_dir)  # last: from here on there is something to close
         self._guard = threading.RLock()
         self._handles: dict[str, Sandbox] = {}
         self._private: dict[str, Sandbox] = {}  # of this process alone, from its pools

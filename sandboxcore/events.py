@@ -230,7 +230,10 @@ class Dispatcher:
 
     def subscribe(self, callback: Callback, kinds: Iterable[str] | None = None) -> Callable[[], None]:
         """Have every event, or those of some kinds. Returns a function that ends that, idempotent; a call
-        that is on its way in another thread still arrives. Raises :class:`SpecError` for an unknown kind."""
+        that is on its way in another thread still arrives. Raises :class:`SpecError` for an unknown kind, and
+        for what cannot be called."""
+        if not callable(callback):
+            raise SpecError(f"subscribe: {callback!r} cannot be called")
         wanted = None
         if kinds is not None:
             given = [kinds] if isinstance(kinds, str) else list(kinds)

@@ -11,6 +11,7 @@ from typing import Any, Self
 from sandboxcore import process
 from sandboxcore.acquiring import Acquiring
 from sandboxcore.directory import Managed
+from sandboxcore.errors import SpecError
 from sandboxcore.events import Event, EventKind
 from sandboxcore.lifecycle import new_id
 from sandboxcore.managed_session import SandboxSession
@@ -73,6 +74,14 @@ class SandboxManager(Acquiring):
         sweep_interval: float | None = SWEEP,
         on_event: Iterable[Callable[[Event], object]] = (),
     ) -> None:
+        kinds: dict[str, tuple[object, type]] = {
+            "timeouts": (timeouts, SessionTimeouts),
+            "policy": (policy, LifecyclePolicy),
+            "pool": (pool, PoolConfig),
+        }
+        for name, (given, kind) in kinds.items():
+            if given is not None and not isinstance(given, kind):
+                raise SpecError(f"{name}: {given!r} is no {kind.__name__}")
         super().__init__(
             state_dir,
             max_sandboxes=max_sandboxes,

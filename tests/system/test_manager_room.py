@@ -1,5 +1,6 @@
 """How many there may be, what runs without a session, what a manager says of itself, and other processes."""
 
+import gc
 import json
 import threading
 import time
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from managed import heard, is_gone, kinds, manager, nothing_left, runs, second, session_in, state
 from pooling import in_threads
-from support import host_process, wait_until
+from support import host_process, leaves_nothing, wait_until
 
 from sandboxcore import (
     Event,
@@ -264,7 +265,8 @@ def test_pools_that_are_filled_from_the_beginning(state: Path) -> None:
         session = manager.acquire(spec, POOLED)
         assert session.sandbox.exec(["sh", "-c", "echo $WARM"]).stdout == b"1\n"
         assert manager.stats().hit_rate == 1
-    assert SandboxManager(state, sweep_interval=None).list_sandboxes() == []
+    with SandboxManager(state, sweep_interval=None) as manager:
+        assert manager.list_sandboxes() == []
 
 
 def test_pools_for_which_there_is_no_room_are_not_waited_for(state: Path) -> None:
@@ -467,7 +469,24 @@ def test_nobody_needs_a_manager_that_was_closed(manager: SandboxManager, state: 
     assert manager.get_state(session.sandbox_id) is SandboxState.RUNNING
 
 
-def test_wrong_arguments(state: Path) -> None:
-    for wrong in ({"sweep_interval": 0}, {"max_sandboxes": 0}, {"warm": ["no such profile"]}):
-        with pytest.raises(SpecError):
-            SandboxManager(state, **wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"sweep_interval": 0}, "sweep_interval: 0 is not"),
+        ({"max_sandboxes": 0}, "max_sandboxes: 0 is not"),
+        ({"warm": ["no such profile"]}, "'no such profile' is not one of"),
+        ({"timeouts": 3}, "timeouts: 3 is no SessionTimeouts"),
+        ({"policy": {}}, "policy: {} is no LifecyclePolicy"),
+        ({"pool": 2}, "pool: 2 is no PoolConfig"),
+        ({"on_event": [3]}, "3 cannot be called"),
+    ],
+)
+def test_wrong_arguments(state: Path, wrong: dict[str, Any], why: str) -> None:
+    """And nothing is left open for the collector to close."""
+    gc.collect()
+    gc.disable()
+    try:
+        with leaves_nothing(), pytest.raises(SpecError, match=why):
+            SandboxManager(state, **wrong)
+    finally:
+        gc.enable()
