@@ -172,7 +172,9 @@ class SandboxPool:
         stock.check()
         if stock.state == "closed":
             raise InvalidTransition("pool", "closed", "claim")
-        member, reason = None, asked.not_late(stock.spec, stock.plan) or ""
+        member, reason = None, ""
+        if asked is not NOTHING:
+            reason = asked.not_late(stock.spec, stock.plan) or ""
         if not reason:
             member, reason = stock.take(timeout)
         sandbox = None

@@ -150,8 +150,7 @@ class Shelf:
                 if not self._members:
                     return None, "empty"
                 member = self._members.pop()  # the youngest: what it needs is still in the caches
-                self.total.move()
-            self.total.give()
+                self.total.move(given=1)
             if member.alive():
                 return member, ""
             self.count(discarded=1)

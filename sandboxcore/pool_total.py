@@ -64,9 +64,11 @@ class Total:
         with self._moved:
             self._holders.add(holder)
 
-    def move(self) -> None:
-        """Tell whoever waits for a place. The caller has the lock under which the lists have changed."""
+    def move(self, *, given: int = 0) -> None:
+        """Tell whoever waits for a place; ``given``: so many fewer are ready. The caller has the lock under
+        which the lists have changed."""
         with self._moved:
+            self._taken -= given
             self.moves += 1
             self._moved.notify_all()
 
