@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import logging
+import os
 import threading
 import time
 import weakref
@@ -89,7 +90,10 @@ class Stock(Shelf):
                 self.finish()
 
     def await_end(self, timeout: float | None) -> None:
-        """Wait until the thread has ended everything. Raises TimeoutError."""
+        """Wait until the thread has ended everything. Raises TimeoutError. In a process that was forked there
+        is no thread, and the lock may be one's who is not there, either."""
+        if os.getpid() != self._pid:
+            return
         with self._changed:
             thread = None if self.state == "open" else self._thread  # open: it has, and another one was begun
         if thread is not None and thread is not threading.current_thread():

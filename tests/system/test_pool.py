@@ -345,6 +345,7 @@ def test_a_fork_has_no_pool() -> None:
             assert pool.wait_ready(20)
             mine = pool.claim()
             for round in range(5):
+                pool._stock._changed.acquire()  # as its thread may have it at that moment
                 child = os.fork()
                 if child == 0:
                     for use in (pool.claim, pool.start, pool.stats, pools.claim, lambda: pool.release(mine)):
@@ -356,6 +357,7 @@ def test_a_fork_has_no_pool() -> None:
                     pool.close()
                     pools.close()
                     os._exit(0)
+                pool._stock._changed.release()
                 assert os.waitpid(child, 0)[1] == 0
                 assert mine.exec(["true"]).ok
                 assert pool.run(["true"]).ok
