@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 DEFAULT_SANDBOX = "default_sandbox"  # of the settings
 TOUCH = 1.0  # seconds between two notes of activity in one sandbox
 PAUSE = 0.05  # seconds between two attempts where nothing tells of room
+TRIES = 5  # to make room: others, and our own pools, may be faster than whoever it was made for
 
 Enrol = Callable[[SandboxRecord], SandboxRecord]
 
@@ -354,15 +355,15 @@ class Directory:
 
     def _when_there_is_room(self, action: Callable[[], Any], wait: float | None) -> Any:
         deadline = None if wait is None else time.monotonic() + wait
-        tidied = False
+        tries = TRIES
         while True:
             try:
                 return action()
             except TooManySandboxes as error:
-                if not tidied:
-                    tidied = True
-                    if self._make_room():
-                        continue
+                if tries and self._make_room():
+                    tries -= 1
+                    continue
+                tries = 0
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise

@@ -219,6 +219,26 @@ def test_what_is_warm_makes_room(small: SandboxManager) -> None:
         assert one.exec(["true"]).ok
 
 
+def test_whoever_was_faster_is_no_reason_to_give_up(
+    small: SandboxManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room was made, and somebody else has taken it: it is made again, but not for ever."""
+    monkeypatch.setattr(small, "_make_room", lambda: True)
+    tried: list[int] = []
+
+    def take(refused: int) -> str:
+        tried.append(refused)
+        if len(tried) <= refused:
+            raise TooManySandboxes(2, str(small.state_dir))
+        return "taken"
+
+    assert small._when_there_is_room(lambda: take(3), 0.0) == "taken"
+    tried.clear()
+    with pytest.raises(TooManySandboxes):
+        small._when_there_is_room(lambda: take(100), 0.0)
+    assert len(tried) < 10
+
+
 def test_as_many_as_there_may_be_use_the_pool_one_after_the_other(small: SandboxManager) -> None:
     """What is on its way out, or in, is nobody's: there is always a place for whoever has none."""
 
