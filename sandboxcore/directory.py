@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 DEFAULT_SANDBOX = "default_sandbox"  # of the settings
 TOUCH = 1.0  # seconds between two notes of activity in one sandbox
 PAUSE = 0.05  # seconds between two attempts where nothing tells of room
-TRIES = 5  # to make room: others, and our own pools, may be faster than whoever it was made for
+# To make room: others, and our own pools, may be faster than whoever it was made for.
+TRIES, TRYING = 5, 5.0  # so often at most, and not again after so many seconds
 
 Enrol = Callable[[SandboxRecord], SandboxRecord]
 
@@ -355,12 +356,13 @@ class Directory:
 
     def _when_there_is_room(self, action: Callable[[], Any], wait: float | None) -> Any:
         deadline = None if wait is None else time.monotonic() + wait
-        tries = TRIES
+        tries, enough = TRIES, 0.0
         while True:
             try:
                 return action()
             except TooManySandboxes as error:
-                if tries and self._make_room():
+                enough = enough or time.monotonic() + TRYING
+                if tries and time.monotonic() < enough and self._make_room():
                     tries -= 1
                     continue
                 tries = 0
