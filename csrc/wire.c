@@ -59,6 +59,23 @@ int sbx_wire_memfd(const void *data, size_t size)
 }
 
 /*
+ * recvmsg(2), but that 0 is the end: without waiting, the kernel looks for a datagram and then whether the other end has
+ * closed (unix_dgram_recvmsg, at least to Linux 6.18), and says 0 also where it sent its last one in between.
+ */
+static ssize_t receive(int sock, struct msghdr *head, int flags)
+{
+	const struct msghdr fresh = *head;
+	bool end = false;
+	ssize_t len;
+
+	while ((len = recvmsg(sock, head, flags)) < 0 ? errno == EINTR : len == 0 && !end) {
+		end = len == 0;
+		*head = fresh;
+	}
+	return len;
+}
+
+/*
  * Receive one record, at most `size` bytes of text behind it, and the descriptor it may bring.
  * Returns the datagram's length, 0 at end-of-file, or -errno.
  */
@@ -69,14 +86,14 @@ long sbx_wire_receive(int sock, struct sbx_record *rec, void *text, size_t size,
 		struct cmsghdr align;
 		char space[CMSG_SPACE(sizeof(int))];
 	} control;
-	struct msghdr head = { .msg_iov = iov, .msg_iovlen = SBX_COUNT(iov), .msg_control = &control };
-	ssize_t len;
+	struct msghdr head = {
+		.msg_iov = iov, .msg_iovlen = SBX_COUNT(iov), .msg_control = &control, .msg_controllen = sizeof control
+	};
 
 	*fd = -1;
-	head.msg_controllen = sizeof control;
-	while ((len = recvmsg(sock, &head, MSG_CMSG_CLOEXEC | flags)) < 0)
-		if (errno != EINTR)
-			return -errno;
+	ssize_t len = receive(sock, &head, MSG_CMSG_CLOEXEC | flags);
+	if (len < 0)
+		return -errno;
 	struct cmsghdr *cmsg = CMSG_FIRSTHDR(&head);
 	if (cmsg && cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_RIGHTS)
 		memcpy(fd, CMSG_DATA(cmsg), sizeof *fd);

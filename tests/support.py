@@ -20,6 +20,7 @@ from typing import Any
 
 import sandboxcore
 from sandboxcore import spawner
+from sandboxcore.identity import start_ticks
 
 IS_ROOT = os.geteuid() == 0
 TESTS = Path(__file__).parent
@@ -201,10 +202,11 @@ def _groups() -> int:
     for runs are kept ready on purpose, and other processes have theirs."""
     count = 0
     for path, _, _ in os.walk("/sys/fs/cgroup"):
-        match = re.search(r"/sandboxcore/host-(\d+)-[^/]*(/sbx-)?", path)
+        match = re.search(r"/sandboxcore/host-(\d+)-(\d+)-[^/]*(/sbx-)?", path)
         if match is None or not _is_ours(path):
             continue
-        count += bool(match[2]) if int(match[1]) == os.getpid() else not os.path.exists(f"/proc/{match[1]}")
+        pid, began = int(match[1]), int(match[2])
+        count += bool(match[3]) if pid == os.getpid() else start_ticks(pid) != began
     return count
 
 

@@ -27,6 +27,7 @@ from sandboxcore import (
     binds,
     command,
     execution,
+    groups,
     plan,
     process,
     request,
@@ -90,6 +91,7 @@ def call_numbers() -> dict[int, str]:
 def drop_spawners() -> None:
     for connection in list(spawner._spawners.values()):
         spawner.drop_spawner(connection)
+        groups.let_go(connection)
 
 
 @pytest.fixture

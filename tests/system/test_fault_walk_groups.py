@@ -21,6 +21,7 @@ from system.test_fault_walk import (
     FINGERPRINT,
     NORMAL_ENDS,
     by_exec,
+    drop_spawners,
     faulty,
     settled,
     walk_of_births,
@@ -199,9 +200,7 @@ Start = Callable[[], None]
 @pytest.fixture(params=STARTS)
 def start(request: pytest.FixtureRequest) -> Start:
     """Both kinds, with a spawner of its own that has no group ready."""
-    for connection in list(spawner._spawners.values()):
-        spawner.drop_spawner(connection)
-        groups.let_go(connection)
+    drop_spawners()
     chosen: Start = STARTS[request.param]
     return chosen
 
