@@ -235,7 +235,7 @@ void sbx_files_serve(const struct sbx_box *box, int sock);
 long sbx_remove_tree(int dir, const char *name, bool force);
 
 /* proc.c: who is below whom, as /proc tells. */
-long sbx_proc_signal(pid_t ancestor, const pid_t *spare, size_t count, int sig);
+long sbx_proc_signal(pid_t ancestor, const volatile pid_t *spare, size_t count, int sig);
 
 /* Processes that had been stopped when all were, and those that were not. */
 enum { SBX_MAX_HELD = 65536 };

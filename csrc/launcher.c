@@ -168,7 +168,6 @@ _Noreturn void sbx_launcher_run(const struct sbx_launcher *l)
 	const struct sbx_record ready = { .kind = SBX_RECORD_READY };
 	struct sbx_error err = { .stage = SBX_STAGE_NONE };
 
-	l->pool->pid[l->number] = (pid_t)syscall(SYS_getpid); /* perhaps before our maker says so */
 	int ret = settle(l, &err);
 	if (l->first && ret < 0)
 		sbx_send_error(l->box->control, &err);

@@ -66,23 +66,25 @@ void sbx_pool_forget(struct resident *r, unsigned number)
 	sbx_slot_remove(r->box, number);
 }
 
-/* Signal what is below a process, or with 0 everything, but for the children that have places here. */
+/*
+ * Signal what is below a process, or with 0 everything, but for the children that have places here when they are looked
+ * at: a nursery may be making one meanwhile.
+ */
 long sbx_pool_signal(const struct sbx_pool *pool, pid_t ancestor, int sig)
 {
-	pid_t spare[SBX_MAX_LAUNCHERS];
-	const unsigned used = pool->used;
-
-	for (unsigned i = 0; i < used; i++)
-		spare[i] = pool->pid[i];
-	return sbx_proc_signal(ancestor, spare, used, sig);
+	return sbx_proc_signal(ancestor, (const volatile pid_t *)pool->pid, SBX_MAX_LAUNCHERS, sig);
 }
 
 /* --- births -------------------------------------------------------------------------------------- */
 
-/* A launcher in its place, by init or by the nursery. */
+/* A launcher in its place, by init or by the nursery. The kernel notes its number there before it runs. */
 static long bear(struct resident *r, const struct ask *ask, uint64_t flags)
 {
-	struct clone_args args = { .flags = flags, .exit_signal = flags & CLONE_PARENT ? 0 : SIGCHLD };
+	struct clone_args args = {
+		.flags = flags | CLONE_PARENT_SETTID,
+		.parent_tid = (uintptr_t)&r->pool->pid[ask->number],
+		.exit_signal = flags & CLONE_PARENT ? 0 : SIGCHLD,
+	};
 	struct sbx_slot slot, *own = r->box->slots ? &slot : NULL;
 
 	long ret = own ? sbx_slot_make(r->box, ask->number, own) : 0;
@@ -106,7 +108,6 @@ static long bear(struct resident *r, const struct ask *ask, uint64_t flags)
 		r->pool->state[ask->number] = SBX_LAUNCHER_NONE;
 		return ret;
 	}
-	r->pool->pid[ask->number] = (pid_t)ret;
 	return 0;
 }
 
@@ -195,16 +196,12 @@ long sbx_pool_add(struct resident *r)
 	return ret;
 }
 
-/* Who will never start: killed before its maker knew its number, or not made by a nursery that was killed. */
+/* Who will never start: not made by a nursery that was killed. */
 void sbx_pool_look(struct resident *r)
 {
-	for (unsigned i = 0; i < r->pool->used; i++) {
-		if (r->pool->state[i] != SBX_LAUNCHER_STARTING)
-			continue;
-		const pid_t pid = r->pool->pid[i];
-		if (pid ? sbx_sys(SYS_kill, pid, 0) == -ESRCH : r->nursery < 0)
+	for (unsigned i = 0; i < r->pool->used && r->nursery < 0; i++)
+		if (r->pool->state[i] == SBX_LAUNCHER_STARTING && r->pool->pid[i] == 0)
 			sbx_pool_forget(r, i);
-	}
 }
 
 /*
@@ -250,8 +247,6 @@ static void put_down(struct resident *r, unsigned number)
 /* Have all launchers born again: in other mounts, behind rules about these. None is busy. */
 long sbx_pool_renew(struct resident *r)
 {
-	bool unknown = false;
-
 	for (unsigned i = 0; i < r->pool->used; i++)
 		if (r->pool->state[i] == SBX_LAUNCHER_NURSERY)
 			put_down(r, i);
@@ -260,11 +255,8 @@ long sbx_pool_renew(struct resident *r)
 		if (state == SBX_LAUNCHER_NONE || state == SBX_LAUNCHER_SWEEPER)
 			continue;
 		await_end(r->pool, i);
-		unknown |= r->pool->pid[i] == 0; /* born perhaps: by a nursery that had no time to say so */
 		put_down(r, i);
 	}
-	if (unknown)
-		(void)sbx_pool_signal(r->pool, 1, SIGKILL);
 	r->first = SBX_MAX_LAUNCHERS;
 	return sbx_pool_add(r);
 }

@@ -60,7 +60,7 @@ static bool look(int proc, const char *name, struct who *who)
 	return parse(stat, (size_t)len, who);
 }
 
-static bool listed(pid_t pid, const pid_t *list, size_t count)
+static bool listed(pid_t pid, const volatile pid_t *list, size_t count)
 {
 	for (size_t i = 0; i < count; i++)
 		if (list[i] == pid)
@@ -72,7 +72,7 @@ static bool listed(pid_t pid, const pid_t *list, size_t count)
  * Whether `ancestor` (0: anybody) is above. The way up ends at whoever is spared: what is below a launcher
  * is that one's.
  */
-static bool below(int proc, struct who who, pid_t ancestor, const pid_t *spare, size_t count)
+static bool below(int proc, struct who who, pid_t ancestor, const volatile pid_t *spare, size_t count)
 {
 	char name[16];
 
@@ -118,7 +118,7 @@ static long each(long (*visit)(void *with, int proc, const struct who *), void *
 
 struct targets {
 	pid_t ancestor;
-	const pid_t *spare;
+	const volatile pid_t *spare;
 	size_t count;
 	int sig;
 };
@@ -137,7 +137,7 @@ static long signal_target(void *with, int proc, const struct who *who)
  * Signal everything below `ancestor`, or with 0 every process, but init and those in `spare`. SIGKILL goes
  * out until nobody new is found; what forks faster than that is left to the caller's next attempt.
  */
-long sbx_proc_signal(pid_t ancestor, const pid_t *spare, size_t count, int sig)
+long sbx_proc_signal(pid_t ancestor, const volatile pid_t *spare, size_t count, int sig)
 {
 	struct targets targets = { ancestor, spare, count, sig };
 	long ret = 1;

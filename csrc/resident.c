@@ -27,7 +27,7 @@ enum { MAX_STOPS = 64 };
  */
 static void resist(struct resident *r, pid_t pid)
 {
-	if (r->stopped || sbx_pool_any(r->pool, SBX_LAUNCHER_COPIER))
+	if (r->stopped)
 		return;
 	if (++r->stops % MAX_STOPS == 0)
 		(void)sbx_sys(SYS_kill, -1, SIGKILL);
@@ -38,6 +38,8 @@ static void resist(struct resident *r, pid_t pid)
 /* Reap what has ended; kill what a dead launcher left behind. */
 static long reap(struct resident *r)
 {
+	/* first: one that ends meanwhile has let go before, but we may still hear of those it had stopped */
+	const bool copying = sbx_pool_any(r->pool, SBX_LAUNCHER_COPIER);
 	bool strays = false, failed = false, held = false;
 	int status;
 
@@ -50,7 +52,8 @@ static long reap(struct resident *r)
 		if (pid <= 0)
 			break;
 		if (WIFSTOPPED(status)) { /* where there is one id only, a payload can do that to a launcher */
-			resist(r, (pid_t)pid);
+			if (!copying)
+				resist(r, (pid_t)pid);
 			continue;
 		}
 		const unsigned number = sbx_pool_find(r->pool, (pid_t)pid);

@@ -83,6 +83,10 @@ static void copy_layer(const struct resident *r, unsigned self, struct sbx_chore
 	SBX_FAULT_ARM(0, 0);
 	if (held && ret == 0 && still)
 		sbx_proc_let_go(held);
+	/* launchers go on also where a payload had stopped them: init takes that for our work as long as we are here */
+	for (unsigned i = 0; i < r->pool->used && still; i++)
+		if (r->pool->pid[i] > 0)
+			(void)sbx_sys(SYS_kill, r->pool->pid[i], SIGCONT);
 	r->pool->state[self] = SBX_LAUNCHER_SWEEPER;
 	(void)sbx_send_record(answer, &done, NULL, 0, layer);
 	for (;;)

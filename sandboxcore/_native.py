@@ -400,9 +400,15 @@ class Record:
     status: int
     timed_out: bool
     killed: bool
-    error: NativeFailure | None
+    failed: bool
     text: bytes
     native: Any
+
+    @property
+    def error(self) -> NativeFailure | None:
+        """What it says has failed. A new one each time: raised from here, it must not be held by what its own
+        traceback holds, for that keeps whatever the callers have."""
+        return NativeFailure(self.native.error) if self.failed else None
 
 
 _KINDS = {
@@ -523,7 +529,6 @@ def receive(socket: int) -> Record | None:
     if code == 0:
         return None
     kind = _KINDS.get(record.kind, "unknown")
-    failed = kind == "ERROR" or (kind == "DONE" and record.error.err)
     return Record(
         kind,
         fd[0],
@@ -531,7 +536,7 @@ def receive(socket: int) -> Record | None:
         record.status,
         bool(record.timed_out),
         bool(record.killed),
-        NativeFailure(record.error) if failed else None,
+        kind == "ERROR" or (kind == "DONE" and record.error.err != 0),
         bytes(ffi.buffer(text, record.size)) if kind == "APPLIED" else b"",
         record,
     )
@@ -709,6 +714,6 @@ def parse_journal(data: bytes) -> JournalHead:
     ):
         raise ValueError("not a journal of this version")
     end = ffi.new("struct sbx_record *", head.exit)
-    record = Record("EXIT", -1, end.pid, end.status, bool(end.timed_out), bool(end.killed), None, b"", end)
+    record = Record("EXIT", -1, end.pid, end.status, bool(end.timed_out), bool(end.killed), False, b"", end)
     written = head.written[0], head.written[1]
     return JournalHead(head.keep, head.ring, written, _JOURNAL_STATES[head.state], head.pid, record)

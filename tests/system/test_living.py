@@ -1,6 +1,7 @@
 """Living sandboxes: their states."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -13,7 +14,18 @@ from living import SLEEP, sandbox, shared
 from support import descendants, gone, host_process, host_program, leaves_nothing, wait_until
 
 import sandboxcore
-from sandboxcore import Cause, InvalidTransition, Sandbox, SandboxGone, SandboxSpec, SandboxState, SpecError
+from sandboxcore import (
+    Cause,
+    InvalidTransition,
+    Sandbox,
+    SandboxGone,
+    SandboxSpec,
+    SandboxState,
+    SpecError,
+    host,
+    plan,
+    spawner,
+)
 
 __all__ = ["sandbox", "shared"]  # fixtures
 
@@ -301,12 +313,23 @@ def test_a_forked_child_neither_uses_nor_ends_it() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_forgotten_sandboxes_end() -> None:
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_forgotten_sandboxes_end(attempts: int) -> None:
+    """At once, also where the spawner had forgotten the plan: an error that was handled keeps nobody."""
+    spec = SandboxSpec(hostname=f"forgotten{attempts}")
+    Sandbox.create().close()  # there is a spawner
     with leaves_nothing():
-        sandbox = Sandbox.create()
-        pid = sandbox.pid
-        del sandbox
-        wait_until(lambda: gone(pid), "its end")
+        if attempts == 2:
+            compiled = plan.compile_plan(spec, host.features())
+            spawner.get_spawner(compiled).known.add(compiled.id)
+        gc.disable()
+        try:
+            sandbox = Sandbox.create(spec)
+            pid = sandbox.pid
+            del sandbox
+            wait_until(lambda: gone(pid), "its end")
+        finally:
+            gc.enable()
 
 
 def state(pid: int) -> str:
