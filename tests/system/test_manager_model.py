@@ -39,7 +39,8 @@ MOVES = {
 
 
 class Machine(RuleBasedStateMachine):
-    """sessions: id -> [sandbox, client, state]; sandboxes: id -> [state, mark]: of what has not ended."""
+    """sessions: id -> [sandbox, client, state]; sandboxes: id -> [state, mark]: of what has not ended.
+    clients: of each sandbox, all that ever used it."""
 
     nursery = ""  # where its processes come from
 
@@ -47,6 +48,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.sessions: dict[str, list[str]] = {}
         self.sandboxes: dict[str, list[Any]] = {}
+        self.clients: dict[str, set[str]] = {}
         self.marks = 0
         self.directory = tempfile.mkdtemp(prefix="manager-model-")
 
@@ -124,7 +126,8 @@ class Machine(RuleBasedStateMachine):
     def acquire(self, client: str) -> None:
         wanted = [client, "detached"] if client else []
         left = [key for key, (_, *rest) in self.sessions.items() if rest == wanted]
-        mine = [key for key in left if self.sandboxes[self.sessions[key][0]][0] == "running"]
+        alone = [key for key in left if self.clients[self.sessions[key][0]] == {client}]
+        mine = [key for key in alone if self.sandboxes[self.sessions[key][0]][0] == "running"]
         key, sandbox = self.ask("acquire", client)
         if mine:
             assert key in mine
@@ -134,6 +137,7 @@ class Machine(RuleBasedStateMachine):
             assert sandbox not in self.sandboxes
             self.sessions[key] = [sandbox, client, "active"]
             self.sandboxes[sandbox] = ["running", ""]
+            self.clients[sandbox] = {client}
 
     @precondition(lambda self: self.sandboxes)
     @rule(client=CLIENTS, pick=PICK)
@@ -148,6 +152,7 @@ class Machine(RuleBasedStateMachine):
             self.sandboxes[sandbox] = ["running", ""]
         assert answer[0] in mine if mine else answer[0] not in self.sessions
         self.sessions[answer[0]] = [sandbox, client, "active"]
+        self.clients[sandbox].add(client)
 
     @precondition(lambda self: self.sessions)
     @rule(operation=st.sampled_from(sorted(MOVES)), pick=PICK)
